@@ -1,0 +1,10 @@
+"""ComfyUI-QuantVideoGen: long autoregressive video with a KV cache of about two bits per number."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    # imported here so that the package, and `qvg` inside it, also loads where there is no ComfyUI
+    from .nodes import QuantVideoGenExtension
+
+    return QuantVideoGenExtension()
