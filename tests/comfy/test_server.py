@@ -1,0 +1,28 @@
+"""The pack inside a running ComfyUI: it loads, the server answers, refusals and messages reach the client."""
+
+import pytest
+
+from comfy_client import ComfyError
+
+SOLID = {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 1, "color": 255}}
+SAVE = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "solid"}}
+
+
+def test_pack_loads_without_a_complaint(comfy, comfy_server):
+    assert "SamplerARVideo" in comfy.object_info()
+    assert comfy_server.complaints() == []
+
+
+def test_run_returns_the_outputs(comfy):
+    outputs = comfy.run({"1": SOLID, "2": SAVE})
+    (image,) = outputs["2"]["images"]
+    assert comfy.output_path(image).is_file()
+    assert comfy.of_type("executed")[0]["node"] == "2"
+    assert comfy.queue() == {"queue_running": [], "queue_pending": []}
+
+
+def test_refused_graph_raises_the_node_error(comfy):
+    wrong = {**SOLID, "inputs": {**SOLID["inputs"], "width": -1}}
+    with pytest.raises(ComfyError, match=r"EmptyImage \(node 1\): .*width") as refused:
+        comfy.run({"1": wrong, "2": SAVE})
+    assert "node_errors" in refused.value.details
