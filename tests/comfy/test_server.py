@@ -26,3 +26,8 @@ def test_refused_graph_raises_the_node_error(comfy):
     with pytest.raises(ComfyError, match=r"EmptyImage \(node 1\): .*width") as refused:
         comfy.run({"1": wrong, "2": SAVE})
     assert "node_errors" in refused.value.details
+
+
+def test_browser_opens_the_frontend(page, comfy_server):
+    assert page.evaluate("app.api.clientId")
+    assert page.evaluate("Object.keys(LiteGraph.registered_node_types).includes('SamplerARVideo')")
