@@ -35,10 +35,14 @@ def pytest_runtest_setup(item):
         pytest.skip(reason)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter):
+    """Below everything else that the summary says."""
+    result = yield
     for reason, count in _not_run.items():
         noun = "test" if count == 1 else "tests"
         terminalreporter.write_line(f"NOT RUN: {count} real-ComfyUI {noun}: {reason}", red=True, bold=True)
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,30 @@ def test_refused_graph_raises_the_node_error(comfy):
     assert "node_errors" in refused.value.details
 
 
+def test_failing_node_raises_its_own_sentence(comfy):
+    outside = {**SAVE, "inputs": {**SAVE["inputs"], "filename_prefix": "../../solid"}}
+    with pytest.raises(ComfyError, match=r"SaveImage \(node 2\): .*outside the output folder") as failed:
+        comfy.run({"1": SOLID, "2": outside})
+    assert not failed.value.interrupted
+
+
+def test_interrupt_ends_the_run(comfy):
+    """The queue is empty again, and the server takes the next graph."""
+    slow = {"1": {**SOLID, "inputs": {"width": 512, "height": 512, "batch_size": 8, "color": 255}}}
+    for node in range(2, 12):
+        blur = {"image": [str(node - 1), 0], "blur_radius": 15, "sigma": 5.0}
+        slow[str(node)] = {"class_type": "ImageBlur", "inputs": blur}
+    slow["12"] = {**SAVE, "inputs": {"images": ["11", 0], "filename_prefix": "slow"}}
+    prompt = comfy.submit(slow)
+    comfy.wait_for("executing", lambda data: data["node"] == "3")
+    comfy.interrupt()
+    with pytest.raises(ComfyError) as ended:
+        comfy.wait(prompt)
+    assert ended.value.interrupted
+    assert comfy.run({"1": SOLID, "2": SAVE})["2"]["images"]
+    assert comfy.queue() == {"queue_running": [], "queue_pending": []}
+
+
 def test_browser_opens_the_frontend(page, comfy_server):
     assert page.evaluate("app.api.clientId")
     assert page.evaluate("Object.keys(LiteGraph.registered_node_types).includes('SamplerARVideo')")
