@@ -76,8 +76,10 @@ class ComfyClient:
             raise ComfyError(_refusal_text(details), details) from None
 
     def wait(self, prompt_id: str, timeout: float = 120) -> dict:
-        """The history outputs of a queued prompt, once it has ended."""
+        """The history outputs of a queued prompt, once it has ended and its messages have come."""
         entry = self.wait_until(lambda: self.history(prompt_id), timeout, f"prompt {prompt_id}")
+        # the last message of a run comes after its history: from here on `messages` is complete
+        self.wait_for("executing", lambda data: data["node"] is None and data["prompt_id"] == prompt_id)
         for kind, details in entry["status"]["messages"]:
             if kind == "execution_error":
                 where = f"{details['node_type']} (node {details['node_id']})"
