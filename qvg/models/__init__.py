@@ -1,0 +1,1 @@
+"""Networks in plain torch, for the command line and for what ComfyUI's core lacks."""
