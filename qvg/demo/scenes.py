@@ -1,0 +1,170 @@
+"""Procedural scenes: textured shapes that move over a textured, panning background, each with a truthful description.
+
+The picture is a torus: what leaves at one edge enters at the opposite one, and every background texture repeats with a
+period that divides both sides. So a scene never ends and its description stays true for a video of any length.
+
+    scenes = [random_scene(generator) for _ in range(8)]
+    video = render(place(scenes, generator), frames=81)         # [8, 3, 81, 128, 192] in -1..1
+    prompts = [str(scene) for scene in scenes]
+
+Everything is drawn for the whole batch at once with signed distances, on whatever device the layout is on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .prompts import COLOURS, DIRECTIONS, PATTERNS, SHAPES, TEXTURES, Background, Motion, Scene, Thing
+
+WIDTH, HEIGHT = 192, 128
+RADII = (18.0, 26.0)
+EDGE = 1.5  # pixels over which an edge fades: a hard one cannot survive 8 x 8 compression
+
+
+@dataclass
+class Layout:
+    """A batch of scenes as numbers: pixels and pixels a frame, (right, down). N things a scene, the first in front."""
+
+    shape: Tensor  # [B, N] index into SHAPES
+    pattern: Tensor  # [B, N] index into PATTERNS
+    colour: Tensor  # [B, N, 3] in 0..1
+    present: Tensor  # [B, N] 0 or 1
+    centre: Tensor  # [B, N, 2] in frame 0
+    radius: Tensor  # [B, N]
+    velocity: Tensor  # [B, N, 2]
+    texture: Tensor  # [B] index into TEXTURES
+    ground: Tensor  # [B, 3]
+    phase: Tensor  # [B, 2] the background's offset in frame 0
+    pan: Tensor  # [B, 2]
+
+    def to(self, device) -> Layout:
+        return Layout(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def _choice(generator: torch.Generator, options: Sequence):
+    return options[int(torch.randint(len(options), (), generator=generator))]
+
+
+def random_scene(generator: torch.Generator) -> Scene:
+    """One or two things of different colours over a background of a third."""
+    order = torch.randperm(len(COLOURS), generator=generator).tolist()
+    colours = [tuple(COLOURS)[index] for index in order]
+    things = tuple(
+        Thing(colours[index], _choice(generator, PATTERNS), _choice(generator, SHAPES), Motion() if verb == "still" else
+              Motion(verb, _choice(generator, tuple(DIRECTIONS))))
+        for index, verb in enumerate(_choice(generator, ("still", "moving", "moving", "racing", "racing"))
+                                     for _ in range(_choice(generator, (1, 2, 2)))))
+    pan = Motion("panning", _choice(generator, tuple(DIRECTIONS))) if _choice(generator, (0, 1, 1)) else Motion()
+    return Scene(things, Background(colours[2], _choice(generator, TEXTURES), pan))
+
+
+def place(scenes: Sequence[Scene], generator: torch.Generator) -> Layout:
+    """Draw what the description leaves open: where things begin, how large they are, where the texture begins."""
+    batch = len(scenes)
+    blank = Thing()
+    things = [(*scene.things, blank, blank)[:2] for scene in scenes]
+    frame = torch.tensor([WIDTH, HEIGHT], dtype=torch.float32)
+    centre = torch.rand(batch, 2, 2, generator=generator) * frame
+    # the second thing begins at the far side of the torus, give or take, so that two never begin as one
+    away = (torch.rand(batch, 2, generator=generator) - 0.5) * 0.4 + 0.5
+    centre[:, 1] = (centre[:, 0] + away * frame) % frame
+
+    def numbers(read, of=things):
+        return torch.tensor([[read(thing) for thing in pair] for pair in of])
+
+    return Layout(
+        shape=numbers(lambda thing: SHAPES.index(thing.shape)),
+        pattern=numbers(lambda thing: PATTERNS.index(thing.pattern)),
+        colour=numbers(lambda thing: COLOURS[thing.colour]),
+        present=torch.tensor([[float(index < len(scene.things)) for index in range(2)] for scene in scenes]),
+        centre=centre,
+        radius=RADII[0] + (RADII[1] - RADII[0]) * torch.rand(batch, 2, generator=generator),
+        velocity=numbers(lambda thing: thing.motion.velocity),
+        texture=torch.tensor([TEXTURES.index(scene.background.texture) for scene in scenes]),
+        ground=torch.tensor([COLOURS[scene.background.colour] for scene in scenes]),
+        phase=torch.rand(batch, 2, generator=generator) * 64,
+        pan=torch.tensor([scene.background.motion.velocity for scene in scenes]))
+
+
+def render(layout: Layout, frames: int, first: int = 0) -> Tensor:
+    """Draw frames `first` to `first + frames - 1`: [B, 3, frames, HEIGHT, WIDTH] in -1..1 on the layout's device."""
+    device = layout.centre.device
+    time = torch.arange(first, first + frames, device=device).view(1, -1, 1, 1)
+    x = torch.arange(WIDTH, device=device).view(1, 1, 1, -1) + 0.5
+    y = torch.arange(HEIGHT, device=device).view(1, 1, -1, 1) + 0.5
+
+    def at(value: Tensor) -> Tensor:  # [B] -> [B, 1, 1, 1]
+        return value.view(-1, 1, 1, 1)
+
+    mark = _texture(
+        x - at(layout.phase[:, 0]) - time * at(layout.pan[:, 0]),
+        y - at(layout.phase[:, 1]) - time * at(layout.pan[:, 1]), at(layout.texture))
+    picture = (0.16 + 0.34 * mark).unsqueeze(1) * layout.ground.view(-1, 3, 1, 1, 1)
+    for index in reversed(range(layout.shape.shape[1])):
+        centre = layout.centre[:, index]
+        velocity = layout.velocity[:, index]
+        dx = _wrap(x - at(centre[:, 0]) - time * at(velocity[:, 0]), WIDTH)
+        dy = _wrap(y - at(centre[:, 1]) - time * at(velocity[:, 1]), HEIGHT)
+        cover = _fade(_distance(dx, dy, at(layout.radius[:, index]), at(layout.shape[:, index])))
+        cover = (cover * at(layout.present[:, index])).unsqueeze(1)
+        tone = _pattern(dx, dy, at(layout.pattern[:, index])).unsqueeze(1)
+        picture = picture + cover * (tone * layout.colour[:, index].view(-1, 3, 1, 1, 1) - picture)
+    return picture * 2 - 1
+
+
+def _wrap(offset: Tensor, period: float) -> Tensor:
+    return torch.remainder(offset + period / 2, period) - period / 2
+
+
+def _fade(distance: Tensor) -> Tensor:
+    """Signed distance (negative inside), in pixels -> how much of the pixel is covered."""
+    return (0.5 - distance / EDGE).clamp(0, 1)
+
+
+def _select(index: Tensor, *options: Tensor) -> Tensor:
+    result = options[0]
+    for number, option in enumerate(options[1:], 1):
+        result = torch.where(index == number, option, result)
+    return result
+
+
+def _distance(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
+    """Signed distance to the outline, in the order of SHAPES."""
+    length = (dx.square() + dy.square()).sqrt()
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius
+    triangle = torch.maximum(dx.abs() * 0.866 - dy * 0.5, dy) - 0.58 * radius
+    # fold the plane into half of one of five arms, then measure to the line from the tip to the notch
+    arm = 2 * math.pi / 5
+    angle = _wrap(torch.atan2(dx, -dy), arm).abs()
+    tip, notch = 1.15, 0.5
+    edge_x, edge_y = notch * math.cos(arm / 2) - tip, notch * math.sin(arm / 2)
+    norm = math.hypot(edge_x, edge_y)
+    star = ((length * angle.cos() - tip * radius) * edge_y - length * angle.sin() * edge_x) / norm
+    ring = (length - 0.72 * radius).abs() - 0.3 * radius
+    return _select(shape, length - radius, square, triangle, star, ring)
+
+
+def _pattern(dx: Tensor, dy: Tensor, pattern: Tensor) -> Tensor:
+    """Brightness 0..1 of the thing at an offset from its centre, in the order of PATTERNS."""
+    stripes = _fade(_wrap(dy, 14).abs() - 3.5)
+    dots = _fade((_wrap(dx, 16).square() + _wrap(dy, 16).square()).sqrt() - 4.5)
+    return _select(pattern, torch.ones_like(dx), 0.35 + 0.65 * stripes, 1 - 0.65 * dots)
+
+
+def _texture(x: Tensor, y: Tensor, texture: Tensor) -> Tensor:
+    """Where the background is marked, 0..1, in the order of TEXTURES. Periods divide 64, hence both sides."""
+    dots = _fade((_wrap(x, 32).square() + _wrap(y, 32).square()).sqrt() - 9)
+    stripes = _fade(_wrap(x + y, 32).abs() / 2**0.5 - 5.6)
+    checks = _fade(EDGE * (0.5 - 8 * _triangle_wave(x, 64) * _triangle_wave(y, 64)))
+    waves = _fade(_wrap(y + 7 * torch.sin(x * (2 * math.pi / 64)), 32).abs() - 8)
+    return _select(texture, dots, stripes, checks, waves)
+
+
+def _triangle_wave(x: Tensor, period: float) -> Tensor:
+    """-1..1, zero at the multiples of half a period."""
+    return 1 - _wrap(x - period / 4, period).abs() / (period / 4)
