@@ -157,7 +157,8 @@ class CausalWan(nn.Module):
         super().__init__()
         if sizes.dim % HEAD_DIM:
             raise ValueError(
-                f"Wan's heads have {HEAD_DIM} channels, so a width of {sizes.dim} cannot be; use a multiple of {HEAD_DIM}.")
+                f"Wan's heads have {HEAD_DIM} channels, so a width of {sizes.dim} cannot be; "
+                f"use a multiple of {HEAD_DIM}.")
         self.sizes = sizes
         dim = sizes.dim
         self.patch_embedding = nn.Conv3d(sizes.channels, dim, PATCH, PATCH)

@@ -1,4 +1,4 @@
-"""The Wan 2.1 video autoencoder in plain torch: video [B, 3, 4F-3, 8H, 8W] in -1..1 to latents [B, 16, F, H, W] and back.
+"""The Wan 2.1 video autoencoder in plain torch: video [B, 3, 4F-3, 8H, 8W] in -1..1, latents [B, 16, F, H, W].
 
 Every convolution over time is causal: it sees the frame it is at and the two before it. So a latent frame can be
 decoded as soon as it exists, given what each convolution saw last; that memory is a plain dict here (module -> frames),
@@ -48,8 +48,8 @@ def denormalize(x: Tensor) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """Convolution that pads time on the left only: with what came before, or with zeros where the video begins.
 
-    Computed as an image convolution whose input is each frame beside its predecessors: there are fast kernels for that
-    at every width, and for narrow three-dimensional convolutions there are not (15 times slower at 8 channels on a CPU).
+    Computed as an image convolution whose input is each frame beside its predecessors: fast kernels exist for that at
+    every width, but not for narrow three-dimensional convolutions (15 times slower at 8 channels on a CPU).
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int, int]):
@@ -250,8 +250,8 @@ class WanVAE(nn.Module):
         """Mean and log variance [B, 16, F, H, W] of video [B, 3, 4F-3, 8H, 8W] in -1..1."""
         if (video.shape[2] - 1) % 4 or video.shape[3] % 8 or video.shape[4] % 8:
             raise ValueError(
-                f"The video is {video.shape[2]} frames of {video.shape[4]} x {video.shape[3]}; the Wan VAE takes 4n + 1 "
-                "frames with a width and height that are multiples of 8. Crop it to the nearest such size.")
+                f"The video is {video.shape[2]} frames of {video.shape[4]} x {video.shape[3]}; the Wan VAE takes "
+                "4n + 1 frames with a width and height that are multiples of 8. Crop it to the nearest such size.")
         mean, log_variance = self.conv1(self.encoder(video, {}), {}).chunk(2, dim=1)
         return mean, log_variance
 

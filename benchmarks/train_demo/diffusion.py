@@ -1,0 +1,150 @@
+"""The tiny causal Wan: teacher forcing, then training on its own context.
+
+One sequence holds a clip twice, clean at timestep 0 and noisy. A clean token sees clean chunks up to its own, as in the
+sampler's clean pass; a noisy token sees the clean chunks before its own and its own noisy chunk, as in a sampling step.
+So one pass trains every chunk of the clip at once. The target is the flow (noise minus video), and the noise levels are
+mostly the four at which released models are sampled.
+
+A model trained on perfect context drifts when it has to live on its own. In the second stage part of the clean half is
+what the model itself makes of the clip, several passes deep, while the target stays the true clip: it learns to put
+right what it does wrong.
+
+Half of all steps use chunks of 3 frames from the start; the other half give the first frame a chunk to itself, which is
+how a video continues a still image.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...qvg.demo import CHUNK_FRAMES, GRID
+from ...qvg.models.wan import HEAD_DIM, CausalWan
+from ...qvg.rope import Rope, rotate
+from .clock import Clock, Log
+
+SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
+SHIFT = 5.0
+
+
+class TeacherForcing:
+    """The `attend` of a [clean, noisy] sequence of `frames` + `frames` frames."""
+
+    def __init__(self, frames: int, first_alone: bool, device, flex: bool):
+        tokens = GRID[0] * GRID[1]
+        frame = torch.arange(frames, device=device)
+        self.chunk_of_frame = (frame + 2) // CHUNK_FRAMES if first_alone else frame // CHUNK_FRAMES
+        chunk = self.chunk_of_frame.repeat_interleave(tokens).repeat(2)
+        noisy = torch.arange(2 * frames * tokens, device=device) >= frames * tokens
+
+        def visible(batch, head, query, key):
+            clean_key = ~noisy[key] & ((chunk[key] < chunk[query]) | (~noisy[query] & (chunk[key] == chunk[query])))
+            return clean_key | (noisy[key] & noisy[query] & (chunk[key] == chunk[query]))
+
+        cos, sin = Rope(HEAD_DIM, GRID).tables(0, frames, device)
+        self.cos, self.sin = (table.repeat(2, 1)[:, None] for table in (cos, sin))
+        length = len(chunk)
+        self.mask = self.blocks = None
+        if flex:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            self.blocks = create_block_mask(visible, None, None, length, length, device=str(device))
+        else:
+            index = torch.arange(length, device=device)
+            self.mask = visible(None, None, index[:, None], index[None, :])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin), v))
+        if self.blocks is None:
+            out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=self.mask)
+        else:
+            from torch.nn.attention.flex_attention import flex_attention
+
+            out = flex_attention(q, k, v.to(q.dtype), block_mask=self.blocks)
+        return out.transpose(1, 2)
+
+
+class Trainer:
+    """A network under training, the pool of latents and prompts that it sees, and its running average."""
+
+    def __init__(self, network: CausalWan, latents: Tensor, prompts: Tensor, device, fast: bool):
+        self.network, self.latents, self.prompts, self.device = network, latents, prompts, device
+        self.average = [p.detach().clone() for p in network.parameters()]
+        self.fast = fast
+        if fast:
+            for block in network.blocks:
+                block.compile()
+
+    def _flow(self, clean: Tensor, noisy: Tensor, sigma: Tensor, prompt: Tensor, attend: TeacherForcing) -> Tensor:
+        """Flow of the noisy half. clean, noisy [B, C, F, H, W]; sigma [B, F]."""
+        timestep = torch.cat([torch.zeros_like(sigma), 1000 * sigma], dim=1)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            flow = self.network(torch.cat([clean, noisy], dim=2), timestep, prompt, attend)
+        return flow[:, :, clean.shape[2]:].float()
+
+    def _sigmas(self, batch: int, attend: TeacherForcing) -> Tensor:
+        """[B, F], one level a chunk."""
+        chunks = int(attend.chunk_of_frame[-1]) + 1
+        levels = torch.tensor(SIGMAS, device=self.device)
+        sigma = levels[torch.randint(len(SIGMAS), (batch, chunks), device=self.device)]
+        uniform = torch.rand(batch, chunks, device=self.device)
+        shifted = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+        sigma = torch.where(torch.rand(batch, chunks, device=self.device) < 0.15, shifted, sigma)
+        return sigma[:, attend.chunk_of_frame]
+
+    @torch.no_grad()
+    def _own_context(self, clip: Tensor, prompt: Tensor, attend: TeacherForcing, depth: int) -> Tensor:
+        """What the network makes of the clip: each round predicts all chunks from the round before, in two steps."""
+        context = clip
+        for _ in range(depth):
+            sigma = self._sigmas(clip.shape[0], attend).clamp(max=1.0)
+            # the first chunk has nothing to be predicted from but its own noisy self: keep it near the clip
+            sigma = torch.where(attend.chunk_of_frame == 0, sigma.clamp(max=SIGMAS[2]), sigma)
+            guess = clip
+            for level in (sigma, sigma.clamp(max=SIGMAS[-1])):
+                wide = level[:, None, :, None, None]
+                noisy = (1 - wide) * guess + wide * torch.randn_like(clip)
+                guess = noisy - wide * self._flow(context, noisy, level, prompt, attend)
+            context = guess
+        return context
+
+    def train(self, minutes: float, batch: int, frames: int, rate: float, own_context: bool, name: str) -> None:
+        clock, log = Clock(minutes), Log(name, 50)
+        layouts = [TeacherForcing(frames, alone, self.device, self.fast) for alone in (False, True)]
+        parameters = list(self.network.parameters())
+        matrices = [p for p in parameters if p.ndim > 1 and min(p.shape[:2]) > 1]
+        rest = [p for p in parameters if not (p.ndim > 1 and min(p.shape[:2]) > 1)]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}],
+            lr=rate, betas=(0.9, 0.95), fused=self.device.type == "cuda")
+        step = 0
+        while not clock.over():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * clock.schedule()
+            attend = layouts[step % 2]
+            pick = torch.randint(len(self.latents), (batch,), device=self.device)
+            clip, prompt = self.latents[pick, :, :frames].float(), self.prompts[pick]
+            context = clip
+            if own_context and step % 4 < 3:
+                own = self._own_context(clip, prompt, attend, depth=1 + step % 3)
+                trust = torch.rand(batch, 1, 1, 1, 1, device=self.device) < 0.8
+                context = torch.where(trust, own, clip)
+            blur = 0.1 * torch.rand(batch, 1, 1, 1, 1, device=self.device).square()
+            context = context + blur * torch.randn_like(clip)
+
+            sigma = self._sigmas(batch, attend)
+            wide, noise = sigma[:, None, :, None, None], torch.randn_like(clip)
+            flow = self._flow(context, (1 - wide) * clip + wide * noise, sigma, prompt, attend)
+            error = (flow - (noise - clip)).square().mean(dim=(1, 3, 4))
+            loss = error.mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, parameters, max(0.005, 1 / (step + 1)))
+            log(loss=loss, first=error[:, attend.chunk_of_frame == 0].mean(), last=error[:, -1].mean())
+            step += 1
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, self.average)

@@ -1,0 +1,314 @@
+"""What a video will need before its first step, in whole bytes.
+
+The formulas mirror the tensors of `codec` one by one, and `forecast` walks through a run chunk by chunk with the same rules as
+`cache`, so that prediction and count agree. Nothing here touches torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .settings import PLAIN_BITS, QVGSettings, TensorSettings
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a model's cache. grid: tokens (height, width) of a latent frame; heads counts the heads that keep K and V."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    grid: tuple[int, int]
+    batch: int = 1
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    def bf16_bytes(self, frames: int) -> int:
+        """K and V of every layer at two bytes a number."""
+        return 2 * 2 * self.layers * frames * self.frame_tokens * self.rows * self.head_dim
+
+
+def head_group(heads: int) -> int:
+    """Heads decoded at a time: the largest divisor that is at most a quarter of them.
+
+    The workspace then is a quarter of one layer. Three of twelve heads a call attend as fast as twelve on an H200; two or four
+    of twelve leave the last wave of blocks half empty and lose a third.
+    """
+    return max(divisor for divisor in range(1, max(1, heads // 4) + 1) if heads % divisor == 0)
+
+
+def workspace_bytes(geometry: Geometry, frames: int, itemsize: int = 2) -> int:
+    """K and V of one group of heads over `frames` frames, decoded."""
+    tokens = frames * geometry.frame_tokens
+    return 2 * geometry.batch * tokens * head_group(geometry.heads) * geometry.head_dim * itemsize
+
+
+def span_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int, bits: int, itemsize: int = 2) -> int:
+    """One span of K or of V, without its codebook."""
+    tokens, rows, dim = frames * geometry.frame_tokens, geometry.rows, geometry.head_dim
+    numbers = tokens * rows * dim
+    groups = tensor.groups(dim)
+    if bits == 16:
+        return numbers * itemsize
+    if bits == 8:
+        return numbers + 2 * tokens * rows * groups
+    ids = tensor.stages * tokens * rows
+    if kind == "paper":
+        zeros = 0 if tensor.symmetric else tokens * rows * groups
+        return numbers * bits // 8 + tokens * rows * groups + zeros + ids
+    return numbers // 8 * bits + tokens * rows * groups + rows + ids
+
+
+def codebook_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int) -> int:
+    """A codebook of K or of V that is trained on a span of `frames` frames."""
+    rows, dim = geometry.rows, geometry.head_dim
+    centroids = tensor.stages * rows * tensor.codebook_size(frames * geometry.frame_tokens) * dim
+    if kind == "paper":
+        return 2 * centroids
+    return centroids + 2 * tensor.stages * rows * dim + 2 * rows * dim
+
+
+@dataclass
+class PlannedSpan:
+    """A span of one layer as integers; `cache.Entry` is the same thing with tensors. epoch counts codebooks from 0; None has none."""
+
+    first: int
+    frames: int
+    sink: bool
+    key_bits: int
+    value_bits: int
+    epoch: int | None = None
+
+    @property
+    def last(self) -> int:
+        return self.first + self.frames - 1
+
+    def set_bits(self, key_bits: int, value_bits: int) -> None:
+        self.key_bits, self.value_bits = key_bits, value_bits
+
+
+def split_at_sink(first: int, frames: int, sink_frames: int) -> list[tuple[int, int]]:
+    """(first, frames) of a chunk's spans: one, or two where the chunk straddles the end of the sink."""
+    inside = sink_frames - first
+    if 0 < inside < frames:
+        return [(first, inside), (sink_frames, frames - inside)]
+    return [(first, frames)]
+
+
+def first_bits(settings: QVGSettings, sink: bool) -> tuple[int, int]:
+    """Bits of K and V that a new span is encoded with."""
+    least = settings.sink_bits if sink else settings.recent_bits if settings.recent_frames else 0
+    return max(least, settings.key.bits), max(least, settings.value.bits)
+
+
+def needs_codebook(settings: QVGSettings, tensor: TensorSettings, sink: bool) -> bool:
+    """Whether a new span's K or V is or will be held in planes (or paper codes)."""
+    return tensor.bits not in PLAIN_BITS and not (sink and settings.sink_bits in PLAIN_BITS)
+
+
+def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int]) -> None:
+    """Make room in a layer, whose spans are listed oldest first, before `new` bytes of frames up to `newest` are stored.
+
+    Spans that lie behind the window (or behind what a budget can hold at all) leave; spans that are no longer recent fall to their
+    settled bits; then, while what is `held()` and the new bytes exceed the layer's share, the widest old span loses a plane (the
+    oldest of equals), then recent ones do, and at last the oldest leaves. Sinks stay as they are. Works on `PlannedSpan` and
+    `cache.Entry` alike.
+    """
+    window = min((frames for frames in (settings.window_frames, share.cap_frames) if frames), default=None)
+    if window is not None:
+        spans[:] = [span for span in spans if span.sink or span.last > newest - window]
+    for span in spans:
+        if not span.sink and span.last <= newest - settings.recent_frames:
+            _settle(span, settings)
+    while share.layer_bytes is not None and held() + new > share.layer_bytes:
+        movable = [span for span in spans if not span.sink]
+        if not movable:
+            return
+        old = [span for span in movable if span.last <= newest - settings.recent_frames]
+        for candidates in (old, movable):
+            widest = max(candidates, key=lambda span: _planes(span, settings), default=None)
+            if widest is not None and _planes(widest, settings) > 1:
+                _narrow(widest, settings)
+                break
+        else:
+            spans.remove(movable[0])
+
+
+def _settle(span, settings: QVGSettings) -> None:
+    bits = min(span.key_bits, settings.key.bits), min(span.value_bits, settings.value.bits)
+    if bits != (span.key_bits, span.value_bits):
+        span.set_bits(*bits)
+
+
+def _planes(span, settings: QVGSettings) -> int:
+    """Planes that the span could lose one of; 1 where there is nothing to lose."""
+    if settings.codec != "qvg":
+        return 1
+    chosen = (span.key_bits, settings.key.bits), (span.value_bits, settings.value.bits)
+    return max((bits for bits, settled in chosen if settled not in PLAIN_BITS), default=1)
+
+
+def _narrow(span, settings: QVGSettings) -> None:
+    most = _planes(span, settings)
+    bits = []
+    for now, settled in ((span.key_bits, settings.key.bits), (span.value_bits, settings.value.bits)):
+        if now != most or settled in PLAIN_BITS:
+            bits.append(now)
+        else:
+            bits.append(settled if now in PLAIN_BITS else now - 1)
+    span.set_bits(*bits)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a memory budget leaves to one layer. None means no limit.
+
+    layer_bytes: spans and codebooks of one layer; cap_frames: latent frames that can be held besides the sink.
+    """
+
+    layer_bytes: int | None = None
+    cap_frames: int | None = None
+
+
+def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_frames: int | None, itemsize: int = 2) -> Limits:
+    """Share a budget between the workspace and the layers.
+
+    Raises ValueError where the budget cannot hold the sink, one older chunk and the chunk being made.
+    """
+    if not settings.budget_gib:
+        return Limits()
+    budget = int(settings.budget_gib * GIB)
+    sink = min(settings.sink_frames, total_frames or settings.sink_frames)
+    least = [replace(tensor, bits=1) if settings.codec == "qvg" and tensor.bits not in PLAIN_BITS else tensor
+             for tensor in (settings.key, settings.value)]
+
+    def needed(frames: int) -> int:
+        spans = -(-frames // chunk_frames)
+        epochs = 1 + -(-frames // settings.epoch_frames)
+        layer = sum(
+            span_bytes(geometry, settings.codec, tensor, sink, settings.sink_bits, itemsize) * bool(sink)
+            + spans * span_bytes(geometry, settings.codec, tensor, chunk_frames, tensor.bits, itemsize)
+            + epochs * codebook_bytes(geometry, settings.codec, tensor, chunk_frames) for tensor in least)
+        return geometry.layers * layer + workspace_bytes(geometry, sink + frames + chunk_frames, itemsize)
+
+    if needed(chunk_frames) > budget:
+        raise ValueError(
+            f"A memory budget of {settings.budget_gib:g} GiB is too small: the first frames, one chunk and the workspace need "
+            f"{needed(chunk_frames) / GIB:.2f} GiB at one plane. Raise the budget, or lower the resolution or the sink frames.")
+    most = (total_frames or 1_000_000) - sink
+    low, high = chunk_frames, max(chunk_frames, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(middle) <= budget else (low, middle - 1)
+    workspace = workspace_bytes(geometry, sink + low + chunk_frames, itemsize)
+    return Limits((budget - workspace) // geometry.layers, low)
+
+
+def capacity_frames(settings: QVGSettings, chunk_frames: int, total_frames: int | None, cap_frames: int | None) -> int | None:
+    """Most latent frames that a pass can see, its own included; None where nothing limits them."""
+    most = [total_frames] if total_frames else []
+    for window in (settings.window_frames, cap_frames):
+        if window:
+            # the oldest span leaves with its last frame, so it may overhang the window by a chunk less one
+            most.append(settings.sink_frames + window + chunk_frames)
+    return min(most, default=None)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run in bytes. peak_bytes counts the workspace; stored_bytes is what is held when the last chunk has been stored."""
+
+    frames: int
+    held_frames: int
+    bf16_bytes: int
+    stored_bytes: int
+    peak_bytes: int
+    workspace_bytes: int
+    numbers: int
+
+    @property
+    def stored_ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.stored_bytes)
+
+    @property
+    def peak_ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.peak_bytes)
+
+    @property
+    def bits_per_number(self) -> float:
+        return 8 * self.stored_bytes / max(1, self.numbers)
+
+
+class PlannedLayer:
+    """One layer of a run in integers: the rules of `cache.LayerCache` without the tensors."""
+
+    def __init__(self, settings: QVGSettings, geometry: Geometry, share: Limits, itemsize: int = 2):
+        self.settings, self.geometry, self.share, self.itemsize = settings, geometry, share, itemsize
+        self.spans: list[PlannedSpan] = []
+        self.books: list[int] = []
+        self.epoch_frames = 0
+
+    def nbytes(self) -> int:
+        used = {span.epoch for span in self.spans if span.epoch is not None}
+        return sum(self._span_bytes(span) for span in self.spans) + sum(self.books[epoch] for epoch in used)
+
+    def append(self, first: int, frames: int) -> None:
+        for start, count in split_at_sink(first, frames, self.settings.sink_frames):
+            sink = start < self.settings.sink_frames
+            span = PlannedSpan(start, count, sink, *first_bits(self.settings, sink))
+            new = self._span_bytes(span) + self._place_in_epoch(span)
+            relax(self.spans, span.last, self.settings, self.share, new, self.nbytes)
+            self.spans.append(span)
+
+    def _place_in_epoch(self, span: PlannedSpan) -> int:
+        """Give the span its codebooks; returns the bytes of those that have to be trained for it."""
+        tensors = [tensor for tensor in (self.settings.key, self.settings.value)
+                   if needs_codebook(self.settings, tensor, span.sink)]
+        if not tensors:
+            return 0
+        new = 0
+        if not self.books or self.epoch_frames >= self.settings.epoch_frames:
+            new = sum(codebook_bytes(self.geometry, self.settings.codec, tensor, span.frames) for tensor in tensors)
+            self.books.append(new)
+            self.epoch_frames = 0
+        span.epoch = len(self.books) - 1
+        self.epoch_frames += span.frames
+        return new
+
+    def _span_bytes(self, span: PlannedSpan) -> int:
+        return sum(span_bytes(self.geometry, self.settings.codec, tensor, span.frames, bits, self.itemsize)
+                   for tensor, bits in ((self.settings.key, span.key_bits), (self.settings.value, span.value_bits)))
+
+
+def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frames: int = 3, first_frames: int = 0,
+             itemsize: int = 2) -> Forecast:
+    """The bytes of a run of `frames` latent frames in chunks of `chunk_frames`.
+
+    first_frames: latent frames of a start image or video that are stored in one pass before the chunks.
+    itemsize: bytes of the model's own number type, in which the workspace and 16-bit spans are held.
+    Raises ValueError where the budget is too small, or the settings do not fit the heads.
+    """
+    share = limits(settings, geometry, chunk_frames, frames, itemsize)
+    layer = PlannedLayer(settings, geometry, share, itemsize)
+    capacity = capacity_frames(settings, max(chunk_frames, first_frames), frames, share.cap_frames)
+    starts = ([0] if first_frames else []) + list(range(first_frames, frames, chunk_frames))
+    workspace = peak = 0
+    for start, end in zip(starts, [*starts[1:], frames]):
+        if layer.spans:
+            workspace = workspace_bytes(geometry, capacity, itemsize)
+        peak = max(peak, geometry.layers * layer.nbytes() + workspace)
+        layer.append(start, end - start)
+        peak = max(peak, geometry.layers * layer.nbytes() + workspace)
+    held = sum(span.frames for span in layer.spans)
+    return Forecast(
+        frames=frames, held_frames=held, bf16_bytes=geometry.bf16_bytes(frames), stored_bytes=geometry.layers * layer.nbytes(),
+        peak_bytes=peak, workspace_bytes=workspace, numbers=geometry.bf16_bytes(held) // 2)

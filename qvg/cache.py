@@ -1,0 +1,297 @@
+"""The KV cache of one run: encoded as it comes, read a few heads at a time, forgotten plane by plane.
+
+A `KVCache` holds one `LayerCache` per layer and one workspace that all of them share. `append` encodes a finished chunk at once, so the
+bf16 cache never exists. `read` decodes some heads of the whole history into the workspace, K with RoPE applied. Precision goes by age:
+sinks and recent frames hold more, old spans settle to fewer planes, and under a memory budget the oldest lose planes and then leave.
+
+Every byte that is reported is counted from tensors that are held. A cache belongs to one run; nothing is stored at module level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from . import budget
+from .budget import Geometry, Limits
+from .codec import LevelTables, Span, TensorCodec
+from .rope import Rope, rotate
+from .settings import PLAIN_BITS, QVGSettings
+
+KINDS = ("planes", "scales", "ids", "codebooks", "plain")
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds at one moment, in bytes counted from its tensors.
+
+    stored_bytes: spans and codebooks; peak_bytes: the most that stored bytes and workspace were together so far; bf16_bytes: what all
+    frames seen so far take at two bytes a number. held_frames: latent frames still in the cache.
+    """
+
+    frames: int
+    held_frames: int
+    tokens: int
+    numbers: int
+    stored_bytes: int
+    workspace_bytes: int
+    peak_bytes: int
+    bf16_bytes: int
+    by_kind: dict[str, int]
+    by_layer: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.stored_bytes)
+
+    @property
+    def peak_ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.peak_bytes)
+
+    @property
+    def bits_per_number(self) -> float:
+        """Stored bits for each number that is held."""
+        return 8 * self.stored_bytes / max(1, self.numbers)
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"ratio": self.ratio, "peak_ratio": self.peak_ratio, "bits_per_number": self.bits_per_number}
+
+
+class Side:
+    """K or V of one layer: its codec and the codebook of the present epoch."""
+
+    def __init__(self, codec: TensorCodec):
+        self.codec = codec
+        self.book = None
+
+    def encode(self, x: Tensor, bits: int) -> Span:
+        return self.codec.encode(x, bits, None if bits in PLAIN_BITS else self.book)
+
+
+class Entry:
+    """One span of K and of V with its place in time; the tensors behind a `budget.PlannedSpan`.
+
+    books are the codebooks that the entry will need even where its present bits do not, so that a recent span held plainly can be encoded
+    when it settles.
+    """
+
+    def __init__(self, first: int, frames: int, sink: bool, sides: tuple[Side, Side], spans: list[Span], tables: LevelTables):
+        self.first, self.frames, self.sink = first, frames, sink
+        self.books = tuple(side.book for side in sides)
+        self._codecs = tuple(side.codec for side in sides)
+        self._tables = tables
+        self.spans = spans
+
+    @property
+    def last(self) -> int:
+        return self.first + self.frames - 1
+
+    @property
+    def key_bits(self) -> int:
+        return self.spans[0].bits
+
+    @property
+    def value_bits(self) -> int:
+        return self.spans[1].bits
+
+    def set_bits(self, key_bits: int, value_bits: int) -> None:
+        for number, bits in enumerate((key_bits, value_bits)):
+            span = self.spans[number]
+            if bits == span.bits:
+                continue
+            if span.bits in PLAIN_BITS:
+                self.spans[number] = self._codecs[number].encode(span.decode(slice(None), self._tables), bits, self.books[number])
+            else:
+                span.drop(bits)
+
+    def codebooks(self) -> list:
+        return [book for book in self.books if book is not None]
+
+
+class LayerCache:
+    """The history of one layer. K comes after its norm and before RoPE, V as it is; both [B, T, H, D]."""
+
+    def __init__(self, owner: KVCache, number: int):
+        settings = owner.settings
+        self.owner = owner
+        self.entries: list[Entry] = []
+        self.sides = tuple(
+            Side(TensorCodec(settings.codec, tensor, owner.geometry.head_dim, settings.iterations))
+            for tensor in (settings.key, settings.value))
+        # a stream of random numbers a layer: the order in which layers append does not matter
+        self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        self.epoch_frames = 0
+        self.trained = False
+        self.next_frame = 0
+
+    @property
+    def held_frames(self) -> int:
+        return sum(entry.frames for entry in self.entries)
+
+    @property
+    def tokens(self) -> int:
+        return self.held_frames * self.owner.geometry.frame_tokens
+
+    def append(self, key: Tensor, value: Tensor, frames: int) -> None:
+        """Encode and keep a finished chunk of `frames` latent frames; key and value [B, T, H, D].
+
+        Raises ValueError when the shapes are not those that the cache was made for.
+        """
+        geometry, settings = self.owner.geometry, self.owner.settings
+        expected = (geometry.batch, frames * geometry.frame_tokens, geometry.heads, geometry.head_dim)
+        for name, x in (("key", key), ("value", value)):
+            if tuple(x.shape) != expected:
+                raise ValueError(f"The {name} of {frames} frames has shape {tuple(x.shape)}; this cache was made for {expected}.")
+        pair = [x.transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
+        start = 0
+        for first, count in budget.split_at_sink(self.next_frame, frames, settings.sink_frames):
+            stop = start + count * geometry.frame_tokens
+            self._append_span([x[start:stop] for x in pair], first, count)
+            start = stop
+        self.next_frame += frames
+        self.owner._note_peak()
+
+    def _append_span(self, pair: list[Tensor], first: int, frames: int) -> None:
+        settings, owner = self.owner.settings, self.owner
+        sink = first < settings.sink_frames
+        bits = budget.first_bits(settings, sink)
+        new = sum(
+            budget.span_bytes(owner.geometry, settings.codec, tensor, frames, width, owner.itemsize)
+            for tensor, width in zip((settings.key, settings.value), bits))
+        opens_epoch = self._opens_epoch(sink)
+        if opens_epoch:
+            new += sum(budget.codebook_bytes(owner.geometry, settings.codec, tensor, frames)
+                       for tensor in (settings.key, settings.value) if budget.needs_codebook(settings, tensor, sink))
+        budget.relax(self.entries, first + frames - 1, settings, owner.limits, new, lambda: self.nbytes)
+        sides = self.sides
+        needs = [budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)]
+        if opens_epoch:
+            for side, x, needed in zip(sides, pair, needs):
+                side.book = side.codec.train(x, self.generator, side.book) if needed else None
+            self.trained, self.epoch_frames = True, 0
+        if any(needs):
+            self.epoch_frames += frames
+        spans = [side.encode(x, width) for side, x, width in zip(sides, pair, bits)]
+        entry = Entry(first, frames, sink, sides, spans, owner.tables)
+        if not any(needs):
+            entry.books = (None, None)
+        self.entries.append(entry)
+
+    def _opens_epoch(self, sink: bool) -> bool:
+        settings = self.owner.settings
+        if not any(budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)):
+            return False
+        return not self.trained or self.epoch_frames >= settings.epoch_frames
+
+    def read(self, heads: slice, keys: Tensor, values: Tensor) -> None:
+        """Decode the whole history of some heads: keys and values [B, T, h, D] are filled, oldest token first, K with RoPE at its
+        absolute frame."""
+        geometry = self.owner.geometry
+        start = 0
+        for entry in self.entries:
+            stop = start + entry.frames * geometry.frame_tokens
+            cos, sin = self.owner.rope.tables(entry.first, entry.frames, keys.device)
+            for batch in range(geometry.batch):
+                rows = slice(batch * geometry.heads + heads.start, batch * geometry.heads + heads.stop)
+                key, value = (span.decode(rows, self.owner.tables) for span in entry.spans)
+                keys[batch, start:stop] = rotate(key, cos[:, None], sin[:, None])
+                values[batch, start:stop] = value
+            start = stop
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.bytes_by_kind().values())
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        total = dict.fromkeys(KINDS, 0)
+        books = {}
+        for entry in self.entries:
+            for span in entry.spans:
+                for kind, count in span.bytes_by_kind().items():
+                    total[kind] += count
+            books.update((id(book), book.nbytes) for book in entry.codebooks())
+        total["codebooks"] = sum(books.values())
+        return total
+
+
+class Workspace:
+    """Decoded K and V of one group of heads, reused by every layer and step."""
+
+    def __init__(self, geometry: Geometry, dtype: torch.dtype, device, capacity_frames: int | None):
+        self.geometry, self.dtype, self.device = geometry, dtype, device
+        self.group = budget.head_group(geometry.heads)
+        self.capacity = None if capacity_frames is None else capacity_frames * geometry.frame_tokens
+        self._storage: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._storage is None else self._storage.nbytes
+
+    def views(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V [B, tokens, group, D], uninitialized. What an earlier call returned is overwritten."""
+        size = self.geometry.batch * tokens * self.group * self.geometry.head_dim
+        if self._storage is None or self._storage.shape[1] < size:
+            # a quarter more where the length is unknown, so that a growing video does not reallocate at every chunk
+            room = max(tokens, self.capacity if self.capacity is not None else tokens + tokens // 4)
+            self._storage = None
+            self._storage = torch.empty(2, self.geometry.batch * room * self.group * self.geometry.head_dim,
+                                        dtype=self.dtype, device=self.device)
+        shape = (self.geometry.batch, tokens, self.group, self.geometry.head_dim)
+        return self._storage[0, :size].view(shape), self._storage[1, :size].view(shape)
+
+    def free(self) -> None:
+        self._storage = None
+
+
+class KVCache:
+    """All layers of one run.
+
+    grid: tokens (height, width) of a latent frame. max_frames: latent frames of the whole video where known; the workspace is then
+    allocated once. chunk_frames: latent frames of a chunk, which a memory budget must leave room for.
+    Raises ValueError when the settings cannot serve this shape, or the budget is too small for it.
+    """
+
+    def __init__(self, settings: QVGSettings, *, layers: int, heads: int, head_dim: int, grid: tuple[int, int], batch: int = 1,
+                 device="cpu", dtype: torch.dtype = torch.bfloat16, max_frames: int | None = None, chunk_frames: int = 3,
+                 theta: float = 10000.0):
+        self.settings = settings
+        self.geometry = Geometry(layers, heads, head_dim, grid, batch)
+        self.itemsize = dtype.itemsize
+        self.limits: Limits = budget.limits(settings, self.geometry, chunk_frames, max_frames, self.itemsize)
+        self.rope = Rope(head_dim, grid, theta)
+        self.tables = LevelTables(device)
+        self.workspace = Workspace(self.geometry, dtype, device, budget.capacity_frames(
+            settings, chunk_frames, max_frames, self.limits.cap_frames))
+        self.layers = [LayerCache(self, number) for number in range(layers)]
+        self.peak_bytes = 0
+
+    @property
+    def frames(self) -> int:
+        """Latent frames that every layer has stored so far."""
+        return min((layer.next_frame for layer in self.layers), default=0)
+
+    def head_slices(self) -> list[slice]:
+        group = self.workspace.group
+        return [slice(start, start + group) for start in range(0, self.geometry.heads, group)]
+
+    def _note_peak(self) -> None:
+        held = sum(layer.nbytes for layer in self.layers) + self.workspace.nbytes
+        self.peak_bytes = max(self.peak_bytes, held)
+
+    def stats(self) -> CacheStats:
+        self._note_peak()
+        layers = [layer.bytes_by_kind() for layer in self.layers]
+        by_kind = {kind: sum(layer[kind] for layer in layers) for kind in KINDS}
+        held = min((layer.held_frames for layer in self.layers), default=0)
+        return CacheStats(
+            frames=self.frames, held_frames=held, tokens=held * self.geometry.frame_tokens,
+            numbers=self.geometry.bf16_bytes(held) // 2, stored_bytes=sum(by_kind.values()),
+            workspace_bytes=self.workspace.nbytes, peak_bytes=self.peak_bytes, bf16_bytes=self.geometry.bf16_bytes(self.frames),
+            by_kind=by_kind, by_layer=tuple(sum(layer.values()) for layer in layers))
+
+    def free(self) -> None:
+        """Give all memory back; the cache is empty and can be used again."""
+        self.workspace.free()
+        self.layers = [LayerCache(self, number) for number in range(self.geometry.layers)]

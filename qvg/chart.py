@@ -1,0 +1,147 @@
+"""The history of one run's KV cache as a picture, drawn with Pillow.
+
+Left: bytes over committed latent frames. The stacked areas are what the cache holds, by kind; the line above them is its
+peak, workspace included; the grey line is the same cache in bf16; dashes continue to the forecast. Right: bytes of each layer.
+Every figure is a count of real tensors, except the dashed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND, PANEL, GRID, INK, FAINT = "#17181c", "#1f2127", "#34363e", "#e8e8ea", "#9a9ca6"
+BF16, PEAK = "#8b8d98", "#f2b544"
+KINDS = {"planes": "#4c8dff", "scales": "#37b6a5", "ids": "#9b7bff", "codebooks": "#e0699b", "plain": "#7fbf5f"}
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+SCALE = 2  # drawn larger and reduced, which smooths the edges
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    unit = 0
+    while count >= 1024 and unit < len(UNITS) - 1:
+        count, unit = count / 1024, unit + 1
+    return f"{count:.0f} B" if unit == 0 else f"{count:.1f} {UNITS[unit]}"
+
+
+def draw_chart(history: Sequence, *, forecast=None, total_frames: int = 0, title: str = "",
+               size: tuple[int, int] = (960, 540)) -> Image.Image:
+    """RGB picture of a run.
+
+    history: `CacheStats` in the order in which they were taken; may be empty. forecast: has stored_bytes, peak_bytes and
+    bf16_bytes for `total_frames` latent frames, or None. size: pixels, width and height.
+    """
+    width, height = size[0] * SCALE, size[1] * SCALE
+    image = Image.new("RGB", (width, height), BACKGROUND)
+    canvas = _Canvas(ImageDraw.Draw(image), unit=height / 540)
+    margin = 24 * canvas.unit
+    canvas.text(margin, 18 * canvas.unit, title or "KV cache", 20, INK)
+    if not history:
+        canvas.text(margin, height / 2, "No cache yet: run the sampler that uses this model.", 16, FAINT)
+        return image.resize(size, Image.Resampling.LANCZOS)
+
+    last = history[-1]
+    canvas.text(margin, 48 * canvas.unit, _summary(last), 14, FAINT)
+    top, bottom, split = 84 * canvas.unit, height - 64 * canvas.unit, 0.68 * width
+    _draw_history(canvas, (margin + 64 * canvas.unit, top, split, bottom), history, forecast, total_frames)
+    _draw_layers(canvas, (split + 56 * canvas.unit, top, width - margin, bottom), last)
+    _draw_legend(canvas, margin + 64 * canvas.unit, height - 24 * canvas.unit, last, forecast)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _summary(stats) -> str:
+    return (f"{format_bytes(stats.stored_bytes)} instead of {format_bytes(stats.bf16_bytes)} in bf16 ({stats.ratio:.2f}x), "
+            f"peak {format_bytes(stats.peak_bytes)} ({stats.peak_ratio:.2f}x), {stats.bits_per_number:.2f} bits a number")
+
+
+class _Canvas:
+    """A drawing surface in which lengths count in pixels of the reduced picture, times `unit`."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw, unit: float):
+        self.draw, self.unit = draw, unit
+
+    def text(self, x: float, y: float, text: str, points: int, fill: str, anchor: str = "lm") -> float:
+        """Writes and returns the x where the text ends."""
+        font = ImageFont.load_default(points * self.unit)
+        self.draw.text((x, y), text, font=font, fill=fill, anchor=anchor)
+        return x + self.draw.textlength(text, font=font)
+
+    def line(self, points: Sequence[tuple[float, float]], fill: str, width: float = 2) -> None:
+        if len(points) > 1:
+            self.draw.line(list(points), fill=fill, width=round(width * self.unit), joint="curve")
+        radius = width * self.unit
+        x, y = points[-1]
+        self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+
+    def dashes(self, start: tuple[float, float], end: tuple[float, float], fill: str) -> None:
+        length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
+        steps = max(2, round(length / (6 * self.unit)))
+        points = [tuple(a + (b - a) * i / steps for a, b in zip(start, end)) for i in range(steps + 1)]
+        for a, b in zip(points[::2], points[1::2]):
+            self.draw.line((a, b), fill=fill, width=round(2 * self.unit))
+
+
+def _draw_history(canvas: _Canvas, box, history, forecast, total_frames: int) -> None:
+    left, top, right, bottom = box
+    last = history[-1]
+    last_frame = max(stats.frames for stats in history)
+    frames = max(last_frame, total_frames if forecast else 0, 1)
+    highest = max(max(max(s.bf16_bytes, s.peak_bytes) for s in history), forecast.bf16_bytes if forecast else 0, 1)
+
+    def at(frame: float, count: float) -> tuple[float, float]:
+        return left + (right - left) * frame / frames, bottom - (bottom - top) * count / (1.04 * highest)
+
+    canvas.draw.rectangle(box, fill=PANEL)
+    for part in range(5):
+        count = highest * part / 4
+        x, y = at(0, count)
+        canvas.draw.line((left, y, right, y), fill=GRID, width=round(canvas.unit))
+        canvas.text(x - 8 * canvas.unit, y, format_bytes(count), 12, FAINT, "rm")
+    for frame in sorted({0, round(frames / 2), frames}):
+        canvas.text(at(frame, 0)[0], bottom + 14 * canvas.unit, str(frame), 12, FAINT, "mm")
+    canvas.text(right, bottom + 14 * canvas.unit, "latent frames     ", 12, FAINT, "rm")
+
+    # a run starts with nothing, and one sample alone has no area
+    floor = [0] * len(history)
+    for kind, colour in KINDS.items():
+        if not any(stats.by_kind.get(kind) for stats in history):
+            continue
+        ceiling = [low + stats.by_kind.get(kind, 0) for low, stats in zip(floor, history)]
+        outline = [at(0, 0)] + [at(stats.frames, count) for stats, count in zip(history, ceiling)]
+        outline += [at(stats.frames, count) for stats, count in reversed(list(zip(history, floor)))]
+        canvas.draw.polygon(outline, fill=colour)
+        floor = ceiling
+    canvas.line([at(0, 0)] + [at(stats.frames, stats.bf16_bytes) for stats in history], BF16)
+    canvas.line([at(0, 0)] + [at(stats.frames, stats.peak_bytes) for stats in history], PEAK)
+    if forecast and total_frames > last_frame:
+        for start, end, colour in ((last.bf16_bytes, forecast.bf16_bytes, BF16), (last.peak_bytes, forecast.peak_bytes, PEAK),
+                                   (last.stored_bytes, forecast.stored_bytes, KINDS["planes"])):
+            canvas.dashes(at(last.frames, start), at(total_frames, end), colour)
+
+
+def _draw_layers(canvas: _Canvas, box, stats) -> None:
+    left, top, right, bottom = box
+    canvas.draw.rectangle(box, fill=PANEL)
+    highest = max(max(stats.by_layer, default=0), 1)
+    step = (bottom - top) / max(len(stats.by_layer), 1)
+    gap = min(2 * canvas.unit, step / 5)
+    for layer, count in enumerate(stats.by_layer):
+        y = top + layer * step
+        canvas.draw.rectangle((left, y + gap, left + (right - left) * count / highest, y + step - gap), fill=KINDS["planes"])
+    every = -(-len(stats.by_layer) // 12) or 1
+    for layer in range(0, len(stats.by_layer), every):
+        canvas.text(left - 8 * canvas.unit, top + (layer + 0.5) * step, str(layer), 12, FAINT, "rm")
+    canvas.text(left, bottom + 14 * canvas.unit, f"bytes of each layer, at most {format_bytes(highest)}", 12, FAINT)
+
+
+def _draw_legend(canvas: _Canvas, x: float, y: float, stats, forecast) -> None:
+    entries = [(kind, colour) for kind, colour in KINDS.items() if stats.by_kind.get(kind)]
+    entries += [("peak", PEAK), ("bf16", BF16)]
+    for name, colour in entries:
+        canvas.draw.rectangle((x, y - 5 * canvas.unit, x + 10 * canvas.unit, y + 5 * canvas.unit), fill=colour)
+        x = canvas.text(x + 16 * canvas.unit, y, name, 12, INK) + 18 * canvas.unit
+    if forecast:
+        canvas.text(x, y, "dashed: forecast", 12, FAINT)

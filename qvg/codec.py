@@ -1,0 +1,246 @@
+"""Encode tokens to a span, decode a span to tokens: the two words that everything else uses.
+
+A **span** is what one chunk of video adds to one layer's K or V. There are three kinds with one interface: `PlaneSpan` (codebooks,
+scales and bit planes), `PlainSpan` (16 or 8 bits, for sinks and for no quantization at all) and `PaperSpan` (QVG as released). Each
+counts its own bytes from its tensors, by kind, and can be decoded for any slice of its rows.
+
+Axes: T tokens, R rows (batch x heads), D channels, S stages, G scales a token.
+
+Scales: the residual is divided by the channel scale of its epoch, then by the root mean square of its group of channels, which is
+stored as E4M3. A power of two per row puts the largest scale of the span between 128 and 256, so that none saturates at 448 however
+large the values are (keys and values to 1500 occur).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import e4m3, paper, planes, smoothing
+from .settings import PLAIN_BITS, TensorSettings
+from .smoothing import Codebook
+
+INT8_MAX = 127
+
+
+class LevelTables:
+    """The lookup tables of one cache, made as they are asked for; they live as long as the cache does."""
+
+    def __init__(self, device):
+        self.device = device
+        self._tables: dict[tuple[int, str], planes.LevelTable] = {}
+
+    def __call__(self, bits: int, gain: str) -> planes.LevelTable:
+        if (bits, gain) not in self._tables:
+            self._tables[bits, gain] = planes.LevelTable(bits, gain, self.device)
+        return self._tables[bits, gain]
+
+
+@dataclass
+class PlaneSpan:
+    """Residual planes under a shared codebook.
+
+    planes: uint8 [T, R, D / 8] each, sign first
+    scales: uint8 (E4M3) [T, R, G]
+    exponents: int8 [R], the power of two that multiplies the row's scales
+    ids: uint8 [S, T, R]
+    """
+
+    planes: list[Tensor]
+    scales: Tensor
+    exponents: Tensor
+    ids: Tensor
+    codebook: Codebook
+    gain: str
+
+    @property
+    def bits(self) -> int:
+        return len(self.planes)
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        return {"planes": sum(p.nbytes for p in self.planes), "scales": self.scales.nbytes + self.exponents.nbytes,
+                "ids": self.ids.nbytes}
+
+    def drop(self, bits: int) -> None:
+        """Forget all but the first `bits` planes; their memory is given back at once."""
+        del self.planes[bits:]
+
+    def decode(self, rows: slice, tables: LevelTables) -> Tensor:
+        """float32 [T, r, D]"""
+        x = tables(self.bits, self.gain)([plane[:, rows] for plane in self.planes])
+        scale = torch.ldexp(e4m3.decode(self.scales[:, rows]), self.exponents[rows, None].int())
+        x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
+        x.mul_(self.codebook.channel_scale[rows].float())
+        for stage in range(self.codebook.stages):
+            x.add_(gather_centroids(self.codebook.values(stage, rows), self.ids[stage, :, rows]))
+        return x
+
+
+@dataclass
+class PlainSpan:
+    """Tokens as they are, or as int8 with a bfloat16 scale a group.
+
+    data: [T, R, D] in the model's dtype, or int8
+    scales: bfloat16 [T, R, G], or None for 16 bits
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+    codebook = None
+
+    @property
+    def bits(self) -> int:
+        return 16 if self.scales is None else 8
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        return {"plain": self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)}
+
+    def decode(self, rows: slice, tables: LevelTables) -> Tensor:
+        """float32 [T, r, D]"""
+        x = self.data[:, rows].float()
+        if self.scales is not None:
+            x.unflatten(-1, (self.scales.shape[-1], -1)).mul_(self.scales[:, rows].float()[..., None])
+        return x
+
+
+@dataclass
+class PaperSpan:
+    """QVG as released: packed integer codes over bf16 centroids.
+
+    codes: what `paper.encode` gives; ids: uint8 [S, T, R]
+    """
+
+    codes: paper.PaperCodes
+    ids: Tensor
+    codebook: PaperCodebook
+    bits: int
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        return {"planes": self.codes.codes.nbytes, "scales": self.codes.nbytes - self.codes.codes.nbytes,
+                "ids": self.ids.nbytes}
+
+    def decode(self, rows: slice, tables: LevelTables) -> Tensor:
+        """float32 [T, r, D]; the values are the released package's bf16 ones"""
+        zeros = None if self.codes.zeros is None else self.codes.zeros[:, rows]
+        codes = paper.PaperCodes(self.codes.codes[:, rows], self.codes.scales[:, rows], zeros)
+        return paper.decode(codes, self.codebook.centroids[:, rows], self.ids[:, :, rows], bits=self.bits).float()
+
+
+@dataclass(frozen=True)
+class PaperCodebook:
+    """centroids: bfloat16 [S, R, C, D]"""
+
+    centroids: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.centroids.nbytes
+
+
+Span = PlaneSpan | PlainSpan | PaperSpan
+
+
+def gather_centroids(values: Tensor, ids: Tensor) -> Tensor:
+    """values [r, C, D], ids uint8 [T, r] -> [T, r, D]"""
+    rows, count, dim = values.shape
+    index = ids.long() + torch.arange(rows, device=ids.device) * count
+    return values.reshape(rows * count, dim).index_select(0, index.flatten()).view(*ids.shape, dim)
+
+
+class TensorCodec:
+    """Trains, encodes and ages one of the two tensors as its settings say. Holds no data.
+
+    Raises ValueError when the settings cannot serve heads of `head_dim` channels.
+    """
+
+    def __init__(self, kind: str, settings: TensorSettings, head_dim: int, iterations: int):
+        if head_dim % 8:
+            raise ValueError(f"A byte of a plane holds 8 channels, so a head dim of {head_dim} cannot be packed; "
+                             "it must be a multiple of 8.")
+        self.kind = kind
+        self.settings = settings
+        self.groups = settings.groups(head_dim)
+        self.iterations = iterations
+
+    def needs_codebook(self, bits: int) -> bool:
+        return bits not in PLAIN_BITS
+
+    def train(self, x: Tensor, generator: torch.Generator, previous=None) -> Codebook | PaperCodebook:
+        """A codebook of x [T, R, D]. `previous`, the epoch before, is where k-means starts."""
+        count = self.settings.codebook_size(x.shape[0])
+        if self.kind == "paper":
+            return _train_paper(x.bfloat16(), self.settings.stages, count, self.iterations, generator)
+        return smoothing.train(x, self.settings.stages, count, self.iterations, generator, previous)
+
+    def encode(self, x: Tensor, bits: int, codebook=None) -> Span:
+        """x [T, R, D] -> a span that holds `bits`; codebook is needed unless bits is 8 or 16."""
+        if bits == 16:
+            return PlainSpan(x.clone(memory_format=torch.contiguous_format))
+        if bits == 8:
+            return _encode_int8(x, self.groups)
+        if self.kind == "paper":
+            x = x.bfloat16()
+            ids = _paper_ids(x, codebook.centroids)
+            codes = paper.encode(x, codebook.centroids, ids, bits=bits, block=min(self.settings.group, x.shape[-1]),
+                                 symmetric=self.settings.symmetric)
+            return PaperSpan(codes, ids, codebook, bits)
+        return _encode_planes(x, bits, codebook, self.groups, self.settings.gain)
+
+
+def _encode_int8(x: Tensor, groups: int) -> PlainSpan:
+    grouped = x.float().unflatten(-1, (groups, -1))
+    scale = (grouped.abs().amax(-1) / INT8_MAX).bfloat16()
+    scale[scale == 0] = 1
+    codes = (grouped / scale.float()[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
+    return PlainSpan(codes.flatten(-2).to(torch.int8), scale)
+
+
+def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> PlaneSpan:
+    tokens, rows, dim = x.shape
+    span = PlaneSpan(
+        planes=[torch.empty(tokens, rows, dim // 8, dtype=torch.uint8, device=x.device) for _ in range(bits)],
+        scales=torch.empty(tokens, rows, groups, dtype=torch.uint8, device=x.device),
+        exponents=torch.empty(rows, dtype=torch.int8, device=x.device),
+        ids=torch.empty(codebook.stages, tokens, rows, dtype=torch.uint8, device=x.device),
+        codebook=codebook, gain=gain)
+    count = codebook.centroids.shape[2]
+    for part in smoothing.row_slices(rows, 4 * tokens * (count + 3 * dim)):
+        residual, ids = smoothing.subtract(x[:, part].float(), codebook, part)
+        span.ids[:, :, part] = ids.transpose(1, 2)
+        y = residual.transpose(0, 1) / codebook.channel_scale[part].float()
+        grouped = y.unflatten(-1, (groups, -1))
+        rms = grouped.square().mean(-1).sqrt()
+        # frexp: largest = mantissa * 2 ** exponent with the mantissa in [0.5, 1), so that the row's largest scale is in [128, 256)
+        exponent = torch.frexp(rms.amax((0, 2))).exponent.clamp(-100, 100) - 8
+        codes = e4m3.encode(torch.ldexp(rms, -exponent[:, None]))
+        span.exponents[part] = exponent.to(torch.int8)
+        span.scales[:, part] = codes
+        scale = torch.ldexp(e4m3.decode(codes), exponent[:, None])[..., None]
+        # a group whose scale rounds to zero is read back as zero, whatever its signs say
+        z = torch.where(scale > 0, grouped / scale, 0).flatten(-2)
+        for stored, plane in zip(span.planes, planes.encode(z, bits)):
+            stored[:, part] = plane
+    return span
+
+
+def _train_paper(x: Tensor, stages: int, count: int, iterations: int, generator: torch.Generator) -> PaperCodebook:
+    """bf16 codebooks of x [T, R, D] bf16. The residual between stages is rounded to bf16, as the released package does."""
+    residual, found = x.transpose(0, 1), []
+    for _ in range(stages):
+        values = smoothing.kmeans(residual.float(), count, iterations, generator).bfloat16()
+        found.append(values)
+        ids = smoothing.assign(residual.float(), values.float())
+        residual = residual - values.gather(1, ids[..., None].expand_as(residual))
+    return PaperCodebook(torch.stack(found) if found else x.new_empty(0, x.shape[1], 0, x.shape[2]))
+
+
+def _paper_ids(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest ids uint8 [S, T, R] of x [T, R, D] bf16, stage after stage."""
+    residual, found = x.transpose(0, 1), []
+    for values in centroids:
+        ids = smoothing.assign(residual.float(), values.float())
+        found.append(ids.transpose(0, 1).to(torch.uint8))
+        residual = residual - values.gather(1, ids[..., None].expand_as(residual))
+    return torch.stack(found) if found else torch.empty(0, *x.shape[:2], dtype=torch.uint8, device=x.device)

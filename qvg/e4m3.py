@@ -1,0 +1,32 @@
+"""FP8 E4M3 as bytes.
+
+Codes are kept as uint8 and read through a table of 256 float32 values, because MPS has no float8 type and because indexing works
+the same everywhere. E4M3FN: 1 sign, 4 exponent, 3 mantissa bits, largest 448, no infinity; 0x7F and 0xFF are NaN and never written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX = 448.0
+
+
+def table(device=None) -> Tensor:
+    """[256] float32: the value of every byte."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+
+
+def encode(x: Tensor) -> Tensor:
+    """x -> uint8 codes of the same shape, nearest value, ties to even; what lies beyond +-448 becomes +-448."""
+    x = x.float().clamp(-MAX, MAX)
+    if x.device.type == "mps":
+        return encode(x.cpu()).to(x.device)
+    return x.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def decode(codes: Tensor) -> Tensor:
+    """uint8 codes -> float32."""
+    if codes.device.type == "mps":
+        return table(codes.device)[codes.long()]
+    return codes.view(torch.float8_e4m3fn).float()

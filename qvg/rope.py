@@ -1,0 +1,67 @@
+"""Rotary position embedding over (time, height, width), in float32 whatever the model computes in.
+
+Wan rotates neighbouring channel pairs and splits a head's channels between the three axes: for a head of 128, 44 channels turn with
+the frame, 42 with the row and 42 with the column. Positions built in bf16 collide past 256 frames (257 becomes 256), so positions
+here are whole numbers and angles are float32 from float64 frequencies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Channels that turn with time, height and width. Source: Wan 2.1, rope_params."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+class Rope:
+    """Angles for one head dim and one patch grid (height, width) in tokens."""
+
+    def __init__(self, head_dim: int, grid: tuple[int, int], theta: float = 10000.0):
+        if head_dim % 2:
+            raise ValueError(f"RoPE turns channel pairs, so a head dim of {head_dim} cannot be; use an even one.")
+        self.grid = grid
+        self.theta = theta
+        self.dims = axis_dims(head_dim)
+        self._space: Tensor | None = None  # cos and sin of rows and columns, the same for every frame
+
+    def _angles(self, positions: Tensor, dim: int) -> Tensor:
+        """[N] positions -> [N, dim / 2] angles, float64 where the device has it."""
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        frequencies = (1.0 / self.theta**exponents).to(positions.device, _angle_dtype(positions.device))
+        return positions.to(frequencies.dtype)[:, None] * frequencies
+
+    def tables(self, first: int, frames: int, device) -> tuple[Tensor, Tensor]:
+        """cos and sin, [frames * h * w, head_dim / 2] float32, of `frames` frames from absolute frame `first`."""
+        height, width = self.grid
+        if self._space is None or self._space.device != torch.device(device):
+            rows, columns = (self._angles(torch.arange(count, device=device), dim) for count, dim in zip(self.grid, self.dims[1:]))
+            space = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).flatten(0, 1)
+            self._space = torch.stack([space.cos(), space.sin()]).float()
+        time = self._angles(torch.arange(first, first + frames, device=device), self.dims[0])
+        time = torch.stack([time.cos(), time.sin()]).float()
+        shape = (2, frames, height * width)
+        both = torch.cat([time[:, :, None].expand(*shape, -1), self._space[:, None].expand(*shape, -1)], dim=-1).flatten(1, 2)
+        return both[0], both[1]
+
+    def apply(self, x: Tensor, first: int, frames: int) -> Tensor:
+        """Turn x [B, T, H, D] with T = frames * h * w tokens, frame-major, to its positions. Returns x's dtype."""
+        if x.shape[1] != frames * self.grid[0] * self.grid[1]:
+            raise ValueError(f"{x.shape[1]} tokens were given for {frames} frames of {self.grid[0]} x {self.grid[1]} tokens.")
+        cos, sin = self.tables(first, frames, x.device)
+        return rotate(x, cos[:, None], sin[:, None])
+
+
+def _angle_dtype(device) -> torch.dtype:
+    # MPS has no float64; float32 holds every position below 2**24 exactly and the product to a relative 6e-8
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (2i, 2i + 1) of x [..., D] by angles given as cos and sin [..., D / 2], in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

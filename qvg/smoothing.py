@@ -1,0 +1,144 @@
+"""Semantic-Aware Smoothing: what tokens share is taken out before they are quantized.
+
+k-means over the tokens of each head finds centroids; each token keeps the id of its nearest one and only the difference is
+quantized (QVG, arXiv 2602.02958, section 4.1). A second codebook over what the first one leaves is the next stage of Progressive
+Residual Quantization (section 4.2).
+
+A codebook is trained on one span and then serves every span of its **epoch**: later spans only look up their nearest centroids,
+so that the table is paid for once. Centroids are stored as E4M3 with a scale per channel; the residual is taken against the
+stored values, so their rounding is not lost but quantized with the rest.
+
+Axes: T tokens, R rows (batch x heads; each row has a codebook of its own), C centroids, D channels, S stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import e4m3
+
+# float32 distances of a slice of rows stay below this
+SCRATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Centroids of every stage and the channel scales of what they leave, shared by the spans of an epoch.
+
+    centroids: uint8 (E4M3) [S, R, C, D]
+    centroid_scale: bfloat16 [S, R, 1, D], multiplies the E4M3 values
+    channel_scale: bfloat16 [R, D], root mean square of the residual in each channel
+    """
+
+    centroids: Tensor
+    centroid_scale: Tensor
+    channel_scale: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.centroids.nbytes + self.centroid_scale.nbytes + self.channel_scale.nbytes
+
+    @property
+    def stages(self) -> int:
+        return self.centroids.shape[0]
+
+    def values(self, stage: int, rows: slice = slice(None)) -> Tensor:
+        """Centroids of a stage as float32 [R, C, D]."""
+        return e4m3.decode(self.centroids[stage, rows]) * self.centroid_scale[stage, rows].float()
+
+
+def row_slices(rows: int, bytes_per_row: int) -> list[slice]:
+    """Slices of the row axis whose scratch stays under `SCRATCH_BYTES` (one row at least)."""
+    step = max(1, min(rows, SCRATCH_BYTES // max(1, bytes_per_row)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Ties take the lower id."""
+    # |x|^2 is the same for every centroid and is left out
+    half_norms = 0.5 * centroids.square().sum(-1)
+    return torch.baddbmm(half_norms[:, None], x, centroids.transpose(1, 2), alpha=-1.0).argmin(-1)
+
+
+def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
+    """Mean of each centroid's tokens [R, C, D]; one without tokens moves to the token that is served worst.
+
+    Sums are matrix products with the one-hot assignment: no float atomics, so two runs give the same bits.
+    """
+    count = centroids.shape[1]
+    one_hot = torch.nn.functional.one_hot(ids, count).to(x.dtype)
+    sizes = one_hot.sum(1)
+    means = torch.bmm(one_hot.transpose(1, 2), x) / sizes.clamp(min=1)[..., None]
+    empty = sizes == 0
+    error = (x - means.gather(1, ids[..., None].expand_as(x))).square().sum(-1)
+    worst = error.topk(count, dim=-1).indices
+    # the n-th empty centroid of a row takes the row's n-th worst token
+    order = (empty.cumsum(-1) - 1).clamp(min=0)
+    candidates = x.gather(1, worst.gather(1, order)[..., None].expand_as(means))
+    return torch.where(empty[..., None], candidates, means)
+
+
+def kmeans(x: Tensor, count: int, iterations: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
+    """Centroids [R, count, D] of x [R, T, D], float32, T >= count.
+
+    `start` [R, count, D] continues from earlier centroids; otherwise distinct tokens are drawn with `generator` (a CPU
+    generator, so that every device draws the same).
+    """
+    if start is None:
+        tokens = torch.randperm(x.shape[1], generator=generator)[:count].to(x.device)
+        start = x[:, tokens]
+    centroids = start
+    for _ in range(iterations):
+        centroids = update(x, assign(x, centroids), centroids)
+    return centroids
+
+
+def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.Generator,
+          previous: Codebook | None = None) -> Codebook:
+    """A codebook of x [T, R, D]; `previous` is the epoch before, whose centroids it starts from.
+
+    `stages` may be 0: then there are no centroids, only channel scales.
+    """
+    tokens, rows, dim = x.shape
+    warm = previous is not None and previous.centroids.shape[0] == stages and previous.centroids.shape[2] == count
+    codes = torch.empty(stages, rows, count, dim, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(stages, rows, 1, dim, dtype=torch.bfloat16, device=x.device)
+    channel = torch.empty(rows, dim, dtype=torch.bfloat16, device=x.device)
+    # every slice of rows draws the same tokens, whatever the slices are
+    state = generator.get_state()
+    for part in row_slices(rows, 4 * tokens * (2 * count + 3 * dim)):
+        generator.set_state(state)
+        residual = x[:, part].transpose(0, 1).float()
+        for stage in range(stages):
+            start = previous.values(stage, part) if warm else None
+            found = kmeans(residual, count, iterations, generator, start)
+            scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).bfloat16()
+            scale[scale == 0] = 1
+            # bf16 rounds the scale down as often as up; e4m3.encode clamps what that pushes past 448
+            codes[stage, part] = e4m3.encode(found / scale.float())
+            scales[stage, part] = scale
+            stored = e4m3.decode(codes[stage, part]) * scale.float()
+            ids = assign(residual, stored)
+            residual = residual - stored.gather(1, ids[..., None].expand_as(residual))
+        rms = residual.square().mean(1).sqrt()
+        # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
+        floor = 1e-3 * rms.square().mean(-1, keepdim=True).sqrt()
+        rms = rms.clamp(min=floor)
+        rms[rms == 0] = 1
+        channel[part] = rms.bfloat16()
+    return Codebook(codes, scales, channel)
+
+
+def subtract(x: Tensor, codebook: Codebook, rows: slice) -> tuple[Tensor, Tensor]:
+    """x [T, r, D] float32 of the given rows -> (residual [r, T, D] float32, ids uint8 [S, r, T])."""
+    residual = x.transpose(0, 1)
+    ids = torch.empty(codebook.stages, *residual.shape[:2], dtype=torch.uint8, device=x.device)
+    for stage in range(codebook.stages):
+        values = codebook.values(stage, rows)
+        nearest = assign(residual, values)
+        ids[stage] = nearest
+        residual = residual - values.gather(1, nearest[..., None].expand_as(residual))
+    return residual, ids
