@@ -191,6 +191,10 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
     least = [replace(tensor, bits=1) if settings.codec == "qvg" and tensor.bits not in PLAIN_BITS else tensor
              for tensor in (settings.key, settings.value)]
 
+    def seen(frames: int) -> int:
+        most = sink + frames + 2 * chunk_frames - 1
+        return most if total_frames is None else min(most, total_frames)
+
     def needed(frames: int) -> int:
         spans = -(-frames // chunk_frames)
         epochs = 1 + -(-frames // settings.epoch_frames)
@@ -198,7 +202,7 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
             span_bytes(geometry, settings.codec, tensor, sink, settings.sink_bits, itemsize) * bool(sink)
             + spans * span_bytes(geometry, settings.codec, tensor, chunk_frames, tensor.bits, itemsize)
             + epochs * codebook_bytes(geometry, settings.codec, tensor, chunk_frames) for tensor in least)
-        return geometry.layers * layer + workspace_bytes(geometry, sink + frames + chunk_frames, itemsize)
+        return geometry.layers * layer + workspace_bytes(geometry, seen(frames), itemsize)
 
     if needed(chunk_frames) > budget:
         raise ValueError(
@@ -209,7 +213,7 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needed(middle) <= budget else (low, middle - 1)
-    workspace = workspace_bytes(geometry, sink + low + chunk_frames, itemsize)
+    workspace = workspace_bytes(geometry, seen(low), itemsize)
     return Limits((budget - workspace) // geometry.layers, low)
 
 
@@ -219,7 +223,7 @@ def capacity_frames(settings: QVGSettings, chunk_frames: int, total_frames: int 
     for window in (settings.window_frames, cap_frames):
         if window:
             # the oldest span leaves with its last frame, so it may overhang the window by a chunk less one
-            most.append(settings.sink_frames + window + chunk_frames)
+            most.append(settings.sink_frames + window + 2 * chunk_frames - 1)
     return min(most, default=None)
 
 

@@ -5,8 +5,9 @@ import pickle
 
 import pytest
 import torch
-from comfyui_qvg.qvg.checkpoint import open_checkpoint
 from safetensors.torch import save_file
+
+from comfyui_qvg.qvg.checkpoint import open_checkpoint
 
 PARTS = ("self_attn.q", "self_attn.o", "cross_attn.o", "ffn.0", "ffn.2")
 

@@ -58,14 +58,19 @@ class CausalConv3d(nn.Conv3d):
         self.reach = kernel[0] - 1
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        weight = self.weight
         if self.reach:
-            frames = x.shape[2]
-            past = memory.get(self)
+            frames, past = x.shape[2], memory.get(self)
+            alone = past is None and frames == 1
             x = F.pad(x, (0, 0, 0, 0, self.reach, 0)) if past is None else torch.cat([past, x], dim=2)
             memory[self] = x[:, :, -self.reach:]
-            x = torch.cat([x[:, :, tap:tap + frames] for tap in range(self.reach + 1)], dim=1)
+            if alone:
+                # all that the other taps see is zero
+                x, weight = x[:, :, -1:], weight[:, :, -1:]
+            else:
+                x = torch.cat([x[:, :, tap:tap + frames] for tap in range(self.reach + 1)], dim=1)
         # [O, I, taps, h, w] -> [O, taps * I, h, w]
-        weight = self.weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        weight = weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
         return each_frame(lambda image: F.conv2d(image, weight, self.bias, padding=self.padding[1:]), x)
 
 

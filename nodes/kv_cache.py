@@ -1,0 +1,88 @@
+"""QVG Settings and Quantize KV Cache (QVG): the one node that a graph needs, and what it can be told.
+
+    QVGSettings         preset and expert knobs -> QVG_SETTINGS
+    QVGQuantizeKVCache  MODEL (+ QVG_SETTINGS) -> MODEL whose cache is quantized while it samples
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from ..qvg.settings import PRESETS, QVGSettings
+from .adapters import wan
+
+Settings = io.Custom("QVG_SETTINGS")
+LABELS = {name.capitalize(): name for name in PRESETS}
+KEEP = "preset"
+
+
+class QVGSettingsNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        def knob(name: str, options: list[int], tooltip: str):
+            return io.Combo.Input(name, options=[KEEP, *map(str, options)], default=KEEP, advanced=True, optional=True,
+                                  tooltip=f"{tooltip} 'preset' takes the preset's value.")
+
+        def count(name: str, high: int, tooltip: str):
+            return io.Int.Input(name, default=-1, min=-1, max=high, advanced=True, optional=True,
+                                tooltip=f"{tooltip} -1 takes the preset's value.")
+
+        return io.Schema(
+            node_id="QVGSettings", display_name="QVG Settings", category="model/patch",
+            description="How many bits the KV cache of an autoregressive video model keeps.",
+            search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg"],
+            inputs=[
+                io.Combo.Input("preset", options=list(LABELS), default="Balanced",
+                               tooltip="Off: the model's own cache. Quality: 4 bits. Balanced: 2 bits, about 6x less memory. Smallest: "
+                                       "1 bit. Paper: QVG as released, for comparison."),
+                knob("key_bits", [1, 2, 3, 4, 8, 16], "Bits a number that old keys keep."),
+                knob("value_bits", [1, 2, 3, 4, 8, 16], "Bits a number that old values keep."),
+                count("stages", 4, "Codebooks subtracted one after the other (0 to 4); each adds 1/16 bit a number."),
+                count("centroids", 256, "Entries of a codebook (1 to 256)."),
+                knob("group_size", [16, 32, 64, 128], "Channels that share a scale; fewer are more exact and cost more."),
+                count("sink_frames", 1000, "First latent frames, kept for good at sink_bits."),
+                knob("sink_bits", [1, 2, 3, 4, 8, 16], "Bits of the sink frames."),
+                count("recent_frames", 1000, "Newest latent frames, held at recent_bits until they age."),
+                knob("recent_bits", [1, 2, 3, 4, 8, 16], "Bits of the recent frames."),
+                count("window_frames", 100000, "Latent frames kept besides the sink; 0 keeps all."),
+                io.Float.Input("budget_gib", default=0.0, min=0.0, max=1000.0, step=0.1, advanced=True, optional=True,
+                               tooltip="Most GiB that cache and workspace may take. Over it the oldest frames lose bits, then leave. "
+                                       "0 sets no limit."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, optional=True,
+                             tooltip="Seed of the clustering. It does not touch the sampler's noise."),
+            ],
+            outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])
+
+    @classmethod
+    def execute(cls, preset, key_bits=KEEP, value_bits=KEEP, stages=-1, centroids=-1, group_size=KEEP, sink_frames=-1, sink_bits=KEEP,
+                recent_frames=-1, recent_bits=KEEP, window_frames=-1, budget_gib=0.0, seed=0) -> io.NodeOutput:
+        settings = QVGSettings.preset(LABELS[preset])
+        shared = {name: int(value) for name, value in (("stages", stages), ("centroids", centroids), ("group", group_size))
+                  if value not in (KEEP, -1)}
+        whole = {name: int(value) for name, value in (
+            ("sink_frames", sink_frames), ("sink_bits", sink_bits), ("recent_frames", recent_frames), ("recent_bits", recent_bits),
+            ("window_frames", window_frames)) if value not in (KEEP, -1)}
+        for name, bits in (("key", key_bits), ("value", value_bits)):
+            own = shared if bits == KEEP else shared | {"bits": int(bits)}
+            whole[name] = replace(getattr(settings, name), **own)
+        return io.NodeOutput(replace(settings, **whole, budget_gib=budget_gib, seed=seed))
+
+
+class QVGQuantizeKVCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGQuantizeKVCache", display_name="Quantize KV Cache (QVG)", category="model/patch",
+            description="Keeps the KV cache of an autoregressive video model in about two bits a number while it samples.",
+            search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg", "self forcing", "causal forcing"],
+            inputs=[
+                io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), for Sampler AR Video."),
+                Settings.Input("settings", optional=True, tooltip="From QVG Settings; without it, the Balanced preset."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The same weights with a quantized cache.")])
+
+    @classmethod
+    def execute(cls, model, settings=None) -> io.NodeOutput:
+        return io.NodeOutput(wan.quantize(model, settings or QVGSettings.preset("balanced")))

@@ -1,0 +1,172 @@
+"""The codec against the theory of its quantizer, and the cache against the forecast."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from comfyui_qvg.qvg import planes
+from comfyui_qvg.qvg.attention import CachedAttention, sdpa
+from comfyui_qvg.qvg.budget import GIB, Geometry, forecast
+from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.codec import LevelTables, TensorCodec
+from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("bits", "mse"), [(1, 0.364), (2, 0.1175), (3, 0.0349), (4, 0.0097)])
+def test_gaussian_error(bits, mse):
+    """Every prefix of four planes is within 3 % of the design's error on a unit Gaussian."""
+    z = torch.randn(2000, 512, generator=generator())
+    read = planes.LevelTable(bits, "mse", "cpu")(planes.encode(z, 4))
+    assert (read - z).square().mean().item() == pytest.approx(mse, rel=0.03)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_gains(bits):
+    """The energy gain keeps the second moment, the unbiased gain the correlation with the input."""
+    z = torch.randn(2000, 512, generator=generator())
+    codes = planes.encode(z, bits)
+    assert planes.LevelTable(bits, "energy", "cpu")(codes).square().mean().item() == pytest.approx(1, abs=0.01)
+    assert (planes.LevelTable(bits, "unbiased", "cpu")(codes) * z).mean().item() == pytest.approx(1, abs=0.01)
+
+
+@examples(max_examples=25, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 3), st.sampled_from([64, 128, 256]), st.integers(0, 4), st.integers(1, 4), st.integers(0, 999))
+def test_encode_any_shape(tokens, rows, dim, stages, bits, seed):
+    """Any token count and head dim: decoded rows equal the same slice of a whole decode, and dropping planes equals encoding fewer."""
+    x = 5 * torch.randn(tokens, rows, dim, generator=generator(seed))
+    codec = TensorCodec("qvg", TensorSettings(bits=bits, stages=stages, centroids=16), dim, 2)
+    book = codec.train(x, generator())
+    tables = LevelTables("cpu")
+    span = codec.encode(x, 4, book)
+    whole = span.decode(slice(None), tables)
+    assert whole.isfinite().all()
+    assert torch.equal(span.decode(slice(0, 1), tables), whole[:, :1])
+    span.drop(bits)
+    assert torch.equal(span.decode(slice(None), tables), codec.encode(x, bits, book).decode(slice(None), tables))
+
+
+def test_large_values_do_not_saturate():
+    x = torch.randn(300, 2, 128, generator=generator())
+    x[7, 1, 5], x[:, 0] = 1500.0, 400 * x[:, 0]
+    codec = TensorCodec("qvg", TensorSettings(stages=1, centroids=8), 128, 4)
+    span = codec.encode(x, 4, codec.train(x, generator()))
+    error = (span.decode(slice(None), LevelTables("cpu")) - x).square().mean((0, 2)) / x.square().mean((0, 2))
+    assert error.max() < 0.03
+
+
+def test_silent_input():
+    x = torch.zeros(40, 1, 64)
+    codec = TensorCodec("qvg", TensorSettings(), 64, 2)
+    assert not codec.encode(x, 2, codec.train(x, generator())).decode(slice(None), LevelTables("cpu")).any()
+
+
+def test_training_is_repeatable_and_leaves_the_global_generator_alone():
+    x = torch.randn(300, 2, 64, generator=generator())
+    codec = TensorCodec("qvg", TensorSettings(stages=2), 64, 4)
+    before = torch.get_rng_state()
+    first, second = codec.train(x, generator(3)), codec.train(x, generator(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.centroids, second.centroids)
+    assert torch.equal(first.channel_scale, second.channel_scale)
+
+
+def run(settings, frames=15, chunk=3, store=True, seed=0, **kwargs):
+    cache = KVCache(settings, layers=2, heads=4, head_dim=64, grid=(5, 7), dtype=torch.float32, max_frames=frames,
+                    chunk_frames=chunk, **kwargs)
+    draw, outs = generator(seed), []
+    for start in range(0, frames, chunk):
+        count = min(chunk, frames - start)
+        q, k, v = torch.randn(3, 1, count * 35, 4, 64, generator=draw)
+        for clean in (False, True):
+            attend = CachedAttention(cache, start_frame=start, frames=count, store=clean and store)
+            out = [attend(layer, q, k, v) for layer in range(2)]
+        outs.append(out[0])
+    return cache, torch.cat(outs, dim=1)
+
+
+CASES = {name: PRESETS[name] for name in PRESETS} | {
+    "sink inside a chunk": replace(PRESETS["balanced"], sink_frames=1, sink_bits=16),
+    "recent plain": replace(PRESETS["balanced"], recent_bits=16),
+    "window": replace(PRESETS["balanced"], window_frames=4),
+    "short epochs": replace(PRESETS["smallest"], epoch_frames=3),
+    "budget": replace(PRESETS["quality"], budget_gib=1_300_000 / GIB, sink_frames=0),
+    "value plain": replace(PRESETS["balanced"], value=TensorSettings(bits=8)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("frames", "chunk"), [(15, 3), (7, 1), (8, 3)])
+def test_forecast_is_exact(name, frames, chunk):
+    cache, _ = run(CASES[name], frames, chunk)
+    stats = cache.stats()
+    planned = forecast(CASES[name], Geometry(2, 4, 64, (5, 7)), frames, chunk, itemsize=4)
+    assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames) == (planned.stored_bytes, planned.peak_bytes, planned.held_frames)
+    if CASES[name].budget_gib:
+        assert stats.peak_bytes <= CASES[name].budget_gib * GIB
+
+
+def test_accounting_at_self_forcing_geometry():
+    """The ratios that the presets are made for: 30 layers, 12 heads of 128, 1560 tokens a frame, 180 latent frames."""
+    geometry = Geometry(30, 12, 128, (30, 52))
+    bare = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
+    assert forecast(bare, geometry, 180).stored_ratio >= 7.0
+    assert forecast(PRESETS["balanced"], geometry, 180).peak_ratio >= 6.0
+    assert forecast(PRESETS["smallest"], geometry, 180).stored_ratio >= 10
+
+
+def test_off_is_exact_attention():
+    """Unquantized, chunk after chunk equals one attention over everything before it."""
+    cache, out = run(PRESETS["off"], 9)
+    draw = generator(0)
+    parts = [torch.randn(3, 1, 105, 4, 64, generator=draw) for _ in range(3)]
+    q, k, v = (torch.cat([part[i] for part in parts], dim=1) for i in range(3))
+    q, k = (cache.rope.apply(x, 0, 9) for x in (q, k))
+    expected = torch.cat([sdpa(q[:, i : i + 105], k[:, : i + 105], v[:, : i + 105]) for i in (0, 105, 210)], dim=1)
+    assert (out - expected).abs().max() < 1e-5
+
+
+def test_more_planes_come_closer():
+    exact = run(PRESETS["off"])[1]
+    errors = []
+    for bits in (1, 2, 3, 4):
+        settings = replace(PRESETS["balanced"].both(bits=bits), sink_frames=0, recent_frames=0)
+        errors.append((run(settings)[1] - exact).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1 * errors[0]
+
+
+def test_noisy_passes_store_nothing():
+    cache, _ = run(PRESETS["balanced"], store=False)
+    assert cache.frames == 0 and cache.stats().stored_bytes == 0
+
+
+def test_free_gives_everything_back():
+    cache, _ = run(PRESETS["balanced"])
+    cache.free()
+    assert cache.stats().stored_bytes == cache.stats().workspace_bytes == 0
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"sink_bits": 5}, "choose 1, 2, 3, 4, 8 or 16"), ({"epoch_frames": 0}, "whole number from 1"), ({"budget_gib": -1}, "GiB"),
+    ({"codec": "zip"}, "choose one of")])
+def test_impossible_settings_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        replace(PRESETS["balanced"], **change)
+
+
+def test_small_budget_is_refused():
+    with pytest.raises(ValueError, match=r"budget of 0\.0001 GiB is too small"):
+        run(replace(PRESETS["balanced"], budget_gib=0.0001))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_settings_json_round_trip(name):
+    assert QVGSettings.from_json(PRESETS[name].to_json()) == PRESETS[name]
