@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
+from .loader import QVGLoadARVideoModel
 from .tiny_prompt import QVGDemoPrompt
 
 
 class QuantVideoGenExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [QVGSettingsNode, QVGQuantizeKVCache, QVGDemoPrompt]
+        return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGDemoPrompt]

@@ -84,8 +84,6 @@ class QVGSettings:
     budget_gib: bytes that the cache may hold, workspace included, in GiB. 0 sets no limit. Over it, the oldest spans lose
         planes, then leave.
     epoch_frames: latent frames that share one codebook.
-    epoch_drift: a new codebook is trained early when the energy that the present one leaves has grown by this factor.
-        0 never does.
     iterations: k-means steps a codebook.
     seed: of the private generator that k-means draws from.
     """
@@ -101,7 +99,6 @@ class QVGSettings:
     window_frames: int = 0
     budget_gib: float = 0.0
     epoch_frames: int = 24
-    epoch_drift: float = 0.0
     iterations: int = 8
     seed: int = 0
 
@@ -116,8 +113,6 @@ class QVGSettings:
         _require_int("iterations", self.iterations, 1, 100)
         _require_int("seed", self.seed, 0, 2**63 - 1)
         _require(0 <= self.budget_gib < 100_000, f"budget_gib is {self.budget_gib!r}; give GiB, or 0 for no limit.")
-        _require(self.epoch_drift == 0 or self.epoch_drift > 1,
-                 f"epoch_drift is {self.epoch_drift!r}; give a factor above 1, or 0 to keep to epoch_frames.")
         if self.codec == "paper":
             for tensor in (self.key, self.value):
                 _require(tensor.bits in (2, 4), f"The paper codec stores 2 or 4 bits, not {tensor.bits}; "

@@ -92,10 +92,10 @@ class Hook:
 
     # wrappers around ComfyUI's sampling run
 
-    def outer_sample(self, executor, *args, **kwargs):
-        _refuse_what_core_cannot(executor.class_obj)
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        _refuse_what_core_cannot(executor.class_obj, sigmas, denoise_mask)
         try:
-            return executor(*args, **kwargs)
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
             self.free()
 
@@ -116,7 +116,13 @@ def _attention(q, k, v):
     return out.view(q.shape)
 
 
-def _refuse_what_core_cannot(guider) -> None:
+def _refuse_what_core_cannot(guider, sigmas, denoise_mask) -> None:
+    """ValueError for what would fail inside core's autoregressive sampler with a message about tensor shapes."""
+    if denoise_mask is not None:
+        raise ValueError("The latent has a noise mask, which the autoregressive sampler cannot follow. Remove Set Latent Noise Mask.")
+    if len(sigmas) and sigmas[-1] != 0:
+        raise ValueError(f"The last sigma is {float(sigmas[-1]):g}, but the autoregressive sampler finishes each block before the next. "
+                         "Use sigmas that end in 0.")
     cfg = getattr(guider, "cfg", 1.0)
     if cfg != 1.0:
         raise ValueError(f"cfg is {cfg:g}, but the autoregressive sampler keeps one cache for one condition. Set cfg to 1.")

@@ -88,3 +88,20 @@ def test_wrong_use_is_refused(comfy, kwargs, words):
     with pytest.raises(ComfyError, match=words):
         sample(comfy, preset="Balanced", **kwargs)
     assert sample(comfy, preset="Balanced").isfinite().all()
+
+
+def test_unfinished_sigmas_are_refused(comfy):
+    nodes = graph(preset="Balanced")
+    nodes["half"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["sigmas", 0], "step": 2}}
+    nodes["sample"]["inputs"]["sigmas"] = ["half", 0]
+    with pytest.raises(ComfyError, match="end in 0"):
+        comfy.run(nodes)
+
+
+def test_noise_mask_is_refused(comfy):
+    nodes = graph(preset="Balanced")
+    nodes["mask"] = {"class_type": "SolidMask", "inputs": {"value": 0.5, "width": 96, "height": 64}}
+    nodes["masked"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["latent", 0], "mask": ["mask", 0]}}
+    nodes["sample"]["inputs"]["latent_image"] = ["masked", 0]
+    with pytest.raises(ComfyError, match="noise mask"):
+        comfy.run(nodes)

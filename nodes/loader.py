@@ -1,0 +1,61 @@
+"""Load AR Video Model (QVG): opens the checkpoints of autoregressive video models as their authors published them.
+
+    QVGLoadARVideoModel  file in models/diffusion_models -> MODEL
+
+Core builds its causal network only when the file's metadata asks for it, and published files do not. This node reads what
+is in the file (`qvg.checkpoint`) and hands core the metadata.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.sd
+import folder_paths
+import torch
+from comfy_api.latest import io
+from server import PromptServer
+
+from ..qvg.checkpoint import SUFFIXES, open_checkpoint
+
+FOLDER = "diffusion_models"
+WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn}
+
+
+def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False) -> tuple:
+    """(ModelPatcher, Description) of a causal Wan. Raises ValueError with a sentence when the file is something else."""
+    state, found = open_checkpoint(path)
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    model = comfy.sd.load_diffusion_model_state_dict(
+        state, model_options={"dtype": dtype} if dtype else {}, metadata=found.metadata(), disable_dynamic=disable_dynamic)
+    # with this core can load the same file again where it needs a second copy of the weights
+    model.cached_patcher_init = (load_model, (path, weight_dtype), 0)
+    logging.info("QVG: %s", found)
+    return model, found
+
+
+class QVGLoadARVideoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIXES)]
+        return io.Schema(
+            node_id="QVGLoadARVideoModel", display_name="Load AR Video Model (QVG)", category="model/loaders",
+            description="Opens Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 checkpoints as published (.pt) "
+                        "or repackaged (.safetensors), and says on the node what it found.",
+            search_aliases=["self forcing", "causal forcing", "longlive", "krea", "autoregressive", "unet loader", "qvg"],
+            inputs=[
+                io.Combo.Input("model_name", options=files,
+                               tooltip="A file in models/diffusion_models. Training checkpoints are unwrapped, generator_ema before "
+                                       "generator. Ordinary Wan 2.1 text-to-video files have the same layout and are not told apart."),
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True,
+                               tooltip="Type in which the weights are kept. default: as in the file, if the device can. fp8_e4m3fn: "
+                                       "half the memory of bf16, slightly less exact; take it when the model does not fit."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="A causal model for Sampler AR Video.")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
+        model, found = load_model(folder_paths.get_full_path_or_raise(FOLDER, model_name), weight_dtype)
+        PromptServer.instance.send_progress_text(str(found), cls.hidden.unique_id)
+        return io.NodeOutput(model)
