@@ -1,0 +1,71 @@
+"""Load AR Video Model (QVG) in the real ComfyUI: a training checkpoint as published samples as its repackaged file does."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comfy_client import ComfyError
+from comfyui_qvg.qvg.demo import METADATA, PROMPTS, TEXT_DIM
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(comfy_server):
+    """One random causal Wan as a training checkpoint, as bare safetensors and as core wants it, and a LoRA."""
+    draw = torch.Generator().manual_seed(3)
+    network = CausalWan(WanSizes(dim=256, ffn_dim=256, layers=2, text_dim=TEXT_DIM))
+    state = {name: 0.05 * torch.randn(tensor.shape, generator=draw) for name, tensor in network.state_dict().items()}
+    folder = comfy_server.folder("models", "diffusion_models")
+    save_file(state, folder / "loader_core.safetensors", metadata=METADATA)
+    save_file(state, folder / "loader.safetensors")
+    torch.save({"generator": {}, "generator_ema": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "loader.pt")
+    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(1, 1)}, folder / "loader_lora.safetensors")
+
+
+def sample(comfy, loader, quantized=False):
+    model = ["load", 0]
+    nodes = {
+        "load": loader, "prompt": {"class_type": "QVGDemoPrompt", "inputs": {"text": PROMPTS[0]}},
+        "latent": {"class_type": "EmptyARVideoLatent", "inputs": {"width": 96, "height": 64, "length": 21, "batch_size": 1}},
+        "sampler": {"class_type": "SamplerARVideo", "inputs": {"num_frame_per_block": 3}},
+        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}},
+    }
+    if quantized:
+        nodes["quantize"] = {"class_type": "QVGQuantizeKVCache", "inputs": {"model": model}}
+        model = ["quantize", 0]
+    nodes |= {
+        "guider": {"class_type": "BasicGuider", "inputs": {"model": model, "conditioning": ["prompt", 0]}},
+        "sigmas": {"class_type": "BasicScheduler", "inputs": {"model": model, "scheduler": "simple", "steps": 4, "denoise": 1.0}},
+        "sample": {"class_type": "SamplerCustomAdvanced", "inputs": {
+            "noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0],
+            "latent_image": ["latent", 0]}},
+        "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "loader"}},
+    }
+    outputs = comfy.run(nodes, timeout=120)
+    return load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"]
+
+
+def ours(name, dtype="default"):
+    return {"class_type": "QVGLoadARVideoModel", "inputs": {"model_name": name, "weight_dtype": dtype}}
+
+
+@pytest.mark.parametrize("name", ["loader.pt", "loader.safetensors", "loader_core.safetensors"])
+def test_every_wrapping_samples_as_core_does(comfy, name):
+    core = {"class_type": "UNETLoader", "inputs": {"unet_name": "loader_core.safetensors", "weight_dtype": "default"}}
+    assert torch.equal(sample(comfy, ours(name)), sample(comfy, core))
+    found = comfy.wait_for("text", lambda data: data["node"] == "load")["text"]
+    assert found.startswith(f"{name}: causal Wan 2.1 layout, 2 layers, 2 heads")
+
+
+def test_fp8_weights_with_the_quantized_cache(comfy):
+    assert sample(comfy, ours("loader.pt", "fp8_e4m3fn"), quantized=True).isfinite().all()
+
+
+def test_a_lora_is_refused(comfy):
+    with pytest.raises(ComfyError, match=r"loader_lora\.safetensors is a LoRA, not a model.*LoraLoaderModelOnly"):
+        sample(comfy, ours("loader_lora.safetensors"))
+
+
+def test_files_of_both_kinds_are_listed(comfy):
+    required = comfy.object_info("QVGLoadARVideoModel")["QVGLoadARVideoModel"]["input"]["required"]
+    assert {"loader.pt", "loader.safetensors"} <= set(required["model_name"][1]["options"])
