@@ -44,7 +44,7 @@ def test_requirements_are_the_project_dependencies(project):
 
 
 def test_every_package_is_installed(project):
-    packages = {path.parent for path in tracked("*/__init__.py") if path.parts[0] != "tests"}
+    packages = {path.parent for path in archive() if path.name == "__init__.py" and len(path.parts) > 1}
     names = {"comfyui_qvg"} | {".".join(("comfyui_qvg", *path.parts)) for path in packages}
     assert set(project["tool"]["setuptools"]["packages"]) == names
 
