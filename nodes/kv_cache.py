@@ -81,8 +81,9 @@ class QVGQuantizeKVCache(io.ComfyNode):
                 io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), for Sampler AR Video."),
                 Settings.Input("settings", optional=True, tooltip="From QVG Settings; without it, the Balanced preset."),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The same weights with a quantized cache.")])
+            outputs=[io.Model.Output(display_name="model", tooltip="The same weights with a quantized cache.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, model, settings=None) -> io.NodeOutput:
-        return io.NodeOutput(wan.quantize(model, settings or QVGSettings.preset("balanced")))
+        return io.NodeOutput(wan.quantize(model, settings or QVGSettings.preset("balanced"), cls.hidden.unique_id))

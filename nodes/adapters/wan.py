@@ -7,16 +7,24 @@ Object patches on a clone carry the hook, so that the model is untouched in ever
 
 from __future__ import annotations
 
-import comfy.patcher_extension
+import logging
+
+import comfy.model_management
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
 
 from ...qvg import budget
 from ...qvg.attention import CachedAttention
 from ...qvg.budget import Geometry
 from ...qvg.cache import KVCache
+from ...qvg.chart import format_bytes
 from ...qvg.settings import QVGSettings
+from ..run_log import ATTACHMENT, RunLog, plain_stats
+from .checks import check_run
 
 KEY = "quantvideogen"
+PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward_block")
+ATTENTION_PATCH = "diffusion_model.blocks.{}.self_attn.forward"
 
 
 class Stand:
@@ -32,37 +40,72 @@ class Stand:
         setattr(self, key, value)
 
 
-class Hook:
-    """One patched model: makes the cache of a run, feeds it, and frees it when the run ends, however it ends."""
+class PlainHook:
+    """The preset Off: core's own cache, whose bytes are written down."""
 
-    def __init__(self, diffusion_model, settings: QVGSettings):
-        self.model = diffusion_model
-        self.settings = settings
+    def __init__(self, network, log: RunLog):
+        self.network, self.log = network, log
+        self.frames = 0
+
+    def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
+        caches = type(self.network).init_kv_caches(self.network, batch_size, max_seq_len, device, dtype)
+        # all of it is there from the first frame to the last
+        for frames in (0, self.frames):
+            self.log.note(plain_stats(caches, self.frames, frames))
+        return caches
+
+    def outer_sample(self, executor, noise, *args, **kwargs):
+        own, self.network = self.network, executor.class_obj.model_patcher.model.diffusion_model
+        self.frames = noise.shape[2] if noise.ndim == 5 else 0
+        self.log.start(self.frames, None)
+        try:
+            return executor(noise, *args, **kwargs)
+        finally:
+            self.network = own
+            self.log.show()
+
+    def install(self, patched) -> None:
+        patched.add_object_patch(PATCHES[0], self.init_kv_caches)
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
+
+
+class Hook:
+    """A quantized cache: made when a run first attends, fed by it, and freed when it ends, however it ends.
+
+    network: the causal Wan that samples. For the time of a run it is the one that the run's own patcher holds, which may be
+    another copy of the same weights.
+    """
+
+    def __init__(self, network, settings: QVGSettings, log: RunLog):
+        self.network, self.settings, self.log = network, settings, log
         self.cache: KVCache | None = None
-        self.tokens = 0
         self.attend: CachedAttention | None = None
         self.block: tuple[int, int, bool] | None = None
         self.grid: tuple[int, int] | None = None
+        self.frames = 0
+        self.chunk_frames = 0
+        self.reserved = 0
+
+    # patches of the model
 
     def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
         self.free()
-        self.tokens = max_seq_len
-        return [Stand() for _ in range(self.model.num_layers)]
+        return [Stand() for _ in range(self.network.num_layers)]
 
     def forward_block(self, x, timestep, context, start_frame, kv_caches, crossattn_caches, clip_fea=None):
-        frames = x.shape[2]
-        self.grid = -(-x.shape[3] // 2), -(-x.shape[4] // 2)
-        self.block = start_frame, frames, not bool(timestep.any())
-        self.attend = None
+        frames, clean = x.shape[2], not bool(timestep.any())
+        self.block = start_frame, frames, clean
         try:
-            return type(self.model).forward_block(self.model, x, timestep, context, start_frame, kv_caches, crossattn_caches, clip_fea)
+            return type(self.network).forward_block(
+                self.network, x, timestep, context, start_frame, kv_caches, crossattn_caches, clip_fea)
         finally:
             self.attend = None
+            if clean and self.cache is not None:
+                self.log.note(self.cache.stats())
 
     def self_attention(self, layer: int):
-        module = self.model.blocks[layer].self_attn
-
         def forward(x, freqs, kv_cache=None, transformer_options={}):  # noqa: B006 (core's signature)
+            module = self.network.blocks[layer].self_attn
             if kv_cache is None:
                 return type(module).forward(module, x, freqs, transformer_options=transformer_options)
             shape = *x.shape[:2], module.num_heads, module.head_dim
@@ -78,9 +121,8 @@ class Hook:
             start, frames, clean = self.block
             if self.cache is None:
                 self.cache = KVCache(
-                    self.settings, layers=self.model.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid,
-                    batch=q.shape[0], device=q.device, dtype=q.dtype, max_frames=self.tokens // (self.grid[0] * self.grid[1]),
-                    chunk_frames=frames)
+                    self.settings, layers=self.network.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid,
+                    batch=q.shape[0], device=q.device, dtype=q.dtype, max_frames=self.frames, chunk_frames=self.chunk_frames)
             self.attend = CachedAttention(self.cache, start_frame=start, frames=frames, store=clean, attention=_attention)
         return self.attend
 
@@ -93,21 +135,45 @@ class Hook:
     # wrappers around ComfyUI's sampling run
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
-        _refuse_what_core_cannot(executor.class_obj, sigmas, denoise_mask)
+        guider = executor.class_obj
+        check_run(guider, noise, sampler, sigmas, denoise_mask)
+        own, self.network = self.network, guider.model_patcher.model.diffusion_model
         try:
+            self._plan(guider, noise.shape, sampler)
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
             self.free()
+            self.network = own
+            self.log.show()
+
+    def _plan(self, guider, shape, sampler) -> None:
+        """Forecast the run. Raises ValueError when the settings cannot serve it."""
+        start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+        self.frames, self.grid = shape[2], (-(-shape[3] // 2), -(-shape[4] // 2))
+        self.chunk_frames = min(getattr(sampler, "extra_options", {}).get("num_frame_per_block", 3), self.frames)
+        geometry = Geometry(self.network.num_layers, self.network.num_heads, self.network.head_dim, self.grid, shape[0])
+        itemsize = comfy.model_management.dtype_size(guider.model_patcher.model.get_dtype_inference())
+        forecast = budget.forecast(self.settings, geometry, self.frames, self.chunk_frames,
+                                   first_frames=0 if start is None else start.shape[2], itemsize=itemsize)
+        self.reserved = forecast.peak_bytes
+        self.log.start(self.frames, forecast)
+        logging.info("QVG: the KV cache of %d latent frames will take %s, %s at its peak (bf16: %s), preset %s", self.frames,
+                     *map(format_bytes, (forecast.stored_bytes, forecast.peak_bytes, forecast.bf16_bytes)), self.settings.name)
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
-        """Ask core to leave room for the cache: the node's bytes are added to the latent's as extra batch entries of the estimate."""
-        frames, grid = noise_shape[2], (-(-noise_shape[3] // 2), -(-noise_shape[4] // 2))
-        geometry = Geometry(self.model.num_layers, self.model.num_heads, self.model.head_dim, grid, noise_shape[0])
-        needed = budget.forecast(self.settings, geometry, frames).peak_bytes
-        per_frame = model.model.memory_required([noise_shape[0], noise_shape[1], 1, *noise_shape[3:]])
+        """Ask core to leave room for the cache, which its estimate does not know: its bytes are added as so many more frames."""
+        frame = model.model.memory_required([noise_shape[0], noise_shape[1], 1, *noise_shape[3:]])
         shape = list(noise_shape)
-        shape[2] += int(-(-needed // max(1, per_frame)))
+        shape[2] += -(-self.reserved // max(1, int(frame)))
         return executor(model, shape, conds, *args, **kwargs)
+
+    def install(self, patched) -> None:
+        for name, patch in zip(PATCHES, (self.init_kv_caches, self.forward_block)):
+            patched.add_object_patch(name, patch)
+        for layer in range(self.network.num_layers):
+            patched.add_object_patch(ATTENTION_PATCH.format(layer), self.self_attention(layer))
+        patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
+        patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, self.prepare_sampling)
 
 
 def _attention(q, k, v):
@@ -116,43 +182,32 @@ def _attention(q, k, v):
     return out.view(q.shape)
 
 
-def _refuse_what_core_cannot(guider, sigmas, denoise_mask) -> None:
-    """ValueError for what would fail inside core's autoregressive sampler with a message about tensor shapes."""
-    if denoise_mask is not None:
-        raise ValueError("The latent has a noise mask, which the autoregressive sampler cannot follow. Remove Set Latent Noise Mask.")
-    if len(sigmas) and sigmas[-1] != 0:
-        raise ValueError(f"The last sigma is {float(sigmas[-1]):g}, but the autoregressive sampler finishes each block before the next. "
-                         "Use sigmas that end in 0.")
-    cfg = getattr(guider, "cfg", 1.0)
-    if cfg != 1.0:
-        raise ValueError(f"cfg is {cfg:g}, but the autoregressive sampler keeps one cache for one condition. Set cfg to 1.")
-    count = len(guider.conds.get("positive", ()))
-    if count > 1:
-        raise ValueError(f"{count} conditions are combined, but the autoregressive sampler keeps one cache for one condition. "
-                         "Connect a single prompt.")
+def _uninstall(patched, layers: int) -> None:
+    """Take an earlier hook off, so that of two nodes in a row the last one counts."""
+    for name in (*PATCHES, *map(ATTENTION_PATCH.format, range(layers))):
+        patched.object_patches.pop(name, None)
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):
+        patched.remove_wrappers_with_key(kind, KEY)
 
 
-def quantize(model, settings: QVGSettings):
-    """A clone of `model` whose cache is quantized as `settings` say; with the Off preset, a clone and nothing more.
+def quantize(model, settings: QVGSettings, node_id: str | None = None):
+    """A clone of `model` whose cache is quantized as `settings` say; with the preset Off its own cache is only counted.
 
+    node_id: of the node on which a run shows its bytes.
     Raises ValueError when the model is not a causal Wan, or the settings do not fit its heads.
     """
-    diffusion_model = model.get_model_object("diffusion_model")
-    if not hasattr(diffusion_model, "init_kv_caches"):
+    network = model.get_model_object("diffusion_model")
+    if not hasattr(network, "init_kv_caches"):
         raise ValueError(
-            f"{type(diffusion_model).__name__} is not an autoregressive video model: it has no KV cache to quantize. Load a "
-            "Self-Forcing or Causal-Forcing checkpoint whose metadata says causal_ar.")
-    patched = model.clone()
-    if settings.codec == "plain":
-        return patched
+            f"{type(network).__name__} is not an autoregressive video model: it has no KV cache to quantize. Load a Self-Forcing or "
+            "Causal-Forcing checkpoint with Load AR Video Model (QVG).")
     for tensor in (settings.key, settings.value):
-        tensor.groups(diffusion_model.head_dim)
-    hook = Hook(diffusion_model, settings)
-    patched.add_object_patch("diffusion_model.init_kv_caches", hook.init_kv_caches)
-    patched.add_object_patch("diffusion_model.forward_block", hook.forward_block)
-    for layer in range(diffusion_model.num_layers):
-        patched.add_object_patch(f"diffusion_model.blocks.{layer}.self_attn.forward", hook.self_attention(layer))
-    kinds = comfy.patcher_extension.WrappersMP
-    patched.add_wrapper_with_key(kinds.OUTER_SAMPLE, KEY, hook.outer_sample)
-    patched.add_wrapper_with_key(kinds.PREPARE_SAMPLING, KEY, hook.prepare_sampling)
+        tensor.groups(network.head_dim)
+    patched = model.clone()
+    log = RunLog(settings, node_id)
+    patched.set_attachments(ATTACHMENT, log)
+    if model.get_attachment(ATTACHMENT) is not None:
+        _uninstall(patched, network.num_layers)
+    hook = PlainHook(network, log) if settings.codec == "plain" else Hook(network, settings, log)
+    hook.install(patched)
     return patched

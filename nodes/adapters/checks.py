@@ -1,0 +1,47 @@
+"""What core's autoregressive sampler cannot do, refused before the first step with a sentence.
+
+Without these checks the same graphs fail inside the sampler, after the model has been loaded, with a message about tensor shapes.
+"""
+
+from __future__ import annotations
+
+ONE_CONDITION = "but the autoregressive sampler keeps one cache for one condition."
+
+
+def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
+    """Raises ValueError when a sampling run (arguments of `CFGGuider.outer_sample`) cannot use a KV cache."""
+    _check_sampler(sampler, sigmas)
+    if noise.ndim != 5:
+        raise ValueError(f"The latent has {noise.ndim} axes; a video latent has 5. Connect Empty AR Video Latent.")
+    if denoise_mask is not None:
+        raise ValueError("The latent has a noise mask, which the autoregressive sampler cannot follow. Remove Set Latent Noise Mask.")
+    _check_conditions(guider)
+    start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+    if start is not None and start.shape[0] != noise.shape[0]:
+        raise ValueError(f"The latent holds {noise.shape[0]} videos, but the start image is one. Set batch_size of AR Video I2V to 1.")
+
+
+def _check_sampler(sampler, sigmas) -> None:
+    function = getattr(sampler, "sampler_function", None)
+    # a sampler from another pack may well be autoregressive; of core's own, one is
+    if function is not None and function.__module__.startswith("comfy.") and function.__name__ != "sample_ar_video":
+        raise ValueError(f"The sampler {function.__name__.removeprefix('sample_')} makes the whole video at once and keeps no KV "
+                         "cache. Connect Sampler AR Video, or take the MODEL from before Quantize KV Cache (QVG).")
+    if len(sigmas) and sigmas[-1] != 0:
+        raise ValueError(f"The last sigma is {float(sigmas[-1]):g}, but the autoregressive sampler finishes each block before the "
+                         "next. Use sigmas that end in 0.")
+
+
+def _check_conditions(guider) -> None:
+    cfg = getattr(guider, "cfg", 1.0)
+    if cfg != 1.0:
+        raise ValueError(f"cfg is {cfg:g}, {ONE_CONDITION} Set cfg to 1.")
+    count = len(guider.conds.get("positive", ()))
+    if count > 1:
+        raise ValueError(f"{count} conditions are combined, {ONE_CONDITION} Connect a single prompt.")
+    more = sorted(set(guider.conds) - {"positive", "negative"})
+    if more:
+        raise ValueError(f"{type(guider).__name__} also evaluates {', '.join(more)}, {ONE_CONDITION} Use Basic Guider.")
+    if "negative" in guider.conds and guider.model_options.get("disable_cfg1_optimization"):
+        raise ValueError(f"A node on this model asks for the negative prompt even at cfg 1, {ONE_CONDITION} "
+                         "Remove that node, or use Basic Guider.")

@@ -1,0 +1,53 @@
+"""KV Memory Monitor (QVG): what the cache of a sampling run held, as a chart and as figures.
+
+    QVGMemoryMonitor  patched MODEL, LATENT of the sampler -> IMAGE, STRING
+
+While the model samples, the run itself writes on this node (`run_log`). The node executes after the sampler, which the latent
+makes sure of, and then draws the whole history.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..qvg.chart import draw_chart
+from .run_log import ATTACHMENT, MONITOR, RunLog, send_text
+
+
+class QVGMemoryMonitor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id=MONITOR, display_name="KV Memory Monitor (QVG)", category="model/patch", is_output_node=True,
+            description="Shows how many bytes the KV cache holds, while the model samples and afterwards: now, in bf16, at its "
+                        "peak, in each layer, and what was forecast.",
+            search_aliases=["memory", "vram", "kv cache", "monitor", "chart", "qvg"],
+            inputs=[
+                io.Model.Input("model", tooltip="MODEL from Quantize KV Cache (QVG), also through LoRA loaders."),
+                io.Latent.Input("samples", tooltip="LATENT of the sampler that used this model; the monitor waits for it."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="chart", tooltip="Bytes over latent frames, and bytes of each layer."),
+                io.String.Output(display_name="report", tooltip="JSON: settings, forecast, bytes after every chunk."),
+            ],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, model, samples) -> io.NodeOutput:
+        log: RunLog | None = model.get_attachment(ATTACHMENT)
+        if log is None:
+            raise ValueError("This model's KV cache is not watched. Connect the MODEL that comes out of Quantize KV Cache (QVG); "
+                             "its preset Off leaves the cache as it is and still counts it.")
+        if not log.history:
+            raise ValueError("This model has not sampled. Connect the LATENT of the sampler that uses it.")
+        title, frames = log.title, samples["samples"].shape[2]
+        if frames != log.total_frames:
+            title += f" (the latent has {frames})"
+        chart = draw_chart(log.history, forecast=log.forecast, total_frames=log.total_frames, title=title)
+        image = torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None]
+        send_text(log.text(), cls.hidden.unique_id)
+        return io.NodeOutput(image, json.dumps(log.report(), indent=1), ui=ui.PreviewImage(image, cls=cls))
