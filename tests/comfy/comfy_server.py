@@ -73,6 +73,8 @@ class ComfyServer:
             )
         try:
             self._wait_until_ready()
+            # read here: later entries may be refusals that a test provoked on purpose
+            self.complaints_at_start = self.complaints()
             self.client = ComfyClient(self.url, self.folder("output"))
         except BaseException:
             self.stop()

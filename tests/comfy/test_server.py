@@ -10,7 +10,7 @@ SAVE = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_pref
 
 def test_pack_loads_without_a_complaint(comfy, comfy_server):
     assert "SamplerARVideo" in comfy.object_info()
-    assert comfy_server.complaints() == []
+    assert comfy_server.complaints_at_start == []
 
 
 def test_run_returns_the_outputs(comfy):

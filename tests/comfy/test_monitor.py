@@ -1,0 +1,80 @@
+"""KV Memory Monitor (QVG) in the real ComfyUI: live text while sampling, chart and report after it."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from comfy_client import ComfyError
+from comfyui_qvg.qvg.demo import METADATA, PROMPTS, TEXT_DIM
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def checkpoint(comfy_server):
+    draw = torch.Generator().manual_seed(4)
+    network = CausalWan(WanSizes(dim=256, ffn_dim=256, layers=2, text_dim=TEXT_DIM))
+    state = {name: 0.05 * torch.randn(tensor.shape, generator=draw) for name, tensor in network.state_dict().items()}
+    save_file(state, comfy_server.folder("models", "diffusion_models") / "monitor.safetensors", metadata=METADATA)
+
+
+def graph(preset, seed, block=3, watched="quantize"):
+    model = ["quantize", 0]
+    return {
+        "load": {"class_type": "UNETLoader", "inputs": {"unet_name": "monitor.safetensors", "weight_dtype": "default"}},
+        "settings": {"class_type": "QVGSettings", "inputs": {"preset": preset}},
+        "quantize": {"class_type": "QVGQuantizeKVCache", "inputs": {"model": ["load", 0], "settings": ["settings", 0]}},
+        "shift": {"class_type": "ModelSamplingSD3", "inputs": {"model": model, "shift": 5.0}},
+        "prompt": {"class_type": "QVGDemoPrompt", "inputs": {"text": PROMPTS[0]}},
+        "latent": {"class_type": "EmptyARVideoLatent", "inputs": {"width": 96, "height": 64, "length": 45, "batch_size": 1}},
+        "sampler": {"class_type": "SamplerARVideo", "inputs": {"num_frame_per_block": block}},
+        "sigmas": {"class_type": "BasicScheduler", "inputs": {"model": model, "scheduler": "simple", "steps": 2, "denoise": 1.0}},
+        "sample": {"class_type": "SamplerCustom", "inputs": {
+            "model": ["shift", 0], "add_noise": True, "noise_seed": seed, "cfg": 1.0, "positive": ["prompt", 0],
+            "negative": ["prompt", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0], "latent_image": ["latent", 0]}},
+        "monitor": {"class_type": "QVGMemoryMonitor", "inputs": {"model": [watched, 0], "samples": ["sample", 0]}},
+        "report": {"class_type": "PreviewAny", "inputs": {"source": ["monitor", 1]}},
+    }
+
+
+def report_of(outputs):
+    return json.loads(outputs["report"]["text"][0])
+
+
+@pytest.mark.parametrize("block", [3, 5])
+def test_report_chart_and_forecast(comfy, block):
+    outputs = comfy.run(graph("Balanced", seed=block, block=block), timeout=120)
+    report = report_of(outputs)
+    now = report["now"]
+    chunks = [min(start + block, 12) for start in range(0, 12, block)]
+    assert [point["frames"] for point in report["history"]] == chunks
+    assert now["bf16_bytes"] == 2 * 2 * 2 * 12 * 24 * 2 * 128 and now["stored_bytes"] == sum(now["by_layer"])
+    assert now["stored_bytes"] == sum(now["by_kind"].values()) < now["bf16_bytes"]
+    # the forecast made before the first step is the count, to the byte
+    assert report["forecast"]["stored_bytes"] == now["stored_bytes"]
+    assert report["forecast"]["peak_bytes"] == now["peak_bytes"]
+    with Image.open(comfy.output_path(outputs["monitor"]["images"][0])) as chart:
+        assert chart.size == (960, 540) and len(chart.getcolors(1 << 20)) > 50
+
+
+def test_text_appears_on_both_nodes_while_sampling(comfy):
+    comfy.run(graph("Smallest", seed=7, watched="shift"), timeout=120)
+    order = [message.type for message in comfy.messages if message.type in ("text", "executing")
+             and message.data.get("node") in ("quantize", "monitor")]
+    assert order.index("text") < len(order) - 1 - order[::-1].index("executing"), "the monitor spoke before it was executed"
+    for node in ("quantize", "monitor"):
+        text = comfy.wait_for("text", lambda data, node=node: data["node"] == node and "12 of 12" in data["text"])["text"]
+        assert "Smallest" in text and "peak" in text and "layers 0-1" in text and "forecast" in text
+
+
+def test_off_counts_cores_own_cache(comfy):
+    now = report_of(comfy.run(graph("Off", seed=8), timeout=120))["now"]
+    # float32 on the CPU: twice the bytes of bf16
+    assert now["stored_bytes"] == 2 * now["bf16_bytes"] == now["by_kind"]["plain"]
+
+
+def test_an_unpatched_model_is_refused(comfy):
+    with pytest.raises(ComfyError, match="is not watched"):
+        comfy.run(graph("Balanced", seed=9, watched="load"), timeout=120)
