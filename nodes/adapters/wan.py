@@ -23,7 +23,7 @@ from ..run_log import ATTACHMENT, RunLog, plain_stats
 from .checks import check_run
 
 KEY = "quantvideogen"
-PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward_block")
+PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward_block", "get_dtype")
 ATTENTION_PATCH = "diffusion_model.blocks.{}.self_attn.forward"
 
 
@@ -72,12 +72,12 @@ class PlainHook:
 class Hook:
     """A quantized cache: made when a run first attends, fed by it, and freed when it ends, however it ends.
 
-    network: the causal Wan that samples. For the time of a run it is the one that the run's own patcher holds, which may be
-    another copy of the same weights.
+    model: core's BaseModel around the causal Wan that samples. For the time of a run it is the one that the run's own patcher
+    holds, which may be another copy of the same weights.
     """
 
-    def __init__(self, network, settings: QVGSettings, log: RunLog):
-        self.network, self.settings, self.log = network, settings, log
+    def __init__(self, model, settings: QVGSettings, log: RunLog):
+        self.model, self.settings, self.log = model, settings, log
         self.cache: KVCache | None = None
         self.attend: CachedAttention | None = None
         self.block: tuple[int, int, bool] | None = None
@@ -86,7 +86,16 @@ class Hook:
         self.chunk_frames = 0
         self.reserved = 0
 
+    @property
+    def network(self):
+        return self.model.diffusion_model
+
     # patches of the model
+
+    def get_dtype(self):
+        """What the network computes in. Core's sampler casts the start image to this, and a type of weights alone, such as fp8,
+        can neither hold an image nor be added to."""
+        return self.model.manual_cast_dtype or self.network.dtype
 
     def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
         self.free()
@@ -137,13 +146,13 @@ class Hook:
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         guider = executor.class_obj
         check_run(guider, noise, sampler, sigmas, denoise_mask)
-        own, self.network = self.network, guider.model_patcher.model.diffusion_model
+        own, self.model = self.model, guider.model_patcher.model
         try:
             self._plan(guider, noise.shape, sampler)
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
             self.free()
-            self.network = own
+            self.model = own
             self.log.show()
 
     def _plan(self, guider, shape, sampler) -> None:
@@ -152,7 +161,7 @@ class Hook:
         self.frames, self.grid = shape[2], (-(-shape[3] // 2), -(-shape[4] // 2))
         self.chunk_frames = min(getattr(sampler, "extra_options", {}).get("num_frame_per_block", 3), self.frames)
         geometry = Geometry(self.network.num_layers, self.network.num_heads, self.network.head_dim, self.grid, shape[0])
-        itemsize = comfy.model_management.dtype_size(guider.model_patcher.model.get_dtype_inference())
+        itemsize = comfy.model_management.dtype_size(self.get_dtype())
         forecast = budget.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)
         self.reserved = forecast.peak_bytes
@@ -168,7 +177,7 @@ class Hook:
         return executor(model, shape, conds, *args, **kwargs)
 
     def install(self, patched) -> None:
-        for name, patch in zip(PATCHES, (self.init_kv_caches, self.forward_block)):
+        for name, patch in zip(PATCHES, (self.init_kv_caches, self.forward_block, self.get_dtype)):
             patched.add_object_patch(name, patch)
         for layer in range(self.network.num_layers):
             patched.add_object_patch(ATTENTION_PATCH.format(layer), self.self_attention(layer))
@@ -208,6 +217,6 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
     patched.set_attachments(ATTACHMENT, log)
     if model.get_attachment(ATTACHMENT) is not None:
         _uninstall(patched, network.num_layers)
-    hook = PlainHook(network, log) if settings.codec == "plain" else Hook(network, settings, log)
+    hook = PlainHook(network, log) if settings.codec == "plain" else Hook(model.model, settings, log)
     hook.install(patched)
     return patched
