@@ -1,0 +1,60 @@
+"""The `qvg` command: the same ideas without ComfyUI.
+
+    qvg plan --model self-forcing --seconds 30 --vram 24
+    qvg info
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+
+import torch
+
+from . import plan as planning
+from .models.catalogue import MODELS
+from .settings import PRESETS
+
+
+def _plan(arguments) -> None:
+    result = planning.plan(
+        arguments.model, width=arguments.width, height=arguments.height, seconds=arguments.seconds or 0,
+        latent_frames=arguments.latent_frames or 0, preset=arguments.preset or "", vram_gib=arguments.vram)
+    print(planning.to_json(result) if arguments.json else planning.render(result, arguments.vram))
+
+
+def _info(arguments) -> None:
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} {platform.system()}")
+    print("accelerator: " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "none, torch on the CPU"))
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="qvg", description="A KV cache of about two bits a number for autoregressive video models.")
+    commands = root.add_subparsers(required=True)
+
+    command = commands.add_parser("plan", help="what a model, size and length will need")
+    command.add_argument("--model", required=True, choices=MODELS)
+    command.add_argument("--width", type=int, default=0, help="pixels; the model's usual size where left out")
+    command.add_argument("--height", type=int, default=0)
+    length = command.add_mutually_exclusive_group(required=True)
+    length.add_argument("--seconds", type=float)
+    length.add_argument("--latent-frames", type=int)
+    command.add_argument("--preset", choices=PRESETS)
+    command.add_argument("--vram", type=float, default=0, metavar="GIB", help="say what fits into this much, model weights not counted")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser("info", help="versions and backends")
+    command.set_defaults(run=_info)
+    return root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parser().parse_args(arguments)
+    try:
+        chosen.run(chosen)
+    except ValueError as error:
+        print(f"qvg: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,57 @@
+"""Shapes of the models whose cache can be planned: numbers alone, no code and no weights.
+
+Sources: the published configurations of each model; a latent frame of Wan 2.1 and HunyuanVideo-1.5 at 832 x 480 is 1560 tokens, one of
+Wan 2.2 5B at 1280 x 704 is 880.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..budget import Geometry
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's cache and video.
+
+    layers, heads, head_dim: of the self-attention that is cached. stride: pixels (height and width) of a token. size: usual (width,
+    height) in pixels. chunk_frames: latent frames of an autoregressive chunk. frame_rate: video frames a second. Every VAE here makes
+    one latent frame of the first video frame and one of each four after it.
+    """
+
+    layers: int
+    heads: int
+    stride: int
+    size: tuple[int, int]
+    chunk_frames: int
+    frame_rate: int = 16
+    head_dim: int = 128
+    note: str = ""
+
+    def geometry(self, width: int = 0, height: int = 0) -> Geometry:
+        """Raises ValueError when a side is not positive."""
+        width, height = width or self.size[0], height or self.size[1]
+        if min(width, height) < self.stride:
+            raise ValueError(f"A video of {width} x {height} pixels is smaller than one token; give at least {self.stride} pixels a side.")
+        return Geometry(self.layers, self.heads, self.head_dim, (-(-height // self.stride), -(-width // self.stride)))
+
+    def latent_frames(self, seconds: float) -> int:
+        """Latent frames of a video of this length, in whole chunks."""
+        frames = 1 + -(-max(0, round(seconds * self.frame_rate) - 1) // 4)
+        return -(-frames // self.chunk_frames) * self.chunk_frames
+
+    def seconds(self, frames: int) -> float:
+        return (4 * frames - 3) / self.frame_rate
+
+
+WAN_SMALL = ModelShape(30, 12, 16, (832, 480), 3)
+MODELS = {
+    "self-forcing": WAN_SMALL,
+    "causal-forcing": WAN_SMALL,
+    "longlive": WAN_SMALL,
+    "krea-14b": ModelShape(40, 40, 16, (832, 480), 3),
+    "longcat": ModelShape(48, 32, 16, (832, 480), 5, 15, note="the cache holds the conditioning latents of one segment, 19 at most"),
+    "hy-worldplay-5b": ModelShape(30, 24, 32, (1280, 704), 4, 24, note="raw keys and values; the original stores two copies of each"),
+    "hy-worldplay-8b": ModelShape(54, 16, 16, (832, 480), 4, 24, note="the original attends to 20 context latents at most"),
+}

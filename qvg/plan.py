@@ -1,0 +1,72 @@
+"""`qvg plan`: what a model, a size and a length will need, at every preset, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+
+from .budget import GIB, Geometry, forecast
+from .models.catalogue import MODELS, ModelShape
+from .settings import PRESETS, QVGSettings
+
+
+def longest(settings: QVGSettings, geometry: Geometry, chunk_frames: int, limit_bytes: int, most: int = 4096) -> int:
+    """Most latent frames, in whole chunks, whose peak stays within limit_bytes; 0 when not even one chunk does."""
+    low, high = 0, most // chunk_frames
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = forecast(settings, geometry, middle * chunk_frames, chunk_frames).peak_bytes <= limit_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low * chunk_frames
+
+
+def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
+         vram_gib: float = 0) -> dict:
+    """One row per preset as whole bytes and ratios. Raises ValueError with a sentence for an unknown name or an impossible length."""
+    if model not in MODELS:
+        raise ValueError(f"There is no model {model!r}; choose one of {', '.join(MODELS)}.")
+    shape: ModelShape = MODELS[model]
+    geometry = shape.geometry(width, height)
+    frames = latent_frames or shape.latent_frames(seconds)
+    if frames < 1 or seconds < 0 or latent_frames < 0:
+        raise ValueError("Give a positive length, as seconds or as latent frames.")
+    rows = {}
+    for name in [preset] if preset else PRESETS:
+        settings = QVGSettings.preset(name)
+        found = forecast(settings, geometry, frames, shape.chunk_frames)
+        rows[name] = {
+            "bf16_bytes": found.bf16_bytes, "stored_bytes": found.stored_bytes, "peak_bytes": found.peak_bytes,
+            "workspace_bytes": found.workspace_bytes, "stored_ratio": found.stored_ratio, "peak_ratio": found.peak_ratio,
+            "bits_per_number": found.bits_per_number}
+        if vram_gib:
+            limit = int(vram_gib * GIB)
+            rows[name] |= {"fits": found.peak_bytes <= limit,
+                           "longest_latent_frames": longest(settings, geometry, shape.chunk_frames, limit)}
+    width, height = width or shape.size[0], height or shape.size[1]
+    head = {"model": model, "width": width, "height": height, "latent_frames": frames, "seconds": shape.seconds(frames)}
+    if shape.note:
+        head["note"] = shape.note
+    return head | ({"preset": preset} | rows[preset] if preset else {"presets": rows})
+
+
+def render(result: dict, vram_gib: float = 0) -> str:
+    """`plan`'s result as a table for people."""
+    rows = result["presets"] if "presets" in result else {result["preset"]: result}
+    lines = [f"{result['model']}, {result['width']} x {result['height']}, {result['latent_frames']} latent frames "
+             f"({result['seconds']:.1f} s): {next(iter(rows.values()))['bf16_bytes'] / GIB:.2f} GiB in bf16"]
+    if "note" in result:
+        lines.append(f"({result['note']})")
+    lines.append(f"{'preset':<10}{'stored':>12}{'peak':>12}{'ratio':>8}{'at peak':>9}{'bits':>7}"
+                 + (f"   within {vram_gib:g} GiB" if vram_gib else ""))
+    for name, row in rows.items():
+        line = (f"{name:<10}{row['stored_bytes'] / GIB:>8.2f} GiB{row['peak_bytes'] / GIB:>8.2f} GiB"
+                f"{row['stored_ratio']:>7.2f}x{row['peak_ratio']:>8.2f}x{row['bits_per_number']:>7.2f}")
+        if vram_gib:
+            longest_frames = row["longest_latent_frames"]
+            line += f"   {'fits' if row['fits'] else 'does not fit'}; at most {longest_frames} latent frames " \
+                    f"({max(0.0, MODELS[result['model']].seconds(longest_frames)):.1f} s)"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def to_json(result: dict) -> str:
+    return json.dumps(result, indent=2)
