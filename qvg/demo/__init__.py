@@ -18,11 +18,14 @@ from ..models.wan_vae import WanVAE
 from .prompts import TEXT_DIM, embed_prompt
 from .scenes import HEIGHT, WIDTH
 
-__all__ = ["GRID", "HEIGHT", "LATENT", "PROMPTS", "TEXT_DIM", "WEIGHTS", "WIDTH", "embed_prompt", "load_tiny"]
+__all__ = ["GRID", "HEIGHT", "LATENT", "NETWORK_PATH", "PROMPTS", "TEXT_DIM", "VAE_PATH", "WEIGHTS", "WIDTH", "embed_prompt", "load_tiny"]
 
+# named as ComfyUI's model folders, because its loaders look into them
 WEIGHTS = Path(__file__).parent / "weights"
 NETWORK_FILE = "qvg_tiny_causal_wan.safetensors"
 VAE_FILE = "qvg_tiny_vae.safetensors"
+NETWORK_PATH = WEIGHTS / "diffusion_models" / NETWORK_FILE
+VAE_PATH = WEIGHTS / "vae" / VAE_FILE
 
 # core calls a Wan checkpoint causal, and believes its text width, only by this metadata
 METADATA = {"config": json.dumps({"transformer": {"causal_ar": True, "text_dim": TEXT_DIM}})}
@@ -49,5 +52,5 @@ def load_tiny(dtype: torch.dtype = torch.float32) -> tuple[CausalWan, WanVAE]:
     """The trained network and autoencoder on the CPU."""
     from safetensors.torch import load_file
 
-    network = CausalWan.from_state_dict(load_file(WEIGHTS / NETWORK_FILE), dtype)
-    return network, WanVAE.from_state_dict(load_file(WEIGHTS / VAE_FILE), dtype)
+    network = CausalWan.from_state_dict(load_file(NETWORK_PATH), dtype)
+    return network, WanVAE.from_state_dict(load_file(VAE_PATH), dtype)
