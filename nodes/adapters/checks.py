@@ -8,6 +8,11 @@ from __future__ import annotations
 ONE_CONDITION = "but the autoregressive sampler keeps one cache for one condition."
 
 
+def is_autoregressive(sampler) -> bool:
+    """Whether this is core's Sampler AR Video."""
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", "") == "sample_ar_video"
+
+
 def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
     """Raises ValueError when a sampling run (arguments of `CFGGuider.outer_sample`) cannot use a KV cache."""
     _check_sampler(sampler, sigmas)
@@ -17,19 +22,29 @@ def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
         raise ValueError("The latent has a noise mask, which the autoregressive sampler cannot follow. Remove Set Latent Noise Mask.")
     _check_conditions(guider)
     start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
-    if start is not None and start.shape[0] != noise.shape[0]:
-        raise ValueError(f"The latent holds {noise.shape[0]} videos, but the start image is one. Set batch_size of AR Video I2V to 1.")
+    if start is not None:
+        _check_start(start.shape, noise.shape)
 
 
 def _check_sampler(sampler, sigmas) -> None:
     function = getattr(sampler, "sampler_function", None)
     # a sampler from another pack may well be autoregressive; of core's own, one is
-    if function is not None and function.__module__.startswith("comfy.") and function.__name__ != "sample_ar_video":
+    if function is not None and function.__module__.startswith("comfy.") and not is_autoregressive(sampler):
         raise ValueError(f"The sampler {function.__name__.removeprefix('sample_')} makes the whole video at once and keeps no KV "
                          "cache. Connect Sampler AR Video, or take the MODEL from before Quantize KV Cache (QVG).")
     if len(sigmas) and sigmas[-1] != 0:
         raise ValueError(f"The last sigma is {float(sigmas[-1]):g}, but the autoregressive sampler finishes each block before the "
                          "next. Use sigmas that end in 0.")
+
+
+def _check_start(start, noise) -> None:
+    if start[0] != noise[0]:
+        raise ValueError(f"The latent holds {noise[0]} videos, but the start image is one. Set batch_size of AR Video I2V to 1.")
+    if start[3:] != noise[3:]:
+        # Wan's latents are an eighth of the picture
+        (rows, columns), (other_rows, other_columns) = start[3:], noise[3:]
+        raise ValueError(f"The start image is {8 * columns} x {8 * rows} pixels, but the latent is for {8 * other_columns} x "
+                         f"{8 * other_rows}. Connect the LATENT of AR Video I2V to the sampler, or give both the same size.")
 
 
 def _check_conditions(guider) -> None:

@@ -20,11 +20,17 @@ from ...qvg.cache import KVCache
 from ...qvg.chart import format_bytes
 from ...qvg.settings import QVGSettings
 from ..run_log import ATTACHMENT, RunLog, plain_stats
-from .checks import check_run
+from .checks import check_run, is_autoregressive
 
 KEY = "quantvideogen"
 PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward_block", "get_dtype")
 ATTENTION_PATCH = "diffusion_model.blocks.{}.self_attn.forward"
+
+
+def compute_dtype(model):
+    """What the network computes in. Core's sampler makes its cache and casts the start image to what the weights are kept in; where that is
+    fp8, it can neither hold what attention computes nor an image."""
+    return model.manual_cast_dtype or model.diffusion_model.dtype
 
 
 class Stand:
@@ -43,29 +49,37 @@ class Stand:
 class PlainHook:
     """The preset Off: core's own cache, whose bytes are written down."""
 
-    def __init__(self, network, log: RunLog):
-        self.network, self.log = network, log
+    def __init__(self, model, log: RunLog):
+        self.model, self.log = model, log
         self.frames = 0
 
+    def get_dtype(self):
+        return compute_dtype(self.model)
+
     def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
-        caches = type(self.network).init_kv_caches(self.network, batch_size, max_seq_len, device, dtype)
+        network = self.model.diffusion_model
+        caches = type(network).init_kv_caches(network, batch_size, max_seq_len, device, dtype)
         # all of it is there from the first frame to the last
         for frames in (0, self.frames):
             self.log.note(plain_stats(caches, self.frames, frames))
         return caches
 
-    def outer_sample(self, executor, noise, *args, **kwargs):
-        own, self.network = self.network, executor.class_obj.model_patcher.model.diffusion_model
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+        guider = executor.class_obj
+        if is_autoregressive(sampler):
+            check_run(guider, noise, sampler, sigmas, denoise_mask)
+        own, self.model = self.model, guider.model_patcher.model
         self.frames = noise.shape[2] if noise.ndim == 5 else 0
         self.log.start(self.frames, None)
         try:
-            return executor(noise, *args, **kwargs)
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
-            self.network = own
+            self.model = own
             self.log.show()
 
     def install(self, patched) -> None:
-        patched.add_object_patch(PATCHES[0], self.init_kv_caches)
+        patched.add_object_patch("diffusion_model.init_kv_caches", self.init_kv_caches)
+        patched.add_object_patch("get_dtype", self.get_dtype)
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
 
 
@@ -93,9 +107,7 @@ class Hook:
     # patches of the model
 
     def get_dtype(self):
-        """What the network computes in. Core's sampler casts the start image to this, and a type of weights alone, such as fp8,
-        can neither hold an image nor be added to."""
-        return self.model.manual_cast_dtype or self.network.dtype
+        return compute_dtype(self.model)
 
     def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
         self.free()
@@ -217,6 +229,6 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
     patched.set_attachments(ATTACHMENT, log)
     if model.get_attachment(ATTACHMENT) is not None:
         _uninstall(patched, network.num_layers)
-    hook = PlainHook(network, log) if settings.codec == "plain" else Hook(model.model, settings, log)
+    hook = PlainHook(model.model, log) if settings.codec == "plain" else Hook(model.model, settings, log)
     hook.install(patched)
     return patched

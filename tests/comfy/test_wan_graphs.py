@@ -127,6 +127,39 @@ def test_start_image_with_fp8_weights(comfy):
     assert run(comfy, build(image=True, dtype="fp8_e4m3fn"))[0].isfinite().all()
 
 
+@pytest.mark.parametrize("image", [False, True])
+def test_off_with_fp8_weights(comfy, image):
+    """Core makes its cache in the type of the weights, which cannot hold what attention computes; Off makes it in the type of computing."""
+    with pytest.raises(ComfyError):
+        run(comfy, build(preset=None, image=image, dtype="fp8_e4m3fn"))
+    off, report = run(comfy, build(preset="Off", image=image, dtype="fp8_e4m3fn"))
+    assert off.isfinite().all() and report["now"]["by_kind"]["plain"] == report["now"]["stored_bytes"] > 0
+    ours, _ = run(comfy, exact(build(image=image, dtype="fp8_e4m3fn")))
+    assert (ours - off).abs().max() < 1e-3 * off.abs().max()
+
+
+@pytest.mark.parametrize("extra", [{"advanced": True}, {"image": True}, {"lora": 1.0}, {"block": 2, "frames": 5}])
+def test_off_is_bit_identical(comfy, extra):
+    assert torch.equal(run(comfy, build(preset=None, **extra))[0], run(comfy, build(preset="Off", **extra))[0])
+
+
+@pytest.mark.parametrize(("settings", "held"), [
+    ({"budget_gib": 0.0012}, 24), ({"budget_gib": 0.0006}, None), ({"preset": "Paper", "budget_gib": 0.0008}, None),
+    ({"window_frames": 6}, 9), ({"preset": "Quality", "sink_frames": 0, "window_frames": 6, "budget_gib": 0.01}, 6)])
+def test_budget_and_window_hold(comfy, settings, held):
+    """held: latent frames still in the cache at the end, None where the budget decides and some must have left."""
+    graph = build(frames=24)
+    graph["settings"]["inputs"] |= settings
+    latent, report = run(comfy, graph)
+    now, forecast = report["now"], report["forecast"]
+    assert latent.isfinite().all()
+    assert 0 < now["held_frames"] < 24 if held is None else now["held_frames"] == held
+    assert (now["stored_bytes"], now["peak_bytes"], now["held_frames"]) == (
+        forecast["stored_bytes"], forecast["peak_bytes"], forecast["held_frames"])
+    if "budget_gib" in settings:
+        assert now["peak_bytes"] <= settings["budget_gib"] * 2**30
+
+
 def test_batch_of_two(comfy):
     core, _ = run(comfy, build(preset=None, batch=2))
     ours, _ = run(comfy, exact(build(batch=2)))
@@ -183,8 +216,17 @@ def whole_video_sampler():
     return graph
 
 
+def other_size():
+    graph = build(image=True)
+    graph["sample"]["inputs"]["latent_image"] = ["latent", 0]
+    graph["latent"]["inputs"]["width"] = 128
+    return graph
+
+
 WRONG = {
     "cfg": (lambda: wrong(sample={"cfg": 4.0}), "cfg is 4.*Set cfg to 1"),
+    "cfg with Off": (lambda: wrong(sample={"cfg": 4.0}, settings={"preset": "Off"}), "cfg is 4.*Set cfg to 1"),
+    "start image of another size": (other_size, "start image is 96 x 64 pixels, but the latent is for 128 x 64"),
     "two prompts": (two_prompts, "2 conditions are combined"),
     "other sampler": (whole_video_sampler, "sampler euler makes the whole video at once.*Sampler AR Video"),
     "small budget": (lambda: wrong(settings={"budget_gib": 1e-5}), "memory budget of 1e-05 GiB is too small"),
