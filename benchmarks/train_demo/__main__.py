@@ -22,7 +22,7 @@ from ...qvg.demo.prompts import embed_scene
 from ...qvg.demo.scenes import place, random_scene, render
 from ...qvg.models.wan import CausalWan, WanSizes
 from ...qvg.models.wan_vae import WanVAE, denormalize, normalize
-from .autoencoder import draw_clips, fold_statistics, train_autoencoder
+from .autoencoder import Scenes, fold_statistics, train_autoencoder
 from .clock import Clock
 from .diffusion import Trainer
 from .rollout import generate
@@ -93,7 +93,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_at_autoencoder(vae: WanVAE, out: Path, device, frames: int) -> None:
-    video = draw_clips(4, frames, torch.Generator().manual_seed(11), device)
+    video = Scenes(6, 11, device).draw(6, frames)
     output = torch.cat(list(vae.decode_frames(vae.encode(video))), dim=2)
     print(f"vae: {psnr(output, video).mean():.2f} dB on unseen clips", flush=True)
     contact_sheet(torch.stack([video, output], 1).flatten(0, 1), out / "vae.png", 6)
@@ -123,7 +123,6 @@ def main() -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.recompile_limit = 32
     short, long, seen = (6, 6, 6) if options.toy else (12, 30, 63)
 
     vae = WanVAE(options.vae_base).to(device)
@@ -134,12 +133,14 @@ def main() -> None:
                 module.load_state_dict(load_file(options.resume / name))
 
     if options.vae_minutes:
-        train_autoencoder(vae, options.vae_minutes, 2 if options.toy else 12, 5 if options.toy else 13, 3e-3, device)
-        fold_statistics(vae, device, 4 if options.toy else 64, 5 if options.toy else 29)
+        train_autoencoder(vae, options.vae_minutes, device, options.toy)
+        fold_statistics(vae, device, 2 if options.toy else 16, 5 if options.toy else 29)
     total = save(vae, options.out / VAE_FILE)
     vae.requires_grad_(False)
     look_at_autoencoder(vae, options.out, device, 9 if options.toy else 29)
 
+    if not options.dit_minutes and not options.own_minutes:
+        return
     latents, prompts = encode_pool(vae, options.pool_minutes, long, device)
     std, mean = torch.std_mean(latents.float(), dim=(0, 2, 3, 4))
     print(f"pool: {len(latents)} clips, channel means to {mean.abs().max():.3f}, "
@@ -152,9 +153,10 @@ def main() -> None:
     for name, minutes, size, frames, rate, own in stages:
         if minutes:
             trainer.train(minutes, size, frames, rate, own, name)
-    network.eval().requires_grad_(False)
+            save(network, options.out / NETWORK_FILE, METADATA)
     total += save(network, options.out / NETWORK_FILE, METADATA)
     print(f"weights: {total} bytes of {BYTES_LIMIT} allowed", flush=True)
+    network = CausalWan.from_state_dict(load_file(options.out / NETWORK_FILE, str(device)), torch.float32)
     look_at_network(network, vae, options.out, device, seen)
 
 

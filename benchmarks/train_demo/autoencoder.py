@@ -1,62 +1,142 @@
-"""The tiny VAE: L1 and edge loss on procedural clips, with noise on normalized latents in place of a KL term.
+"""The tiny VAE: first on still scenes, then on clips, with noise on normalized latents in place of a KL term.
 
-During training the latents are normalized by the batch's own statistics, per channel, and noise proportional to that is
-added before decoding. So every channel carries signal, no channel can collapse or grow, and the decoder tolerates what
-a small diffusion model leaves. At the end the true statistics, and Wan's constants, are folded into the two 1x1x1
-convolutions around the latent: whoever normalizes as Wan does sees zero mean and unit variance.
+During training the latents are normalized by the batch's own statistics, per channel, and noise is added before they
+are decoded. So every channel carries signal, no channel can collapse or grow, and the decoder tolerates what a small
+diffusion model leaves. At the end the true statistics, and Wan's constants, are folded into the two 1x1x1 convolutions
+around the latent: whoever normalizes as Wan does sees zero mean and unit variance.
+
+Width 8 makes a network of a thousand small kernels, so on a GPU a whole step is recorded once and replayed.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...qvg.demo.scenes import place, random_scene, render
-from ...qvg.models.wan_vae import CHANNELS, MEAN, STD, WanVAE
+from ...qvg.demo.scenes import HEIGHT, WIDTH, Layout, place, random_scene, render
+from ...qvg.models.wan_vae import CHANNELS, MEAN, STD, ResidualBlock, WanVAE
 from .clock import Clock, Log
 
 LATENT_NOISE = 0.15
+EDGE_WEIGHT = 0.5
 
 
-def draw_clips(count: int, frames: int, generator: torch.Generator, device) -> Tensor:
-    return render(place([random_scene(generator) for _ in range(count)], generator).to(device), frames)
+class Scenes:
+    """Many random scenes on the device; `draw` takes some of them to a random place on the torus."""
+
+    def __init__(self, count: int, seed: int, device):
+        generator = torch.Generator().manual_seed(seed)
+        self.layout = place([random_scene(generator) for _ in range(count)], generator).to(device)
+
+    def draw(self, batch: int, frames: int) -> Tensor:
+        device = self.layout.centre.device
+        index = torch.randint(len(self.layout.centre), (batch,), device=device)
+        layout = Layout(**{field.name: getattr(self.layout, field.name)[index] for field in fields(Layout)})
+        away = torch.rand(batch, 1, 2, device=device)
+        layout.centre = torch.stack([layout.centre[..., 0] + away[..., 0] * WIDTH,
+                                     layout.centre[..., 1] + away[..., 1] * HEIGHT], dim=-1)
+        layout.phase = layout.phase + 64 * torch.rand(batch, 2, device=device)
+        return render(layout, frames)
+
+
+def initialize(vae: WanVAE) -> None:
+    """Variance-keeping weights. A still image uses only the newest tap of each convolution, so that one is the largest."""
+    for module in vae.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            taps = module.weight.shape[2] if module.weight.ndim == 5 else 1
+            nn.init.normal_(module.weight, std=(taps / module.weight[0].numel()) ** 0.5)
+            nn.init.zeros_(module.bias)
+            if taps == 3 and module.kernel_size[1] == 3:
+                module.weight.data[:, :, :2] *= 0.3
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            module.residual[-1].weight.data *= 0.3
 
 
 def edges(video: Tensor) -> tuple[Tensor, Tensor]:
     return video.diff(dim=-1), video.diff(dim=-2)
 
 
-def train_autoencoder(vae: WanVAE, minutes: float, batch: int, frames: int, rate: float, device) -> None:
-    generator = torch.Generator().manual_seed(1)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    clock, log = Clock(minutes), Log("vae", 100)
-    vae.train()
-    while not clock.over():
-        for group in optimizer.param_groups:
-            group["lr"] = rate * clock.schedule()
-        video = draw_clips(batch, frames, generator, device)
-        with torch.autocast(device.type, torch.bfloat16):
-            latent = vae.posterior(video)[0].float()
+class Stage:
+    """One batch size and clip length. A step draws, encodes, decodes and updates, without a word from the CPU."""
+
+    def __init__(self, vae: WanVAE, scenes: Scenes, batch: int, frames: int, edge: float):
+        self.vae, self.scenes, self.batch, self.frames, self.edge = vae, scenes, batch, frames, edge
+        self.device = scenes.layout.centre.device
+        self.parameters = list(vae.parameters())
+        on_gpu = self.device.type == "cuda"
+        self.rate = torch.zeros((), device=self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.0, capturable=on_gpu, foreach=on_gpu)
+        self.replay = self.step
+        if on_gpu:
+            try:
+                self.replay = self._record()
+            except RuntimeError as error:
+                print(f"steps are launched one kernel at a time, because they could not be recorded: {error}", flush=True)
+
+    def step(self) -> None:
+        video = self.scenes.draw(self.batch, self.frames)
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            latent = self.vae.posterior(video)[0].float()
             std, mean = torch.std_mean(latent, dim=(0, 2, 3, 4), keepdim=True)
             latent = (latent - mean) / (std + 1e-4)
-            noise = LATENT_NOISE * torch.rand(batch, 1, 1, 1, 1, device=device)
-            output = vae.decode(latent + noise * torch.randn_like(latent)).float()
-        loss = F.l1_loss(output, video)
-        loss = loss + sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(video)))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        log(loss=loss, psnr=-10 * ((output - video) / 2).detach().square().mean().log10())
+            noise = LATENT_NOISE * torch.rand(self.batch, 1, 1, 1, 1, device=self.device)
+            output = self.vae.decode(latent + noise * torch.randn_like(latent)).float()
+        error = output - video
+        self.error = error.detach().square().mean() / 4
+        self.loss = error.abs().mean() + 2 * error.square().mean()
+        if self.edge:
+            self.loss = self.loss + self.edge * sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(video)))
+        self.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _record(self):
+        """Warm up (at rate 0, so nothing is learned yet), then capture the step as a CUDA graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+
+def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool) -> None:
+    initialize(vae)
+    scenes = Scenes(64 if toy else 4096, 1, device)
+    vae.train()
+    images = (2, 1, 0.0, 5e-3, 0.2)
+    clips = (2, 5, EDGE_WEIGHT, 3e-3, 0.8)
+    if not toy:
+        images, clips = (24, *images[1:]), (6, 9, *clips[2:])
+    for name, (batch, frames, edge, rate, share) in (("vae images", images), ("vae clips", clips)):
+        clock, log = Clock(minutes * share, decay=0.7), Log(name, 250)
+        stage = Stage(vae, scenes, batch, frames, edge)
+        while not clock.over():
+            stage.rate.fill_(rate * clock.schedule())
+            stage.replay()
+            log(loss=stage.loss, error=stage.error)
+            if log.calls % 20 == 0:
+                # the clock is the CPU's: do not let it run ahead of the device
+                float(stage.loss)
     vae.eval()
 
 
 @torch.no_grad()
-def fold_statistics(vae: WanVAE, device, clips: int = 64, frames: int = 29) -> None:
+def fold_statistics(vae: WanVAE, device, rounds: int = 16, frames: int = 29) -> None:
     """Make `normalize(vae.encode(video))` zero-mean and unit-variance, and the decoder read what `encode` writes."""
-    generator = torch.Generator().manual_seed(2)
-    latents = torch.cat([vae.encode(draw_clips(4, frames, generator, device)) for _ in range(clips // 4)])
+    scenes = Scenes(4 * rounds, 2, device)
+    latents = torch.cat([vae.encode(scenes.draw(4, frames)) for _ in range(rounds)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     wan_mean, wan_std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 

@@ -29,40 +29,34 @@ SHIFT = 5.0
 
 
 class TeacherForcing:
-    """The `attend` of a [clean, noisy] sequence of `frames` + `frames` frames."""
+    """The `attend` of a [clean, noisy] sequence of `frames` + `frames` frames.
 
-    def __init__(self, frames: int, first_alone: bool, device, flex: bool):
+    What a token may see is the same for a whole chunk, so each chunk is a plain attention over the keys that it sees:
+    no mask, and no work on what a mask would hide.
+    """
+
+    def __init__(self, frames: int, first_alone: bool, device):
         tokens = GRID[0] * GRID[1]
         frame = torch.arange(frames, device=device)
         self.chunk_of_frame = (frame + 2) // CHUNK_FRAMES if first_alone else frame // CHUNK_FRAMES
-        chunk = self.chunk_of_frame.repeat_interleave(tokens).repeat(2)
-        noisy = torch.arange(2 * frames * tokens, device=device) >= frames * tokens
-
-        def visible(batch, head, query, key):
-            clean_key = ~noisy[key] & ((chunk[key] < chunk[query]) | (~noisy[query] & (chunk[key] == chunk[query])))
-            return clean_key | (noisy[key] & noisy[query] & (chunk[key] == chunk[query]))
-
+        sizes = torch.bincount(self.chunk_of_frame).cumsum(0).tolist()
+        self.borders = [(tokens * start, tokens * stop) for start, stop in zip([0, *sizes], sizes)]
         cos, sin = Rope(HEAD_DIM, GRID).tables(0, frames, device)
         self.cos, self.sin = (table.repeat(2, 1)[:, None] for table in (cos, sin))
-        length = len(chunk)
-        self.mask = self.blocks = None
-        if flex:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            self.blocks = create_block_mask(visible, None, None, length, length, device=str(device))
-        else:
-            index = torch.arange(length, device=device)
-            self.mask = visible(None, None, index[:, None], index[None, :])
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin), v))
-        if self.blocks is None:
-            out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=self.mask)
-        else:
-            from torch.nn.attention.flex_attention import flex_attention
+        return self.see(rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin), v.to(q.dtype))
 
-            out = flex_attention(q, k, v.to(q.dtype), block_mask=self.blocks)
-        return out.transpose(1, 2)
+    @torch.compiler.disable
+    def see(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        half = q.shape[2] // 2
+        clean, noisy = [], []
+        for start, stop in self.borders:
+            clean.append(F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
+            seen = [torch.cat([x[:, :, :start], x[:, :, half + start:half + stop]], dim=2) for x in (k, v)]
+            noisy.append(F.scaled_dot_product_attention(q[:, :, half + start:half + stop], *seen))
+        return torch.cat([*clean, *noisy], dim=2).transpose(1, 2)
 
 
 class Trainer:
@@ -71,7 +65,6 @@ class Trainer:
     def __init__(self, network: CausalWan, latents: Tensor, prompts: Tensor, device, fast: bool):
         self.network, self.latents, self.prompts, self.device = network, latents, prompts, device
         self.average = [p.detach().clone() for p in network.parameters()]
-        self.fast = fast
         if fast:
             for block in network.blocks:
                 block.compile()
@@ -111,7 +104,7 @@ class Trainer:
 
     def train(self, minutes: float, batch: int, frames: int, rate: float, own_context: bool, name: str) -> None:
         clock, log = Clock(minutes), Log(name, 50)
-        layouts = [TeacherForcing(frames, alone, self.device, self.fast) for alone in (False, True)]
+        layouts = [TeacherForcing(frames, alone, self.device) for alone in (False, True)]
         parameters = list(self.network.parameters())
         matrices = [p for p in parameters if p.ndim > 1 and min(p.shape[:2]) > 1]
         rest = [p for p in parameters if not (p.ndim > 1 and min(p.shape[:2]) > 1)]

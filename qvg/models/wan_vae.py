@@ -88,8 +88,8 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = x.float().square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
-        return x * (x.shape[1] ** 0.5 / length).to(x.dtype) * self.gamma
+        length = x.square().sum(1, keepdim=True, dtype=torch.float32).sqrt().clamp_min(1e-12)
+        return x * (x.shape[1] ** 0.5 / length).to(x.dtype) * self.gamma.to(x.dtype)
 
 
 class Chain(nn.Sequential):
