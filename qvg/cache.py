@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from . import budget
+from . import budget, dispatch
 from .budget import Geometry, Limits
 from .codec import LevelTables, Span, TensorCodec
 from .rope import Rope, rotate
@@ -117,6 +117,7 @@ class LayerCache:
         settings = owner.settings
         self.owner = owner
         self.entries: list[Entry] = []
+        self.reader = None  # what the kernel that decodes keeps between reads
         self.sides = tuple(
             Side(TensorCodec(settings.codec, tensor, owner.geometry.head_dim, settings.iterations))
             for tensor in (settings.key, settings.value))
@@ -188,6 +189,9 @@ class LayerCache:
     def read(self, heads: slice, keys: Tensor, values: Tensor) -> None:
         """Decode the whole history of some heads: keys and values [B, T, h, D] are filled, oldest token first, K with RoPE at its
         absolute frame."""
+        dispatch.run("decode", LayerCache._read, self, heads, keys, values)
+
+    def _read(self, heads: slice, keys: Tensor, values: Tensor) -> None:
         geometry = self.owner.geometry
         start = 0
         for entry in self.entries:
@@ -262,6 +266,7 @@ class KVCache:
         self.limits: Limits = budget.limits(settings, self.geometry, chunk_frames, max_frames, self.itemsize)
         self.rope = Rope(head_dim, grid, theta)
         self.tables = LevelTables(device)
+        self.angles = None  # what the kernel that decodes knows of positions, the same for every layer
         self.workspace = Workspace(self.geometry, dtype, device, budget.capacity_frames(
             settings, chunk_frames, max_frames, self.limits.cap_frames))
         self.layers = [LayerCache(self, number) for number in range(layers)]

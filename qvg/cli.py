@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from . import dispatch
 from . import plan as planning
 from .models.catalogue import MODELS
 from .settings import PRESETS
@@ -26,7 +27,11 @@ def _plan(arguments) -> None:
 
 def _info(arguments) -> None:
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} {platform.system()}")
-    print("accelerator: " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "none, torch on the CPU"))
+    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    names = {"mps": "Apple GPU", "cpu": "none, torch on the CPU"}
+    print("accelerator: " + (names.get(name) or torch.cuda.get_device_name()))
+    for op, backend, reason in dispatch.report(name):
+        print(f"{op:8}{backend:8}{dispatch.OPS[op]}" + (f"; not triton: {reason}" if reason else ""))
 
 
 def parser() -> argparse.ArgumentParser:

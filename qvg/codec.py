@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import e4m3, paper, planes, smoothing
+from . import dispatch, e4m3, paper, planes, smoothing
 from .settings import PLAIN_BITS, TensorSettings
 from .smoothing import Codebook
 
@@ -186,7 +186,7 @@ class TensorCodec:
             codes = paper.encode(x, codebook.centroids, ids, bits=bits, block=min(self.settings.group, x.shape[-1]),
                                  symmetric=self.settings.symmetric)
             return PaperSpan(codes, ids, codebook, bits)
-        return _encode_planes(x, bits, codebook, self.groups, self.settings.gain)
+        return dispatch.run("encode", _encode_planes, x, bits, codebook, self.groups, self.settings.gain)
 
 
 def _encode_int8(x: Tensor, groups: int) -> PlainSpan:
@@ -198,6 +198,9 @@ def _encode_int8(x: Tensor, groups: int) -> PlainSpan:
 
 
 def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> PlaneSpan:
+    """x [T, R, D] -> a span with `bits` planes."""
+    """x [T, R, D] -> a span with `bits` planes."""
+    """x [T, R, D] -> a span with `bits` planes."""
     tokens, rows, dim = x.shape
     span = PlaneSpan(
         planes=[torch.empty(tokens, rows, dim // 8, dtype=torch.uint8, device=x.device) for _ in range(bits)],

@@ -28,7 +28,7 @@ class Rope:
         self.dims = axis_dims(head_dim)
         self._space: Tensor | None = None  # cos and sin of rows and columns, the same for every frame
 
-    def _angles(self, positions: Tensor, dim: int) -> Tensor:
+    def angles(self, positions: Tensor, dim: int) -> Tensor:
         """[N] positions -> [N, dim / 2] angles, float64 where the device has it."""
         exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         frequencies = (1.0 / self.theta**exponents).to(positions.device, _angle_dtype(positions.device))
@@ -38,10 +38,10 @@ class Rope:
         """cos and sin, [frames * h * w, head_dim / 2] float32, of `frames` frames from absolute frame `first`."""
         height, width = self.grid
         if self._space is None or self._space.device != torch.device(device):
-            rows, columns = (self._angles(torch.arange(count, device=device), dim) for count, dim in zip(self.grid, self.dims[1:]))
+            rows, columns = (self.angles(torch.arange(count, device=device), dim) for count, dim in zip(self.grid, self.dims[1:]))
             space = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).flatten(0, 1)
             self._space = torch.stack([space.cos(), space.sin()]).float()
-        time = self._angles(torch.arange(first, first + frames, device=device), self.dims[0])
+        time = self.angles(torch.arange(first, first + frames, device=device), self.dims[0])
         time = torch.stack([time.cos(), time.sin()]).float()
         shape = (2, frames, height * width)
         both = torch.cat([time[:, :, None].expand(*shape, -1), self._space[:, None].expand(*shape, -1)], dim=-1).flatten(1, 2)

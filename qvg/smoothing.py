@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import e4m3
+from . import dispatch, e4m3
 
 # float32 distances of a slice of rows stay below this
 SCRATCH_BYTES = 64 << 20
@@ -58,26 +58,42 @@ def row_slices(rows: int, bytes_per_row: int) -> list[slice]:
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Ties take the lower id."""
+    return dispatch.run("assign", _assign, x, centroids)
+
+
+def _assign(x: Tensor, centroids: Tensor) -> Tensor:
+    return dispatch.run("assign", _assign, x, centroids)
+
+
+def _assign(x: Tensor, centroids: Tensor) -> Tensor:
+    return dispatch.run("assign", _assign, x, centroids)
+
+
+def _assign(x: Tensor, centroids: Tensor) -> Tensor:
     # |x|^2 is the same for every centroid and is left out
     half_norms = 0.5 * centroids.square().sum(-1)
     return torch.baddbmm(half_norms[:, None], x, centroids.transpose(1, 2), alpha=-1.0).argmin(-1)
 
 
 def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
-    """Mean of each centroid's tokens [R, C, D]; one without tokens moves to the token that is served worst.
+    """Mean of each centroid's tokens [R, C, D], where x [R, T, D] chose `ids` [R, T] among `centroids` [R, C, D].
 
+    One without tokens moves to a token: of T / C neighbours, a share for each centroid, the one that lies farthest from what it chose.
     Sums are matrix products with the one-hot assignment: no float atomics, so two runs give the same bits.
     """
+    return dispatch.run("update", _update, x, ids, centroids)
+
+
+def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
     count = centroids.shape[1]
     one_hot = torch.nn.functional.one_hot(ids, count).to(x.dtype)
     sizes = one_hot.sum(1)
     means = torch.bmm(one_hot.transpose(1, 2), x) / sizes.clamp(min=1)[..., None]
     empty = sizes == 0
-    error = (x - means.gather(1, ids[..., None].expand_as(x))).square().sum(-1)
-    worst = error.topk(count, dim=-1).indices
-    # the n-th empty centroid of a row takes the row's n-th worst token
-    order = (empty.cumsum(-1) - 1).clamp(min=0)
-    candidates = x.gather(1, worst.gather(1, order)[..., None].expand_as(means))
+    share = x.shape[1] // count
+    error = (x - centroids.gather(1, ids[..., None].expand_as(x))).square().sum(-1)
+    worst = error[:, :share * count].unflatten(1, (count, share)).argmax(-1) + share * torch.arange(count, device=x.device)
+    candidates = x.gather(1, worst[..., None].expand_as(means))
     return torch.where(empty[..., None], candidates, means)
 
 

@@ -1,9 +1,14 @@
-"""What every test runs under: one torch thread, because several are slower on small tensors, and hypothesis without
-a deadline.
+"""What every test runs under: one torch thread, because several are slower on small tensors, hypothesis without a deadline,
+and without a GPU Triton's interpreter, which has to be asked for before anything imports triton.
 """
+
+import os
 
 import hypothesis
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("pack", deadline=None, max_examples=50)

@@ -1,0 +1,4 @@
+"""Triton kernels: one op a file, each with the meaning of its torch twin in `qvg`, which stays the definition.
+
+The only place that imports triton. `qvg.dispatch` imports it on first use and keeps the reason where that fails.
+"""

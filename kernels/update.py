@@ -1,0 +1,100 @@
+"""Means of the tokens that chose each centroid, for all rows in two launches. Twin: `qvg.smoothing.update`.
+
+Sums are a matrix product with the one-hot assignment, built in registers, and partial sums are added in a fixed order:
+no float atomics, so two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import Product, require_channels_last
+
+# enough programs for every multiprocessor, few enough that the partial sums stay small beside the tokens
+PROGRAMS = 256
+# tokens that a program looks at together for the one that is served worst
+SEARCH = 32
+
+
+@triton.jit
+def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
+                D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums over `share` tokens. Grid: (parts of the tokens, blocks of centroids, rows)."""
+    part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, D)[None, :]
+    total = tl.zeros((BLOCK, D), tl.float32)
+    size = tl.zeros((BLOCK,), tl.float32)
+    for start in range(part * share, min(part * share + share, tokens), TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        mask = token < tokens
+        chosen = tl.load(ids + row * tokens + token, mask=mask, other=-1).to(tl.int32)
+        at = row * x_row + token.to(tl.int64)[:, None] * x_token + channel
+        tile = tl.load(x + at, mask=mask[:, None], other=0.0)
+        member = number[:, None] == chosen[None, :]
+        total += tl.dot(member.to(tile.dtype), tile, input_precision=PRECISION)
+        size += tl.sum(member.to(tl.float32), axis=1)
+    at = (part * tl.num_programs(2) + row) * count + number
+    inside = number < count
+    tl.store(sums + at[:, None] * D + channel, total, mask=inside[:, None])
+    tl.store(sizes + at, size, mask=inside)
+
+
+@triton.jit
+def means_kernel(x, ids, centroids, sums, sizes, means, tokens, count, x_row, x_token, parts,
+                 D: tl.constexpr, SEARCH: tl.constexpr):
+    """Add the parts up; a centroid without tokens searches its share of them. Grid: (centroids, rows)."""
+    number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, D)
+    total = tl.zeros((D,), tl.float32)
+    size = 0.0
+    for part in range(parts):
+        at = (part * tl.num_programs(1) + row) * count + number
+        total += tl.load(sums + at * D + channel)
+        size += tl.load(sizes + at)
+    value = total / tl.maximum(size, 1.0)
+    if size == 0.0:
+        share = tokens // count
+        most, place = -1.0, number * share
+        for start in range(0, share, SEARCH):
+            offset = start + tl.arange(0, SEARCH)
+            mask = offset < share
+            token = number * share + offset
+            chosen = tl.load(ids + row * tokens + token, mask=mask, other=0)
+            at = row * x_row + token.to(tl.int64)[:, None] * x_token + channel[None, :]
+            tile = tl.load(x + at, mask=mask[:, None], other=0.0).to(tl.float32)
+            tile -= tl.load(centroids + (row * count + chosen[:, None]) * D + channel[None, :])
+            error = tl.where(mask, tl.sum(tile * tile, axis=1), -1.0)
+            largest, where = tl.max(error, axis=0, return_indices=True)
+            place = tl.where(largest > most, number * share + start + where, place)
+            most = tl.maximum(largest, most)
+        value = tl.load(x + row * x_row + place.to(tl.int64) * x_token + channel).to(tl.float32)
+    tl.store(means + (row * count + number) * D + channel, value)
+
+
+def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
+    """x [R, T, D] float32 or bf16, ids int64 [R, T], centroids [R, C, D] float32 that they chose from -> float32 [R, C, D]."""
+    require_channels_last(x)
+    rows, tokens, dim = x.shape
+    count = centroids.shape[1]
+    product = Product.of(dim, x.device, tokens=32)
+    blocks = triton.cdiv(count, product.block)
+    tiles = triton.cdiv(tokens, product.tokens)
+    parts = min(tiles, max(1, PROGRAMS // (rows * blocks)))
+    share = triton.cdiv(tiles, parts) * product.tokens
+    parts = triton.cdiv(tokens, share)
+    sums = torch.empty(parts, rows, count, dim, dtype=torch.float32, device=x.device)
+    sizes = torch.empty(parts, rows, count, dtype=torch.float32, device=x.device)
+    means = torch.empty(rows, count, dim, dtype=torch.float32, device=x.device)
+    ids, centroids = ids.contiguous(), centroids.contiguous()
+    sums_kernel[(parts, blocks, rows)](
+        x, ids, sums, sizes, tokens, count, x.stride(0), x.stride(1), share,
+        D=dim, TOKENS=product.tokens, BLOCK=product.block, PRECISION=product.precision,
+        num_warps=product.warps, num_stages=product.stages)
+    means_kernel[(count, rows)](
+        x, ids, centroids, sums, sizes, means, tokens, count, x.stride(0), x.stride(1), parts,
+        D=dim, SEARCH=SEARCH, num_warps=4)
+    return means

@@ -1,0 +1,99 @@
+"""Which backend an op gets, and what is said of the others."""
+
+import builtins
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from comfyui_qvg.qvg import cli, dispatch, smoothing
+
+X, TABLE = torch.randn(2, 30, 64), torch.randn(2, 5, 64)
+
+
+def test_importing_compiles_and_imports_nothing():
+    code = ("import sys, comfyui_qvg.qvg.cache, comfyui_qvg.qvg.dispatch as d; "
+            "assert 'triton' not in sys.modules and not any('comfyui_qvg.kernels' in name for name in sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_other_devices_take_the_twin(device):
+    for op, backend, reason in dispatch.report(device):
+        assert op in dispatch.OPS and backend == "torch" and device in reason
+
+
+def test_forced_triton_says_why_not_on_mps():
+    with dispatch.force("triton"):
+        assert "not mps" in dispatch.refusal("assign", "mps") or "triton cannot be imported" in dispatch.refusal("assign", "mps")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="choose one of triton, torch"), dispatch.force("cuda"):
+        pass
+
+
+def test_force_ends_with_its_block():
+    with dispatch.force("torch"), pytest.raises(RuntimeError), dispatch.force("triton"):
+        raise RuntimeError
+    assert "cpu" in dispatch.refusal("assign", "cpu")
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    """An installation that has no triton, as on macOS."""
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'")
+        return real(name, *args, **kwargs)
+
+    for name in [name for name in sys.modules if name.startswith("comfyui_qvg.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    dispatch._kernels.cache_clear()
+    yield
+    dispatch._kernels.cache_clear()
+
+
+def test_without_triton(without_triton):
+    assert smoothing.assign(X, TABLE).shape == (2, 30)
+    assert "No module named 'triton'" in dispatch.refusal("assign", "cuda")
+    with dispatch.force("triton"), pytest.raises(dispatch.Unsupported, match="No module named 'triton'"):
+        smoothing.assign(X, TABLE)
+
+
+def test_unsupported_shape_falls_back_and_a_forced_backend_says_why():
+    pytest.importorskip("triton")
+    x = torch.randn(2, 30, 48, device="cuda" if torch.cuda.is_available() else "cpu")
+    assert smoothing.assign(x, x[:, :5]).shape == (2, 30)
+    with dispatch.force("triton"), pytest.raises(dispatch.Unsupported, match="heads of 48 channels"):
+        smoothing.assign(x, x[:, :5])
+
+
+@pytest.fixture
+def broken_kernel(monkeypatch):
+    """A device whose compiler fails."""
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"assign": fail}, ""))
+    monkeypatch.setattr(dispatch, "_interprets", lambda: True)
+    monkeypatch.setattr(dispatch, "_failures", {})
+
+
+def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel, monkeypatch):
+    with dispatch.force("triton"), pytest.raises(RuntimeError, match="C compiler"):
+        smoothing.assign(X, TABLE)
+    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
+    assert smoothing.assign(X, TABLE).shape == (2, 30)
+    assert "C compiler" in dispatch.refusal("assign", "cpu")
+
+
+def test_info_prints_backends_and_reasons(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(op in text for op in dispatch.OPS)
+    assert torch.cuda.is_available() or "not cpu" in text

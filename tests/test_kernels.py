@@ -1,0 +1,235 @@
+"""Kernels against their torch twins: on the GPU where there is one, else in Triton's interpreter.
+
+Memory that a kernel should have written and did not is NaN (integers: their maximum), because torch fills what it allocates so.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui_qvg.qvg import codec, dispatch, smoothing
+from comfyui_qvg.qvg.cache import KVCache, LayerCache
+from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
+
+pytest.importorskip("triton", reason="kernels are written in Triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# the interpreter multiplies bf16 wrongly
+DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
+
+pytestmark = pytest.mark.gpu if ON_GPU else []
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tokens(*shape, seed=0, dtype=torch.float32, clusters=6):
+    """Tokens in clusters, with channels of unequal size, as keys have them."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=draw) + 3 * torch.randn(clusters, shape[-1], generator=draw)[torch.randint(
+        clusters, shape[:-1], generator=draw)]
+    return (x * torch.logspace(-1, 1, shape[-1])).to(dtype).to(DEVICE)
+
+
+def both(op, *arguments):
+    """What the kernel and the twin make of it."""
+    with dispatch.force("triton"):
+        ours = op(*arguments)
+    with dispatch.force("torch"):
+        return ours, op(*arguments)
+
+
+SHAPES = [(1, 1, 64, 1), (3, 63, 64, 5), (2, 130, 128, 33), (5, 200, 128, 100), (2, 97, 256, 40)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "count", "dim", "centroids"), SHAPES)
+def test_assign(rows, count, dim, centroids, dtype):
+    x = tokens(rows, count, dim, dtype=dtype)
+    table = tokens(rows, centroids, dim, seed=1)
+    with dispatch.force("triton"):
+        ids = smoothing.assign(x, table)
+    assert ids.shape == (rows, count) and ids.min() >= 0 and ids.max() < centroids
+    distance = torch.cdist(x.double(), table.double())
+    chosen, best = distance.gather(-1, ids[..., None])[..., 0], distance.amin(-1)
+    # operands of the distance product are rounded to bf16 on a GPU: half a step of its 8 bits in each
+    slack = (x.double().norm(dim=-1) * table.double().norm(dim=-1).amax(-1, keepdim=True) * 2**-7) if ON_GPU else 1e-4 * best.square()
+    assert (chosen.square() <= best.square() + slack + 1e-9).all()
+
+
+def test_assign_takes_the_lower_id_of_equals():
+    table = tokens(2, 1, 64).expand(2, 70, 64)
+    with dispatch.force("triton"):
+        assert not smoothing.assign(tokens(2, 40, 64, seed=3), table).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "count", "dim", "centroids"), SHAPES)
+def test_update(rows, count, dim, centroids, dtype):
+    """Means, and for centroids without tokens the token of their share that is served worst. Two runs give the same bits."""
+    x = tokens(rows, count, dim, dtype=dtype)
+    table = tokens(rows, centroids, dim, seed=1)
+    ids = torch.randint(max(1, centroids // 2), (rows, count), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    ours, twin = both(smoothing.update, x.float() if ON_GPU else x, ids, table)
+    again, _ = both(smoothing.update, x.float() if ON_GPU else x, ids, table)
+    assert torch.equal(ours, again)
+    # tf32 keeps 10 bits of a token on a GPU; the twin adds up in the dtype of x
+    scale = x.float().abs().amax()
+    assert (ours - twin.float()).abs().max() <= scale * (1e-3 if ON_GPU else 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_update_of_a_view():
+    """Rows that lie inside wider ones, as a slice of heads does."""
+    x = tokens(50, 6, 64)[:, 1:4].transpose(0, 1)
+    ids = torch.arange(50, device=DEVICE).expand(3, 50) % 7
+    ours, twin = both(smoothing.update, x, ids, x[:, :7])
+    assert (ours - twin).abs().max() < (1e-1 if ON_GPU else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "rows", "dim", "stages", "bits", "group"), [
+    (1, 1, 64, 1, 1, 64), (63, 3, 64, 2, 2, 64), (130, 2, 128, 0, 3, 64), (111, 2, 128, 2, 4, 128), (97, 2, 256, 4, 2, 64),
+    (40, 3, 256, 1, 4, 128)])
+def test_encode(count, rows, dim, stages, bits, group, dtype):
+    """The same span up to the order of additions, and no further from the input than the twin's."""
+    x = tokens(count, rows, dim, dtype=dtype)
+    coder = codec.TensorCodec("qvg", TensorSettings(bits=bits, stages=stages, centroids=40, group=group), dim, 2)
+    with dispatch.force("torch"):
+        book = coder.train(x, torch.Generator().manual_seed(0))
+    ours, twin = both(coder.encode, x, bits, book)
+    assert [p.shape for p in ours.planes] == [p.shape for p in twin.planes]
+    assert ours.ids.numel() == 0 or ours.ids.max() < book.centroids.shape[2]
+    tables = codec.LevelTables(DEVICE)
+    errors = [(span.decode(slice(None), tables) - x.float()).square().mean() for span in (ours, twin)]
+    assert errors[0] <= errors[1] * 1.01
+    same = (ours.ids == twin.ids).all(0).all(0)
+    assert ON_GPU or same.all()
+    for name in ("scales", "exponents"):
+        close = (getattr(ours, name).int() - getattr(twin, name).int()).abs()
+        assert close[..., same, :].max() <= 1 if name == "scales" else (close[same] <= 1).all()
+    if ON_GPU:
+        return
+    for mine, theirs in zip(ours.planes, twin.planes):
+        assert (mine != theirs).float().mean() < 0.01
+
+
+def test_encode_silent_and_huge_tokens():
+    x = tokens(80, 3, 64)
+    x[:, 0], x[7, 1, 5] = 0, 60000.0
+    coder = codec.TensorCodec("qvg", TensorSettings(bits=4, stages=1, centroids=4), 64, 2)
+    with dispatch.force("torch"):
+        book = coder.train(x, torch.Generator().manual_seed(0))
+    ours, twin = (span.decode(slice(None), codec.LevelTables(DEVICE)) for span in both(coder.encode, x, 4, book))
+    assert ours.isfinite().all() and not ours[:, 0].any()
+    assert (ours - x).square().mean() <= (twin - x).square().mean() * 1.01
+
+
+QVG = PRESETS["balanced"]
+BARE = replace(QVG, sink_frames=0, recent_frames=0)
+PAPER = PRESETS["paper"]
+CASES = {name: PRESETS[name] for name in PRESETS} | {
+    **{f"{bits} planes, {stages} stages": BARE.both(bits=bits, stages=stages) for bits, stages in ((1, 0), (2, 1), (3, 4), (4, 2))},
+    "two groups": BARE.both(group=32), "gains": BARE.both(gain="unbiased"),
+    "paper int4": PAPER.both(bits=4, stages=2), "paper asymmetric": PAPER.both(symmetric=False, bits=2, stages=4),
+    "paper sink": replace(PAPER, sink_frames=1, sink_bits=16),
+    "value plain": replace(QVG, value=TensorSettings(bits=8)), "sink inside a chunk": replace(QVG, sink_frames=1, sink_bits=16),
+    "recent plain": replace(QVG, recent_bits=16), "window": replace(QVG, window_frames=3), "short epochs": replace(BARE, epoch_frames=2),
+}
+
+
+def filled(settings: QVGSettings, dim=64, grid=(5, 7), batch=1, heads=4, dtype=DTYPES[0], chunks=(2, 2, 1)) -> KVCache:
+    with dispatch.force("torch"):
+        cache = KVCache(settings, layers=1, heads=heads, head_dim=dim, grid=grid, batch=batch, device=DEVICE, dtype=dtype)
+        for number, frames in enumerate(chunks):
+            key, value = (tokens(batch, frames * grid[0] * grid[1], heads, dim, seed=10 * number + part, dtype=dtype) for part in (0, 1))
+            cache.layers[0].append(key, value, frames)
+    return cache
+
+
+def read(cache: KVCache, heads: slice, *more):
+    layer = cache.layers[0]
+    found = []
+    for backend in ("triton", "torch"):
+        shape = cache.geometry.batch, layer.tokens, heads.stop - heads.start, cache.geometry.head_dim
+        keys, values = (torch.full(shape, float("nan"), dtype=cache.workspace.dtype, device=DEVICE) for _ in range(2))
+        with dispatch.force(backend):
+            layer.read(heads, keys, values, *more)
+        found.append((keys, values))
+    return found
+
+
+def assert_close(found, dtype):
+    for ours, twin in zip(*found):
+        assert twin.isfinite().all() and ours.isfinite().all()
+        # one step of the dtype at the size of the number, since both round once; a rotated pair rounds at the size of the pair
+        step = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-7}[dtype]
+        size = twin.float().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(*twin.shape[:-1], -1, 2).flatten(-2)
+        assert ((ours.float() - twin.float()).abs() <= step * size + 1e-5).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode(name):
+    cache = filled(CASES[name])
+    assert_close(read(cache, slice(1, 3)), DTYPES[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "grid", "batch", "heads"), [
+    (64, (1, 1), 1, slice(0, 4)), (128, (3, 11), 2, slice(2, 4)), (256, (4, 5), 1, slice(3, 4)), (128, (13, 9), 1, slice(0, 1))])
+def test_decode_shapes(dim, grid, batch, heads, dtype):
+    """Odd grids, batches, one head and all, and spans longer than a program's share."""
+    settings = replace(QVG, sink_frames=1, sink_bits=16, recent_bits=4)
+    assert_close(read(filled(settings, dim, grid, batch, dtype=dtype), heads), dtype)
+
+
+def test_decode_follows_what_the_cache_does():
+    """The reader keeps addresses between reads; planes that are dropped, spans that leave and chunks that come change them."""
+    cache = filled(BARE.both(bits=4), chunks=(2, 2, 1))
+    layer = cache.layers[0]
+    assert_close(read(cache, slice(0, 2)), DTYPES[0])
+    layer.entries[0].set_bits(1, 3)
+    assert_close(read(cache, slice(0, 2)), DTYPES[0])
+    del layer.entries[0]
+    assert_close(read(cache, slice(0, 2)), DTYPES[0])
+    with dispatch.force("torch"):
+        layer.append(*(tokens(1, 35, 4, 64, seed=90 + part) for part in (0, 1)), 1)
+    assert_close(read(cache, slice(2, 4)), DTYPES[0])
+
+
+def test_decode_keeps_no_span_alive():
+    cache = filled(BARE)
+    read(cache, slice(0, 1))
+    import weakref
+
+    span = weakref.ref(cache.layers[0].entries[0].spans[0])
+    del cache.layers[0].entries[0]
+    assert span() is None
+
+
+def test_decode_writes_its_heads_alone():
+    """A strided workspace: what lies between and behind the tokens stays as it was."""
+    cache = filled(BARE)
+    layer = cache.layers[0]
+    room = torch.full((2, 1, layer.tokens + 3, 2, 64), 7.0, device=DEVICE)
+    with dispatch.force("triton"):
+        layer.read(slice(0, 1), room[0, :, :-3, :1], room[1, :, :-3, :1])
+    assert (room[:, :, -3:] == 7).all() and (room[:, :, :, 1] == 7).all()
+    assert (room[:, :, :-3, 0] != 7).any(-1).all()
+
+
+def test_decode_twin_is_the_definition():
+    """Without a forced backend the same read happens, on whichever backend the device gets."""
+    cache = filled(QVG)
+    layer = cache.layers[0]
+    keys, values = torch.empty(2, 1, layer.tokens, 4, 64, device=DEVICE)
+    layer.read(slice(0, 4), keys, values)
+    other = torch.empty_like(keys), torch.empty_like(values)
+    LayerCache._read(layer, slice(0, 4), *other, *([0] if LayerCache._read.__code__.co_argcount == 5 else []))
+    assert_close([(keys, values), other], DTYPES[0])
