@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 
-from .budget import GIB, Geometry, forecast
+from .budget import GIB, Forecast, Geometry, forecast
+from .context import context_settings, forecast_context
 from .models.catalogue import MODELS, ModelShape
 from .settings import PRESETS, QVGSettings
 
 
-def longest(settings: QVGSettings, geometry: Geometry, chunk_frames: int, limit_bytes: int, most: int = 4096) -> int:
+def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int) -> Forecast:
+    """The bytes of a video of `frames` latent frames; of a segment's context where the model rebuilds that."""
+    if not shape.segment_frames:
+        return forecast(settings, geometry, frames, shape.chunk_frames)
+    given = min(frames, shape.segment_frames - shape.chunk_frames)
+    new = shape.segment_frames - given
+    return forecast_context(context_settings(settings, geometry, given, new), geometry, given, new)
+
+
+def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 4096) -> int:
     """Most latent frames, in whole chunks, whose peak stays within limit_bytes; 0 when not even one chunk does."""
-    low, high = 0, most // chunk_frames
+    chunk = shape.chunk_frames
+    low, high = 0, most // chunk
     while low < high:
         middle = (low + high + 1) // 2
-        fits = forecast(settings, geometry, middle * chunk_frames, chunk_frames).peak_bytes <= limit_bytes
+        fits = predict(shape, settings, geometry, middle * chunk).peak_bytes <= limit_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
-    return low * chunk_frames
+    return low * chunk
 
 
 def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
@@ -32,7 +43,7 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
     rows = {}
     for name in [preset] if preset else PRESETS:
         settings = QVGSettings.preset(name)
-        found = forecast(settings, geometry, frames, shape.chunk_frames)
+        found = predict(shape, settings, geometry, frames)
         rows[name] = {
             "bf16_bytes": found.bf16_bytes, "stored_bytes": found.stored_bytes, "peak_bytes": found.peak_bytes,
             "workspace_bytes": found.workspace_bytes, "stored_ratio": found.stored_ratio, "peak_ratio": found.peak_ratio,
@@ -40,7 +51,7 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
         if vram_gib:
             limit = int(vram_gib * GIB)
             rows[name] |= {"fits": found.peak_bytes <= limit,
-                           "longest_latent_frames": longest(settings, geometry, shape.chunk_frames, limit)}
+                           "longest_latent_frames": longest(shape, settings, geometry, limit)}
     width, height = width or shape.size[0], height or shape.size[1]
     head = {"model": model, "width": width, "height": height, "latent_frames": frames, "seconds": shape.seconds(frames)}
     if shape.note:

@@ -36,7 +36,7 @@ def test_table_names_every_preset(capsys):
 
 def test_longest_is_the_longest():
     shape, settings, limit = MODELS["self-forcing"], PRESETS["balanced"], 4 * GIB
-    frames = longest(settings, shape.geometry(), 3, limit)
+    frames = longest(shape, settings, shape.geometry(), limit)
     assert forecast(settings, shape.geometry(), frames).peak_bytes <= limit < forecast(settings, shape.geometry(), frames + 3).peak_bytes
 
 

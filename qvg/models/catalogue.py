@@ -17,7 +17,8 @@ class ModelShape:
 
     layers, heads, head_dim: of the self-attention that is cached. stride: pixels (height and width) of a token. size: usual (width,
     height) in pixels. chunk_frames: latent frames of an autoregressive chunk. frame_rate: video frames a second. Every VAE here makes
-    one latent frame of the first video frame and one of each four after it.
+    one latent frame of the first video frame and one of each four after it. segment_frames: latent frames of a segment, where the model
+    rebuilds its cache for every segment from the frames before it; 0 where the cache grows with the video.
     """
 
     layers: int
@@ -28,6 +29,7 @@ class ModelShape:
     frame_rate: int = 16
     head_dim: int = 128
     note: str = ""
+    segment_frames: int = 0
 
     def geometry(self, width: int = 0, height: int = 0) -> Geometry:
         """Raises ValueError when a side is not positive."""
@@ -51,7 +53,9 @@ MODELS = {
     "causal-forcing": WAN_SMALL,
     "longlive": WAN_SMALL,
     "krea-14b": ModelShape(40, 40, 16, (832, 480), 3),
-    "longcat": ModelShape(48, 32, 16, (832, 480), 5, 15, note="the cache holds the conditioning latents of one segment, 19 at most"),
+    "longcat": ModelShape(
+        48, 32, 16, (832, 480), 5, 15, segment_frames=24,
+        note="the cache holds the given latent frames of one segment, 19 at most, however long the video is"),
     "hy-worldplay-5b": ModelShape(30, 24, 32, (1280, 704), 4, 24, note="raw keys and values; the original stores two copies of each"),
     "hy-worldplay-8b": ModelShape(54, 16, 16, (832, 480), 4, 24, note="the original attends to 20 context latents at most"),
 }
