@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from comfyui_qvg.qvg.attention import CachedAttention
 from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, is_longcat, split_layout
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, is_longcat, official_name, split_layout, split_names
 from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4
@@ -138,6 +138,9 @@ def test_released_names_and_shapes_load(recorded):
     assert model.sizes == LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096)
     assert sum(p.numel() for p in model.parameters()) == released["parameters"]
     assert split_layout(state).keys() == state.keys() == model.state_dict().keys()
+    for ours in state:
+        name, place, count = official_name(ours)
+        assert name in names and split_names(name)[place] == ours and len(split_names(name)) == count
 
 
 def test_weights_of_one_byte_spare_what_needs_precision(model):

@@ -37,12 +37,12 @@ from .wan import PATCH, Attend, unpatchify
 
 EPS = 1e-6
 
-# official name -> name here; what splits into several is listed in SPLITS
+# official name -> name here, in this order; what splits into several is listed in SPLITS
 RENAMED = (
     ("x_embedder.proj.", "patch_embedding."), ("t_embedder.", "time_embedding."), ("y_embedder.y_proj.", "text_embedding."),
-    ("final_layer.linear.", "head.head."), ("final_layer.adaLN_modulation.", "head.modulation."),
-    (".adaLN_modulation.", ".modulation."), (".pre_crs_attn_norm.", ".norm3."), (".attn.", ".self_attn."),
-    (".q_linear.", ".q."), ("attn.proj.", "attn.o."), (".q_norm.", ".norm_q."), (".k_norm.", ".norm_k."))
+    ("final_layer.linear.", "head.head."), (".adaLN_modulation.", ".modulation."), ("final_layer.modulation.", "head.modulation."),
+    (".pre_crs_attn_norm.", ".norm3."), (".attn.", ".self_attn."), (".q_linear.", ".q."), ("attn.proj.", "attn.o."),
+    (".q_norm.", ".norm_q."), (".k_norm.", ".norm_k."))
 SPLITS = ((".self_attn.qkv.", (".self_attn.q.", ".self_attn.k.", ".self_attn.v.")),
           (".cross_attn.kv_linear.", (".cross_attn.k.", ".cross_attn.v.")))
 
@@ -55,6 +55,18 @@ def split_names(name: str) -> list[str]:
         if fused in name:
             return [name.replace(fused, part) for part in parts]
     return [name]
+
+
+def official_name(name: str) -> tuple[str, int, int]:
+    """The official parameter that holds one of ours: its name, which of its equal parts it is, and how many parts there are."""
+    place, count = 0, 1
+    for fused, parts in SPLITS:
+        for number, part in enumerate(parts):
+            if part in name:
+                name, place, count = name.replace(part, fused), number, len(parts)
+    for old, new in reversed(RENAMED):
+        name = name.replace(new, old)
+    return name, place, count
 
 
 def split_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,16 +256,15 @@ class Head(nn.Module):
 class LongCat(nn.Module):
     """LongCat-Video. See the module's text for `attend`, layouts and types.
 
-    operations: a namespace with Linear, Conv3d, LayerNorm and RMSNorm, torch's own by default. dtype: of the weights. attention: what
-    computes attention. Raises ValueError when the heads do not divide the width.
+    operations: a namespace with Linear, Conv3d, LayerNorm and RMSNorm, torch's own by default. dtype: of the weights.
+    Raises ValueError when the heads do not divide the width.
     """
 
-    def __init__(self, sizes: LongCatSizes, *, operations=TORCH, device=None, dtype: torch.dtype | None = None,
-                 attention: Attention = sdpa):
+    def __init__(self, sizes: LongCatSizes, *, operations=TORCH, device=None, dtype: torch.dtype | None = None):
         super().__init__()
         if sizes.dim % sizes.head_dim:
             raise ValueError(f"Heads of {sizes.head_dim} channels do not divide a width of {sizes.dim}; the file may be damaged.")
-        self.sizes, self.attention = sizes, attention
+        self.sizes = sizes
         make = Factory(operations, device, dtype)
         self.patch_embedding = operations.Conv3d(sizes.channels, sizes.dim, PATCH, PATCH, **make.exact)
         self.text_embedding = nn.Sequential(
@@ -288,15 +299,15 @@ class LongCat(nn.Module):
     def encode(self, given: Tensor, attend: Attend) -> None:
         """Pass clean latents [B, C, F, H, W] through all layers, so that `attend` can store their keys and values."""
         timestep = torch.zeros(given.shape[0], given.shape[2], device=given.device)
-        self._transform(given, timestep, None, 0, attend)
+        self._transform(given, timestep, None, 0, attend, sdpa)
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, mask: Tensor | None = None, *, given: int = 0,
-                attend: Attend | None = None) -> Tensor:
+                attend: Attend | None = None, attention: Attention = sdpa) -> Tensor:
         """Predict the flow (video minus noise), float32.
 
         x: latents [B, C, F, H, W] in the type to compute in, H and W even. timestep: [B] or [B, F], 0 (finished) to 1000 (noise).
         context, mask: see `embed_text`. given: leading frames of x that are given; their timestep is 0 whatever it says.
-        attend: without one, given and new frames attend as the module's text says, from frame 0.
+        attend: without one, given and new frames attend as the module's text says, from frame 0. attention: what computes the rest.
         Raises ValueError for an odd height or width.
         """
         # the original rounds timesteps to the type that it computes in
@@ -305,17 +316,18 @@ class LongCat(nn.Module):
             timestep = timestep[:, None].expand(-1, x.shape[2])
         if given:
             timestep = torch.cat([torch.zeros_like(timestep[:, :given]), timestep[:, given:]], dim=1)
-        attend = attend or self._attend_all(x.shape, given)
-        tokens, time = self._transform(x, timestep, self.embed_text(context.to(x.dtype), mask), given, attend)
+        attend = attend or self._attend_all(x.shape, given, attention)
+        tokens, time = self._transform(x, timestep, self.embed_text(context.to(x.dtype), mask), given, attend, attention)
         return unpatchify(self.head(tokens, time), self._grid(x.shape))
 
-    def _transform(self, x: Tensor, timestep: Tensor, text: Tensor | None, given: int, attend: Attend) -> tuple[Tensor, Tensor]:
+    def _transform(self, x: Tensor, timestep: Tensor, text: Tensor | None, given: int, attend: Attend,
+                   attention: Attention) -> tuple[Tensor, Tensor]:
         self._grid(x.shape)
         # [B, C, F, H, W] -> [B, F, N, dim]
         tokens = self.patch_embedding(x).flatten(3).permute(0, 2, 3, 1).contiguous()
         time = self.time_embedding(timestep)
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, time, text, given, layer, attend, self.attention)
+            tokens = block(tokens, time, text, given, layer, attend, attention)
         return tokens, time
 
     @staticmethod
@@ -326,7 +338,7 @@ class LongCat(nn.Module):
                              "height are multiples of 16 pixels.")
         return height // PATCH[1], width // PATCH[2]
 
-    def _attend_all(self, shape, given: int) -> Attend:
+    def _attend_all(self, shape, given: int, attention: Attention) -> Attend:
         grid = self._grid(shape)
         rope, cut = Rope(self.sizes.head_dim, grid), given * grid[0] * grid[1]
         angles = None
@@ -336,8 +348,8 @@ class LongCat(nn.Module):
             if angles is None:
                 angles = [part[:, None] for part in rope.tables(0, shape[2], q.device)]
             q, k = turned(q, *angles), turned(k, *angles)
-            new = self.attention(q[:, cut:], k, v)
-            return torch.cat([self.attention(q[:, :cut], k[:, :cut], v[:, :cut]), new], dim=1) if cut else new
+            new = attention(q[:, cut:], k, v)
+            return torch.cat([attention(q[:, :cut], k[:, :cut], v[:, :cut]), new], dim=1) if cut else new
 
         return attend
 
