@@ -7,7 +7,7 @@ the finished chunk stores: noisy passes leave no trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,17 +54,52 @@ class CachedAttention:
             out = self.attention(q, turned, v)
         else:
             out = torch.empty_like(q)
-            for heads in self.cache.head_slices():
-                out[:, :, heads] = self._attend_group(history, heads, q[:, :, heads], turned[:, :, heads], v[:, :, heads])
+            for heads, keys, values in self._decoded(history, k.shape[1]):
+                out[:, :, heads] = self._attend_group(q[:, :, heads], turned[:, :, heads], v[:, :, heads], keys, values)
         if self.store:
             history.append(k, v, self.frames)
         return out
 
-    def _attend_group(self, history, heads: slice, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        past, batch = history.tokens, self.cache.geometry.batch
+    def _decoded(self, history, own: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Groups of heads in turn, their history decoded, with room for `own` tokens behind it.
+
+        With two buffers a second stream decodes a group while the one before attends, and waits for a buffer until what reads it is done.
+        """
+        workspace, past, slices = self.cache.workspace, history.tokens, self.cache.head_slices()
+        side = workspace.side
+        if side is None:
+            for heads in slices:
+                keys, values = workspace.views(past + own)
+                history.read(heads, keys[:, :past], values[:, :past])
+                yield heads, keys, values
+            return
+        main = torch.cuda.current_stream(workspace.device)
+        buffers = self.cache.geometry.buffers
+        views = [workspace.views(past + own, buffer) for buffer in range(buffers)]
+        ready, done = [], []
+
+        def decode(number: int) -> None:
+            with torch.cuda.stream(side):
+                if number < buffers:
+                    side.wait_stream(main)
+                else:
+                    side.wait_event(done[number - buffers])
+                keys, values = views[number % buffers]
+                history.read(slices[number], keys[:, :past], values[:, :past])
+                ready.append(side.record_event())
+
+        decode(0)
+        for number, heads in enumerate(slices):
+            if number + 1 < len(slices):
+                decode(number + 1)
+            main.wait_event(ready[number])
+            yield heads, *views[number % buffers]
+            done.append(main.record_event())
+
+    def _attend_group(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Some heads of the chunk over their history, which keys and values hold with room for the chunk's own behind it."""
+        batch, past = self.cache.geometry.batch, keys.shape[1] - k.shape[1]
         copies = q.shape[0] // batch
-        keys, values = self.cache.workspace.views(past + k.shape[1])
-        history.read(heads, keys[:, :past], values[:, :past])
         outs = []
         # the conditions of a CFG batch differ in their own tokens only, so they take turns behind the one history
         for part in range(copies):

@@ -16,13 +16,17 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shape of a model's cache. grid: tokens (height, width) of a latent frame; heads counts the heads that keep K and V."""
+    """The shape of a model's cache. grid: tokens (height, width) of a latent frame; heads counts the heads that keep K and V.
+
+    buffers: groups of heads that are held decoded at once, see `buffers_on`.
+    """
 
     layers: int
     heads: int
     head_dim: int
     grid: tuple[int, int]
     batch: int = 1
+    buffers: int = 1
 
     @property
     def frame_tokens(self) -> int:
@@ -46,10 +50,15 @@ def head_group(heads: int) -> int:
     return max(divisor for divisor in range(1, max(1, heads // 4) + 1) if heads % divisor == 0)
 
 
+def buffers_on(device_type: str, heads: int) -> int:
+    """Groups of heads that are held decoded at once: where there are streams, one is decoded while the group before attends."""
+    return 2 if device_type == "cuda" and head_group(heads) < heads else 1
+
+
 def workspace_bytes(geometry: Geometry, frames: int, itemsize: int = 2) -> int:
-    """K and V of one group of heads over `frames` frames, decoded."""
+    """K and V of a group of heads over `frames` frames, decoded, for each of the buffers."""
     tokens = frames * geometry.frame_tokens
-    return 2 * geometry.batch * tokens * head_group(geometry.heads) * geometry.head_dim * itemsize
+    return 2 * geometry.buffers * geometry.batch * tokens * head_group(geometry.heads) * geometry.head_dim * itemsize
 
 
 def span_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int, bits: int, itemsize: int = 2) -> int:

@@ -221,11 +221,15 @@ class LayerCache:
 
 
 class Workspace:
-    """Decoded K and V of one group of heads, reused by every layer and step."""
+    """Decoded K and V of a group of heads, reused by every layer and step; two of them where one is filled while the other is read.
+
+    side: the stream that fills them, on devices that have streams.
+    """
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype, device, capacity_frames: int | None):
         self.geometry, self.dtype, self.device = geometry, dtype, device
         self.group = budget.head_group(geometry.heads)
+        self.side = torch.cuda.Stream(device, priority=-1) if geometry.buffers > 1 else None
         self.capacity = None if capacity_frames is None else capacity_frames * geometry.frame_tokens
         self._storage: Tensor | None = None
 
@@ -233,17 +237,20 @@ class Workspace:
     def nbytes(self) -> int:
         return 0 if self._storage is None else self._storage.nbytes
 
-    def views(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """K and V [B, tokens, group, D], uninitialized. What an earlier call returned is overwritten."""
+    def views(self, tokens: int, buffer: int = 0) -> tuple[Tensor, Tensor]:
+        """K and V [B, tokens, group, D], uninitialized. What an earlier call returned of this buffer is overwritten."""
         size = self.geometry.batch * tokens * self.group * self.geometry.head_dim
         if self._storage is None or self._storage.shape[1] < size:
             # a quarter more where the length is unknown, so that a growing video does not reallocate at every chunk
             room = max(tokens, self.capacity if self.capacity is not None else tokens + tokens // 4)
             self._storage = None
-            self._storage = torch.empty(2, self.geometry.batch * room * self.group * self.geometry.head_dim,
+            self._storage = torch.empty(2 * self.geometry.buffers, self.geometry.batch * room * self.group * self.geometry.head_dim,
                                         dtype=self.dtype, device=self.device)
+            if self.side is not None:
+                # a run that is broken off leaves work on that stream, and the memory must not be given away before it is done
+                self._storage.record_stream(self.side)
         shape = (self.geometry.batch, tokens, self.group, self.geometry.head_dim)
-        return self._storage[0, :size].view(shape), self._storage[1, :size].view(shape)
+        return self._storage[2 * buffer, :size].view(shape), self._storage[2 * buffer + 1, :size].view(shape)
 
     def free(self) -> None:
         self._storage = None
@@ -261,7 +268,7 @@ class KVCache:
                  device="cpu", dtype: torch.dtype = torch.bfloat16, max_frames: int | None = None, chunk_frames: int = 3,
                  theta: float = 10000.0):
         self.settings = settings
-        self.geometry = Geometry(layers, heads, head_dim, grid, batch)
+        self.geometry = Geometry(layers, heads, head_dim, grid, batch, budget.buffers_on(torch.device(device).type, heads))
         self.itemsize = dtype.itemsize
         self.limits: Limits = budget.limits(settings, self.geometry, chunk_frames, max_frames, self.itemsize)
         self.rope = Rope(head_dim, grid, theta)

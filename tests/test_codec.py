@@ -115,7 +115,7 @@ def test_forecast_is_exact(name, frames, chunk):
 
 def test_accounting_at_self_forcing_geometry():
     """The ratios that the presets are made for: 30 layers, 12 heads of 128, 1560 tokens a frame, 180 latent frames."""
-    geometry = Geometry(30, 12, 128, (30, 52))
+    geometry = Geometry(30, 12, 128, (30, 52), buffers=2)
     bare = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
     assert forecast(bare, geometry, 180).stored_ratio >= 7.0
     assert forecast(PRESETS["balanced"], geometry, 180).peak_ratio >= 6.0

@@ -3,12 +3,15 @@
 Memory that a kernel should have written and did not is NaN (integers: their maximum), because torch fills what it allocates so.
 """
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from comfyui_qvg.qvg import codec, dispatch, smoothing
+from comfyui_qvg.qvg.attention import CachedAttention, sdpa
+from comfyui_qvg.qvg.budget import forecast
 from comfyui_qvg.qvg.cache import KVCache, LayerCache
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
@@ -206,8 +209,6 @@ def test_decode_follows_what_the_cache_does():
 def test_decode_keeps_no_span_alive():
     cache = filled(BARE)
     read(cache, slice(0, 1))
-    import weakref
-
     span = weakref.ref(cache.layers[0].entries[0].spans[0])
     del cache.layers[0].entries[0]
     assert span() is None
@@ -224,12 +225,43 @@ def test_decode_writes_its_heads_alone():
     assert (room[:, :, :-3, 0] != 7).any(-1).all()
 
 
-def test_decode_twin_is_the_definition():
+def test_decode_unforced():
     """Without a forced backend the same read happens, on whichever backend the device gets."""
     cache = filled(QVG)
     layer = cache.layers[0]
     keys, values = torch.empty(2, 1, layer.tokens, 4, 64, device=DEVICE)
     layer.read(slice(0, 4), keys, values)
     other = torch.empty_like(keys), torch.empty_like(values)
-    LayerCache._read(layer, slice(0, 4), *other, *([0] if LayerCache._read.__code__.co_argcount == 5 else []))
+    with dispatch.force("torch"):
+        layer.read(slice(0, 4), *other)
     assert_close([(keys, values), other], DTYPES[0])
+
+
+@pytest.mark.skipif(not ON_GPU, reason="streams need a GPU")
+@pytest.mark.parametrize("slow", ["decode", "attention", ""])
+def test_overlap_changes_nothing(slow, monkeypatch):
+    """Decoding a group while another attends gives the bits of doing one after the other, whichever of the two is late."""
+    def late(function, name):
+        def call(*arguments):
+            if name == slow:
+                torch.cuda._sleep(20_000_000)
+            return function(*arguments)
+        return call
+
+    monkeypatch.setattr(LayerCache, "read", late(LayerCache.read, "decode"))
+    outs = []
+    for overlapped in (True, False):
+        cache = KVCache(QVG, layers=2, heads=12, head_dim=64, grid=(8, 9), device=DEVICE, dtype=torch.bfloat16, max_frames=12)
+        assert cache.workspace.side is not None
+        if not overlapped:
+            cache.workspace.side = None
+        found = []
+        for start in range(0, 12, 3):
+            q, k, v = (tokens(1, 216, 12, 64, seed=start + part, dtype=torch.bfloat16) for part in range(3))
+            for clean in (False, True):
+                attend = CachedAttention(cache, start_frame=start, frames=3, store=clean, attention=late(sdpa, "attention"))
+                found += [attend(layer, q, k, v) for layer in range(2)]
+        outs.append(torch.stack(found))
+        stats, planned = cache.stats(), forecast(QVG, cache.geometry, 12)
+        assert (stats.stored_bytes, stats.peak_bytes) == (planned.stored_bytes, planned.peak_bytes)
+    assert torch.equal(*outs)

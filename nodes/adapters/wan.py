@@ -172,7 +172,8 @@ class Hook:
         start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
         self.frames, self.grid = shape[2], (-(-shape[3] // 2), -(-shape[4] // 2))
         self.chunk_frames = min(getattr(sampler, "extra_options", {}).get("num_frame_per_block", 3), self.frames)
-        geometry = Geometry(self.network.num_layers, self.network.num_heads, self.network.head_dim, self.grid, shape[0])
+        geometry = Geometry(self.network.num_layers, self.network.num_heads, self.network.head_dim, self.grid, shape[0],
+                            budget.buffers_on(comfy.model_management.get_torch_device().type, self.network.num_heads))
         itemsize = comfy.model_management.dtype_size(self.get_dtype())
         forecast = budget.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)

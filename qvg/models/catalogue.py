@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budget import Geometry
+from ..budget import Geometry, buffers_on
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class ModelShape:
         width, height = width or self.size[0], height or self.size[1]
         if min(width, height) < self.stride:
             raise ValueError(f"A video of {width} x {height} pixels is smaller than one token; give at least {self.stride} pixels a side.")
-        return Geometry(self.layers, self.heads, self.head_dim, (-(-height // self.stride), -(-width // self.stride)))
+        return Geometry(self.layers, self.heads, self.head_dim, (-(-height // self.stride), -(-width // self.stride)),
+                        buffers=buffers_on("cuda", self.heads))
 
     def latent_frames(self, seconds: float) -> int:
         """Latent frames of a video of this length, in whole chunks."""

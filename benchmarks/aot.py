@@ -1,0 +1,162 @@
+"""Compile every kernel for GPUs that are not here, and say what it takes of them.
+
+    python -m comfyui_qvg.benchmarks.aot            # one JSON line per kernel variant and target; fails where one spills
+    python -m comfyui_qvg.benchmarks.aot --few --targets cuda:90 hip:gfx942
+
+The compiler needs no device. What it reports (registers, spills, shared memory) decides whether a kernel can run at all
+on a card that nobody here owns, so a test reads these lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..kernels import assign, decode, encode, update
+from ..kernels.tiles import Product
+
+# bytes of shared memory that one program may take
+TARGETS = {
+    GPUTarget("cuda", 80, 32): 166_912,
+    GPUTarget("cuda", 89, 32): 101_376,
+    GPUTarget("cuda", 90, 32): 232_448,
+    GPUTarget("cuda", 100, 32): 232_448,
+    GPUTarget("cuda", 120, 32): 101_376,
+    GPUTarget("hip", "gfx942", 64): 65_536,
+    GPUTarget("hip", "gfx1100", 32): 65_536,
+}
+# pairs of channels that turn with time, and with each axis of space
+TURNS = {64: (12, 10), 128: (22, 21), 256: (44, 42)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the constants that it is compiled with. pointers: its arguments that are not int32, with their types."""
+
+    name: str
+    kernel: object
+    pointers: dict[str, str]
+    constants: dict
+    warps: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler said. spilled: bytes of registers that went to memory."""
+
+    name: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    shared_limit: int
+
+    @property
+    def fits(self) -> bool:
+        return not self.spilled and self.shared <= self.shared_limit
+
+
+def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
+    """One of each kind of span, number of planes and head dim that the presets and models use; `few` keeps those of the presets for
+    heads of 128."""
+    nvidia = target.backend == "cuda"
+    native_e4m3 = nvidia and target.arch >= 89
+    kinds = [decode.Kind(decode.PLANES.value, 2, 2, 1), decode.Kind(decode.INT8.value, groups=1)]
+    if not few:
+        kinds += [decode.Kind(decode.PLANES.value, bits, stages, groups)
+                  for bits, stages, groups in ((1, 2, 1), (3, 1, 2), (4, 2, 2), (2, 0, 1))]
+        kinds += [decode.Kind(decode.PAPER.value, 2, 1, 2), decode.Kind(decode.PAPER.value, 4, 4, 2, zeros=True)]
+        kinds += [decode.Kind(decode.PLAIN.value)]
+    for dim in (128,) if few else TURNS:
+        for kind in kinds if dim == 128 else kinds[:1]:
+            yield _decode(kind, dim, native_e4m3)
+        cut = Product.on(target.backend, dim)
+        product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
+        matrix = {"PRODUCT": cut.dtype}
+        for dtype in ("*bf16", "*fp32"):
+            yield Variant(f"assign-d{dim}-{dtype[1:]}", assign.assign_kernel, {
+                "x": dtype, "centroids": "*fp32", "ids": "*i64"}, {"D": dim, **product, **matrix}, cut.warps)
+            yield Variant(f"update-d{dim}-{dtype[1:]}", update.sums_kernel, {
+                "x": dtype, "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"},
+                {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps)
+            if few:
+                break
+        yield Variant(f"means-d{dim}", update.means_kernel, {
+            "x": "*fp32", "ids": "*i64", "centroids": "*fp32", "sums": "*fp32", "sizes": "*fp32", "means": "*fp32"},
+            {"D": dim, "SEARCH": update.SEARCH}, 4)
+        book = {"x": "*bf16", "codes": "*u8", "units": "*bf16", "channel_scale": "*bf16", "ids": "*u8", "largest": "*i32"}
+        for bits, stages, groups in ((2, 2, 1), (4, 2, 2)):
+            shape = {"STAGES": stages, "GROUPS": groups, "D": dim, "NATIVE_E4M3": native_e4m3}
+            yield Variant(f"encode-assign-d{dim}-g{groups}", encode.assign_stages_kernel, book,
+                          {**shape, **product, **matrix}, cut.warps)
+            bytes_ = dict.fromkeys(("scales", "plane0", "plane1", "plane2", "plane3"), "*u8")
+            borders = {f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}
+            yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {
+                **book, **bytes_, **borders, "exponents": "*i8"}, {**shape, "BITS": bits, "TOKENS": 4096 // dim}, 4)
+
+
+def _decode(kind: decode.Kind, dim: int, native_e4m3: bool) -> Variant:
+    tile, (time, space) = decode.Tiling.of(dim), TURNS[dim]
+    pointers = {"jobs": "*i64", "levels": "*fp32", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
+    name = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
+    return Variant(name, decode.decode_kernel, pointers, {
+        "KIND": kind.code, "BITS": kind.bits, "STAGES": kind.stages, "GROUPS": kind.groups, "HAS_ZEROS": kind.zeros,
+        "D": dim, "TIME": time, "SPACE": space, "TOKENS": tile.tokens, "STEPS": tile.steps,
+        "NATIVE_E4M3": native_e4m3}, tile.warps)
+
+
+def compile_variant(variant: Variant, target: GPUTarget) -> Report:
+    """Compile for `target`; strides and addresses are taken to be multiples of 16, as a run would find them."""
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constants else variant.pointers.get(name, "i32") for name in names}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names)
+               if variant.pointers.get(name, "").startswith("*") or name.endswith(("_stride", "_stage", "_token", "_row"))}
+    source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
+    compiled = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": 2})
+    registers, spilled = (_amd if target.backend == "hip" else _nvidia)(compiled)
+    return Report(variant.name, f"{target.backend}:{target.arch}", registers, spilled, compiled.metadata.shared,
+                  TARGETS[target])
+
+
+def _nvidia(compiled) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", told).groups())
+    return registers, stack + local
+
+
+def _amd(compiled) -> tuple[int, int]:
+    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+    return int(found["vgpr_count"]), 4 * (int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = {f"{target.backend}:{target.arch}": target for target in TARGETS}
+    parser.add_argument("--targets", nargs="*", choices=names, default=list(names))
+    parser.add_argument("--few", action="store_true", help="the presets' variants for heads of 128")
+    options = parser.parse_args()
+    failed = 0
+    for name in options.targets:
+        for variant in variants(names[name], options.few):
+            report = compile_variant(variant, names[name])
+            failed += not report.fits
+            print(json.dumps(asdict(report)), flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
