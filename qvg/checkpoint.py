@@ -6,18 +6,24 @@ the network is causal. `open_checkpoint` unwraps such a file, and repackaged saf
 Wan 2.1 and says what it found. A file that cannot become a causal Wan is refused with a sentence that names what it is.
 
 Causal and ordinary Wan 2.1 text-to-video files have the same keys and shapes, so no reader can tell them apart.
+
+LongCat-Video is published in parts, of which any one may be named, and repackaged in one file; both come back in the layout of
+`models.longcat`.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from .models import longcat
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
@@ -26,6 +32,7 @@ SUFFIXES = SAFETENSORS + PICKLED
 # the averaged weights first: they are the ones that the authors sample from
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 PREFIXES = ("module.", "model.", "diffusion_model.")
 
 HEAD_DIM = 128
@@ -34,6 +41,7 @@ DEFAULT_TEXT_DIM = 4096
 SIZES = {
     (30, 1536): "1.3B, the size of Self-Forcing, Causal-Forcing and LongLive",
     (40, 5120): "14B, the size of Krea Realtime",
+    (48, 4096): "13.6B",
 }
 
 # fragments of keys, and what a file with one of them is; the first match wins
@@ -48,7 +56,8 @@ STRANGERS = (
      "is a Wan with extra inputs (camera, audio, pose or reference), which is not a causal text-to-video model"),
     (("condition_embedder.",), "holds a Wan in the diffusers layout. Use the original or ComfyUI's file of it"),
     (("double_blocks.", "double_stream_blocks."), f"is a HunyuanVideo model, {NO_NETWORK}"),
-    (("pre_crs_attn_norm.",), f"is a LongCat-Video model, {NO_NETWORK}"),
+    (("pre_crs_attn_norm.",), "lacks parts of LongCat-Video; the file may be one part of several, or damaged. Put all parts "
+     "into one folder under the names they were published with"),
     (("decoder.conv1.", "encoder.conv1.", "decoder.conv_in."),
      "is a VAE. Put it in models/vae and load it with VAELoader"),
     (("shared.weight", "token_embedding.weight", "text_model."),
@@ -61,8 +70,8 @@ class Description:
     """What `open_checkpoint` found.
 
     file: name of the file. container: key of the state dict that was taken, "" when the file is flat.
-    layers, dim, ffn_dim, text_dim: sizes read from the weights. parameters: how many numbers. dtype: of the weights.
-    config: the `transformer` part of the file's own metadata, where it has any.
+    layers, dim, ffn_dim, text_dim, head_dim: sizes read from the weights. parameters: how many numbers. dtype: of the weights.
+    config: the `transformer` part of the file's own metadata, where it has any. model: "wan" or "longcat".
     """
 
     file: str
@@ -74,15 +83,19 @@ class Description:
     parameters: int
     dtype: str
     config: dict = field(default_factory=dict)
+    head_dim: int = HEAD_DIM
+    model: str = "wan"
 
     @property
     def heads(self) -> int:
-        return self.dim // HEAD_DIM
+        return self.dim // self.head_dim
 
     @property
     def family(self) -> str:
         """One line for a person. The families of one size have the same keys, so only the size can be named."""
         size = SIZES.get((self.layers, self.dim), f"{self.parameters / 1e6:.0f} M parameters")
+        if self.model == "longcat":
+            return f"LongCat-Video, {self.layers} layers, {self.heads} heads ({size})"
         return f"causal Wan 2.1 layout, {self.layers} layers, {self.heads} heads ({size})"
 
     def __str__(self) -> str:
@@ -98,20 +111,41 @@ class Description:
 
 
 def open_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Description]:
-    """State dict in the key layout of Wan 2.1 (tensors on the CPU, mapped from the file) and what it is.
+    """State dict in the key layout of Wan 2.1 or of `models.longcat` (tensors on the CPU, mapped from the file) and what it is.
 
-    Raises ValueError with a sentence for a file that is not, or cannot become, a causal Wan 2.1.
+    Raises ValueError with a sentence for a file that is not, or cannot become, a causal Wan 2.1 or LongCat-Video.
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path.name} is not a checkpoint that can be read here; choose a {', '.join(SUFFIXES)} file.")
     if path.suffix.lower() in SAFETENSORS:
-        content, config = _read_safetensors(path)
+        content, config = _read_parts(path)
     else:
         content, config = _read_pickled(path), {}
     container, content = _unwrap(path.name, content)
     state = {_plain_key(key): tensor for key, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    if longcat.is_longcat(state):
+        state = longcat.split_layout(state)
     return state, _describe(path.name, container, state, config)
+
+
+def _read_parts(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """A file, or all parts of the model whose part it is."""
+    numbered = PART.fullmatch(path.name)
+    if numbered is None:
+        return _read_safetensors(path)
+    stem, count, suffix = numbered["stem"], numbered["count"], numbered["suffix"]
+    names = [f"{stem}-{number:05}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{path.name} is one part of {int(count)}, and {', '.join(missing[:3])} is not beside it. Put all parts into one "
+                         "folder under the names they were published with.")
+    content, config = {}, {}
+    for name in names:
+        part, found = _read_safetensors(path.parent / name)
+        content |= part
+        config |= found
+    return content, config
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -168,6 +202,15 @@ def _describe(name: str, container: str, state: dict[str, torch.Tensor], config:
     for fragments, sentence in STRANGERS:
         if any(fragment in key for key in state for fragment in fragments):
             raise ValueError(f"{name} {sentence}.")
+    if longcat.is_longcat(state):
+        try:
+            sizes = longcat.LongCatSizes.read(state)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be opened. {error}") from error
+        return Description(
+            file=name, container=container, layers=sizes.layers, dim=sizes.dim, ffn_dim=sizes.ffn_dim, text_dim=sizes.text_dim,
+            parameters=sum(t.numel() for t in state.values()), head_dim=sizes.head_dim, model="longcat",
+            dtype=str(state["blocks.0.ffn.w3.weight"].dtype).removeprefix("torch."))
 
     patch = state.get("patch_embedding.weight")
     if patch is None or "head.modulation" not in state:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_qvg.qvg.checkpoint import open_checkpoint
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, official_name
 
 PARTS = ("self_attn.q", "self_attn.o", "cross_attn.o", "ffn.0", "ffn.2")
 
@@ -112,6 +113,46 @@ def test_other_files_are_refused_with_a_sentence(tmp_path, name):
     with pytest.raises(ValueError, match=expected) as error:
         open_checkpoint(path)
     assert str(error.value).startswith(path.name) and str(error.value).endswith(".")
+
+
+def longcat_state():
+    """A tiny LongCat-Video in the layout of ComfyUI, and in the official one."""
+    state = LongCat(LongCatSizes(dim=32, head_dim=16, ffn_dim=64, layers=2, text_dim=8, time_dim=16, freq_dim=16)).state_dict()
+    fused = {}
+    for ours, tensor in state.items():
+        fused.setdefault(official_name(ours)[0], []).append(tensor)
+    return state, {name: torch.cat(parts) for name, parts in fused.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_both_layouts_of_longcat(tmp_path, prefix):
+    split, official = longcat_state()
+    assert len(official) < len(split)
+    for name, content in (("split", split), ("official", official)):
+        save_file(wrapped(content, prefix), tmp_path / f"{name}.safetensors")
+        state, found = open_checkpoint(tmp_path / f"{name}.safetensors")
+        assert state.keys() == split.keys() and all(torch.equal(state[key], split[key]) for key in split)
+        assert (found.model, found.layers, found.heads, found.text_dim, found.dtype) == ("longcat", 2, 2, 8, "float32")
+        assert "LongCat-Video, 2 layers, 2 heads" in str(found)
+
+
+def test_any_part_of_a_published_model_opens_all(tmp_path):
+    split, official = longcat_state()
+    names = [f"diffusion_pytorch_model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    for number, name in enumerate(names):
+        save_file(dict(list(official.items())[number::3]), tmp_path / name)
+    for name in names:
+        assert open_checkpoint(tmp_path / name)[0].keys() == split.keys()
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(ValueError, match=r"is one part of 3, and diffusion_pytorch_model-00002-of-00003\.safetensors is not beside it"):
+        open_checkpoint(tmp_path / names[0])
+
+
+def test_an_incomplete_longcat_is_named(tmp_path):
+    path = tmp_path / "part.safetensors"
+    save_file({name: tensor for name, tensor in longcat_state()[0].items() if not name.startswith("patch_embedding")}, path)
+    with pytest.raises(ValueError, match=r"part\.safetensors cannot be opened.*patch_embedding\.weight is missing"):
+        open_checkpoint(path)
 
 
 def test_lora_container_is_refused(tmp_path):
