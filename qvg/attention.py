@@ -29,20 +29,24 @@ class CachedAttention:
     """One forward pass over `frames` latent frames from absolute frame `start_frame`.
 
     store: this is the pass over the finished chunk; its K and V are appended, layer by layer.
+    position_limit: latent frames that the network was trained to tell apart. Beyond it the pass ends at this position and the history
+    keeps its distance to the pass; sinks keep their places. 0 counts on without end.
     A pass with a batch that is a multiple of the cache's (conditions stacked by CFG) reads the same history for each.
     Raises ValueError when a stored chunk does not continue where the cache ends.
     """
 
-    def __init__(self, cache: KVCache, *, start_frame: int, frames: int, store: bool, attention: Attention = sdpa):
+    def __init__(self, cache: KVCache, *, start_frame: int, frames: int, store: bool, attention: Attention = sdpa,
+                 position_limit: int = 0):
         if store and start_frame != cache.frames:
             raise ValueError(f"The chunk to store starts at latent frame {start_frame}, but the cache ends at frame {cache.frames}.")
         self.cache, self.frames, self.store, self.attention = cache, frames, store, attention
         self.start_frame = start_frame
+        self.shift = max(0, start_frame + frames - position_limit) if position_limit else 0
         self._angles: tuple[Tensor, Tensor] | None = None
 
     def _turn(self, x: Tensor) -> Tensor:
         if self._angles is None:
-            cos, sin = self.cache.rope.tables(self.start_frame, self.frames, x.device)
+            cos, sin = self.cache.rope.tables(self.start_frame - self.shift, self.frames, x.device)
             self._angles = cos[:, None], sin[:, None]
         return rotate(x, *self._angles)
 
@@ -70,7 +74,7 @@ class CachedAttention:
         if side is None:
             for heads in slices:
                 keys, values = workspace.views(past + own)
-                history.read(heads, keys[:, :past], values[:, :past])
+                history.read(heads, keys[:, :past], values[:, :past], self.shift)
                 yield heads, keys, values
             return
         main = torch.cuda.current_stream(workspace.device)
@@ -85,7 +89,7 @@ class CachedAttention:
                 else:
                     side.wait_event(done[number - buffers])
                 keys, values = views[number % buffers]
-                history.read(slices[number], keys[:, :past], values[:, :past])
+                history.read(slices[number], keys[:, :past], values[:, :past], self.shift)
                 ready.append(side.record_event())
 
         decode(0)

@@ -177,6 +177,17 @@ def _narrow(span, settings: QVGSettings) -> None:
     span.set_bits(*bits)
 
 
+def narrow_widest(spans: list, settings: QVGSettings) -> bool:
+    """Take a plane from every span that holds the most of them, sinks excepted; False where none has one to lose."""
+    movable = [span for span in spans if not span.sink]
+    most = max((_planes(span, settings) for span in movable), default=1)
+    if most > 1:
+        for span in movable:
+            if _planes(span, settings) == most:
+                _narrow(span, settings)
+    return most > 1
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a memory budget leaves to one layer. None means no limit.

@@ -9,7 +9,7 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,15 @@ class CacheStats:
     def bits_per_number(self) -> float:
         """Stored bits for each number that is held."""
         return 8 * self.stored_bytes / max(1, self.numbers)
+
+    @staticmethod
+    def total(parts: list[CacheStats]) -> CacheStats:
+        """Of several caches that hold the same frames, such as those of the conditions of a run."""
+        first = parts[0]
+        counts = {name: sum(getattr(part, name) for part in parts)
+                  for name in ("numbers", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes")}
+        return replace(first, **counts, by_kind={kind: sum(part.by_kind[kind] for part in parts) for kind in first.by_kind},
+                       by_layer=tuple(map(sum, zip(*(part.by_layer for part in parts)))))
 
     def as_dict(self) -> dict:
         return asdict(self) | {"ratio": self.ratio, "peak_ratio": self.peak_ratio, "bits_per_number": self.bits_per_number}
@@ -186,17 +195,35 @@ class LayerCache:
             return False
         return not self.trained or self.epoch_frames >= settings.epoch_frames
 
-    def read(self, heads: slice, keys: Tensor, values: Tensor) -> None:
-        """Decode the whole history of some heads: keys and values [B, T, h, D] are filled, oldest token first, K with RoPE at its
-        absolute frame."""
-        dispatch.run("decode", LayerCache._read, self, heads, keys, values)
+    def rewind(self, first: int) -> None:
+        """Forget what was stored from latent frame `first` on."""
+        kept = [entry for entry in self.entries if entry.last < first]
+        books = [side.book for side in self.sides]
+        gone = sum(entry.frames for entry in self.entries[len(kept):] if entry.books != (None, None))
+        self.entries, self.next_frame = kept, min(first, self.next_frame)
+        self.epoch_frames = max(0, self.epoch_frames - gone)
+        # a codebook that nothing uses is trained again, since its bytes are counted with the span that opens an epoch
+        self.trained = self.trained and any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None)
 
-    def _read(self, heads: slice, keys: Tensor, values: Tensor) -> None:
+    def narrow(self) -> bool:
+        """Take a plane from every span that holds the most of them; False where none has one to lose."""
+        return budget.narrow_widest(self.entries, self.owner.settings)
+
+    def forget_before(self, frame: int) -> None:
+        """Let the spans before a latent frame leave, sinks excepted."""
+        self.entries = [entry for entry in self.entries if entry.sink or entry.first >= frame]
+
+    def read(self, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:
+        """Decode the whole history of some heads: keys and values [B, T, h, D] are filled, oldest token first, K with RoPE at its
+        absolute frame less `shift`, sinks excepted."""
+        dispatch.run("decode", LayerCache._read, self, heads, keys, values, shift)
+
+    def _read(self, heads: slice, keys: Tensor, values: Tensor, shift: int) -> None:
         geometry = self.owner.geometry
         start = 0
         for entry in self.entries:
             stop = start + entry.frames * geometry.frame_tokens
-            cos, sin = self.owner.rope.tables(entry.first, entry.frames, keys.device)
+            cos, sin = self.owner.rope.tables(entry.first - (0 if entry.sink else shift), entry.frames, keys.device)
             for batch in range(geometry.batch):
                 rows = slice(batch * geometry.heads + heads.start, batch * geometry.heads + heads.stop)
                 key, value = (span.decode(rows, self.owner.tables) for span in entry.spans)
@@ -252,6 +279,13 @@ class Workspace:
         shape = (self.geometry.batch, tokens, self.group, self.geometry.head_dim)
         return self._storage[2 * buffer, :size].view(shape), self._storage[2 * buffer + 1, :size].view(shape)
 
+    def halve(self) -> bool:
+        """Decode at most half as many heads at a time; False where it is one already."""
+        smaller = [group for group in range(1, self.group // 2 + 1) if self.geometry.heads % group == 0]
+        self.free()
+        self.group = max(smaller, default=self.group)
+        return bool(smaller)
+
     def free(self) -> None:
         self._storage = None
 
@@ -291,6 +325,26 @@ class KVCache:
     def _note_peak(self) -> None:
         held = sum(layer.nbytes for layer in self.layers) + self.workspace.nbytes
         self.peak_bytes = max(self.peak_bytes, held)
+
+    def rewind(self, first: int) -> None:
+        """Forget what was stored from latent frame `first` on. What older spans lost meanwhile does not come back."""
+        for layer in self.layers:
+            layer.rewind(first)
+
+    def shrink(self) -> str | None:
+        """Give up the next cheapest thing to need less memory and say what it was: half of the heads that are decoded at a time, then a
+        plane of the widest spans, then the older half of the history. None when nothing is left to give."""
+        if self.workspace.halve():
+            return f"Memory did not suffice: heads are now decoded {self.workspace.group} at a time."
+        if sum(layer.narrow() for layer in self.layers):
+            return "Memory did not suffice: the widest spans of the KV cache lost a bit plane."
+        # a pass that failed may have let a span leave some layers and not yet others
+        movable = min(([entry for entry in layer.entries if not entry.sink] for layer in self.layers), key=len, default=[])
+        if len(movable) < 2:
+            return None
+        for layer in self.layers:
+            layer.forget_before(movable[len(movable) // 2].first)
+        return "Memory did not suffice: the older half of the history left the KV cache."
 
     def stats(self) -> CacheStats:
         self._note_peak()

@@ -1,0 +1,257 @@
+"""The chunk loop: its arithmetic against ComfyUI's, its chunks, guidance, memory shortage and prompt changes, over real caches."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui_qvg.qvg.attention import sdpa
+from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided
+from comfyui_qvg.qvg.settings import QVGSettings
+
+GRID = (2, 3)
+SHAPE = (1, 16, 4, 6)
+SMALL = replace(QVGSettings.preset("balanced").both(centroids=8, stages=1), sink_frames=1, iterations=2)
+OFF = QVGSettings.preset("off")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return CausalWan(WanSizes(dim=256, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval()
+
+
+def context(network, seed=0):
+    return network.project_context(torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed)))
+
+
+def cache(settings=SMALL, frames=None, batch=1, chunk=3):
+    return KVCache(settings, layers=2, heads=2, head_dim=128, grid=GRID, batch=batch, dtype=torch.float32, max_frames=frames,
+                   chunk_frames=chunk)
+
+
+def make(network, run, settings=SMALL, shape=SHAPE, **kwargs):
+    return Sampler(CachedNetwork(network, [Condition(context(network), cache(settings, run.frames, shape[0]))]), run, shape, **kwargs)
+
+
+def video(sampler):
+    return torch.cat([event.latents for event in sampler if isinstance(event, ChunkDone)], dim=2)
+
+
+def test_equals_the_loop_of_comfyui(network):
+    """ComfyUI's sample_ar_video, written down with plain attention over a growing list of keys: start frame, re-noise seeds, short last
+    chunk."""
+    run = Run(frames=8, seed=5, noise="core")
+    draw = torch.Generator().manual_seed(1)
+    start, noise = torch.randn(1, 16, 1, 4, 6, generator=draw), torch.randn(1, 16, 8, 4, 6, generator=draw)
+    prompt, rope, kept = context(network), cache(OFF).rope, {}
+
+    def denoise(x, sigma, first, store):
+        def attend(layer, q, k, v):
+            q, k = (rope.apply(t, first, x.shape[2]) for t in (q, k))
+            k, v = (torch.cat(pair, 1) for pair in zip(kept[layer], (k, v))) if layer in kept else (k, v)
+            if store:
+                kept[layer] = k, v
+            return sdpa(q, k, v)
+
+        return x - sigma * network(x, torch.full((1, x.shape[2]), 1000 * sigma), prompt, attend)
+
+    denoise(start, 0.0, 0, True)
+    expected, first = [start], 1
+    before = torch.get_rng_state()
+    for block, length in enumerate((3, 3, 1)):
+        x = noise[:, :, first:first + length]
+        for step, (sigma, following) in enumerate(zip(run.sigmas, run.sigmas[1:])):
+            x = denoise(x, sigma, first, False)
+            if following:
+                torch.manual_seed(5 + block * 1000 + step)
+                x = (1 - following) * x + following * torch.randn_like(x)
+        denoise(x, 0.0, first, True)
+        expected.append(x)
+        first += length
+
+    torch.set_rng_state(before)
+    made = video(make(network, run, OFF, start=start, noise=noise))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (made - torch.cat(expected, 2)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("frames", "start", "alone", "lengths"), [
+    (7, 0, False, [3, 3, 1]), (7, 0, True, [1, 3, 3]), (8, 4, False, [1, 3, 3, 1]), (6, 6, False, [3, 3]), (2, 0, False, [2])])
+def test_chunks_and_events(network, frames, start, alone, lengths):
+    given = torch.randn(1, 16, start, 4, 6) if start else None
+    sampler = make(network, Run(frames=frames, first_alone=alone, sigmas=(1, 0.5, 0)), start=given)
+    planned = sampler.chunks
+    events = list(sampler)
+    done = [event for event in events if isinstance(event, ChunkDone)]
+    assert [event.latents.shape[2] for event in done] == lengths
+    assert [event.first for event in done] == [sum(lengths[:index]) for index in range(len(lengths))]
+    generated = [event for event in done if event.chunk is not None]
+    assert [event.chunk for event in generated] == list(range(planned))
+    assert {event.chunks for event in events} == {planned}
+    assert sum(isinstance(event, StepDone) for event in events) == 2 * planned
+    assert done[-1].stats.frames == frames
+    if start:
+        assert torch.equal(torch.cat([event.latents for event in done if event.chunk is None], 2), given)
+
+
+def test_stopping_and_going_on_changes_nothing(network):
+    run = Run(frames=9, seed=3)
+    whole = video(make(network, run))
+    sampler, parts, leave = make(network, run), [], [(1, 2), (2, 0)]
+    while sampler.frames_done < run.frames:
+        for event in sampler:
+            if isinstance(event, ChunkDone):
+                parts.append(event.latents)
+            elif (event.chunk, event.step) in leave:
+                # between two steps, as an interrupt does
+                leave.remove((event.chunk, event.step))
+                break
+    assert not leave
+    assert torch.equal(torch.cat(parts, 2), whole)
+
+
+def test_seed_and_batch(network):
+    one, again, other = (video(make(network, Run(frames=4, seed=seed))) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert (one - other).abs().mean() > 0.1
+    both = video(make(network, Run(frames=4), shape=(2, *SHAPE[1:])))
+    assert both.shape[0] == 2 and (both[0] - both[1]).abs().mean() > 0.1
+
+
+def test_batch_equals_videos_alone(network):
+    noise = torch.randn(2, 16, 6, 4, 6)
+    run = Run(frames=6, sigmas=(1, 0))
+    both = video(make(network, run, OFF, shape=(2, *SHAPE[1:]), noise=noise))
+    for index in range(2):
+        alone = video(make(network, run, OFF, noise=noise[index:index + 1]))
+        assert (both[index:index + 1] - alone).abs().max() < 1e-5
+
+
+def test_guidance_keeps_a_cache_for_each_prompt(network):
+    """cfg 1 equals no guidance; at another cfg both histories count, as two networks beside each other say."""
+    run = Run(frames=6)
+    plain = video(make(network, run))
+    caches = [cache(frames=6) for _ in range(2)]
+    negative = context(network, 1)
+    same = video(Sampler(CachedNetwork(network, guided(context(network), caches[0], negative, caches[1], 1.0)), run, SHAPE))
+    assert (same - plain).abs().max() < 1e-4
+    caches = [cache(frames=6) for _ in range(2)]
+    strong = video(Sampler(CachedNetwork(network, guided(context(network), caches[0], negative, caches[1], 3.0)), run, SHAPE))
+    assert (strong - plain).abs().mean() > 1e-3
+    assert caches[0].frames == caches[1].frames == 6
+
+
+def test_conditions_that_cannot_be(network):
+    shared = cache()
+    with pytest.raises(ValueError, match="share a KV cache"):
+        CachedNetwork(network, guided(context(network), shared, context(network, 1), shared, 2.0))
+    with pytest.raises(ValueError, match=r"add up to 2"):
+        CachedNetwork(network, [Condition(context(network), cache()), Condition(context(network, 1), cache())])
+
+
+def test_unfinished_sigmas_split_a_run_in_two(network):
+    """The first pass leaves each chunk at the last sigma; a second pass that begins there goes on from it."""
+    first = video(make(network, Run(frames=6, sigmas=(1, 0.8, 0.5))))
+    finished = video(make(network, Run(frames=6, sigmas=(0.5, 0.0)), noise=first))
+    whole = video(make(network, Run(frames=6, sigmas=(1, 0.8, 0.5, 0.0))))
+    # the first chunk has no history, so it is the same chain of steps; the next ones see another history
+    assert torch.equal(finished[:, :, :3], whole[:, :, :3])
+    assert (first - finished).abs().mean() > 0.1
+
+
+def test_context_noise_changes_the_history_alone(network):
+    clean, noisy = (video(make(network, Run(frames=6, context_noise=level))) for level in (0.0, 0.3))
+    assert torch.equal(clean[:, :, :3], noisy[:, :, :3])
+    assert (clean[:, :, 3:] - noisy[:, :, 3:]).abs().mean() > 1e-4
+
+
+class ScarceMemory:
+    """Attention on a device whose allocator gives no more than `numbers` for keys; stands for a full GPU."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __call__(self, q, k, v):
+        if k.numel() > self.numbers:
+            raise torch.OutOfMemoryError("Tried to allocate more than there is.")
+        return sdpa(q, k, v)
+
+
+def test_memory_shortage_is_survived(network):
+    """With room for one head and six frames, the heads are halved, planes go, then the history; the video is finished all the same."""
+    wide = CausalWan(WanSizes(dim=1024, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval()
+    settings = replace(SMALL, sink_frames=0, recent_frames=0)
+    store = KVCache(settings, layers=2, heads=8, head_dim=128, grid=GRID, dtype=torch.float32, chunk_frames=3)
+    assert store.workspace.group == 2
+    # the chunk alone attends with all eight heads, so this much must be there
+    model = CachedNetwork(wide, [Condition(context(wide), store)], attention=ScarceMemory(3 * 6 * 1024))
+    events = list(Sampler(model, Run(frames=120, sigmas=(1, 0)), SHAPE))
+    said = [event.message for event in events if isinstance(event, Adapted)]
+    assert "1 at a time" in said[0] and "bit plane" in said[1] and "older half" in said[-1]
+    assert store.frames == 120 and 0 < store.stats().held_frames < 60
+    assert len({layer.held_frames for layer in store.layers}) == 1
+
+
+def test_memory_shortage_without_a_way_out(network):
+    model = CachedNetwork(network, [Condition(context(network), cache())], attention=ScarceMemory(10))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(Sampler(model, Run(frames=3), SHAPE))
+
+
+def test_rewinding_a_failed_pass_leaves_no_trace(network):
+    """A pass that stores and fails half-way is repeated from the state before it."""
+    store = cache(replace(SMALL, sink_frames=0), 9)
+    model = CachedNetwork(network, [Condition(context(network), store)])
+    sampler = Sampler(model, Run(frames=9), SHAPE)
+    for event in sampler:
+        if isinstance(event, ChunkDone) and event.chunk == 1:
+            break
+    held, nbytes = store.stats().held_frames, store.stats().stored_bytes
+    k, v = torch.randn(2, 1, 18, 2, 128)
+    store.layers[0].append(k, v, 3)
+    store.rewind(6)
+    assert (store.stats().held_frames, store.frames) == (held, 6)
+    assert store.stats().stored_bytes <= nbytes
+
+
+def test_a_window_and_a_position_limit(network):
+    """Up to the limit, positions are absolute; beyond, a long run attends at the same distances and stays finite."""
+    settings = replace(SMALL, window_frames=6)
+
+    def made(limit, frames):
+        model = CachedNetwork(network, [Condition(context(network), cache(settings, frames))], position_limit=limit)
+        return video(Sampler(model, Run(frames=frames, sigmas=(1, 0)), SHAPE))
+
+    free, limited = made(0, 30), made(15, 30)
+    assert torch.equal(free[:, :, :15], limited[:, :, :15])
+    assert limited.isfinite().all()
+    assert not torch.equal(free[:, :, 15:], limited[:, :, 15:])
+
+
+def test_relative_positions_are_a_shift_of_absolute_ones(network):
+    """Without sinks, attention depends on distances alone, so a limit changes nothing but rounding."""
+    settings = replace(OFF, window_frames=6)
+
+    def made(limit):
+        model = CachedNetwork(network, [Condition(context(network), cache(settings, 30))], position_limit=limit)
+        return video(Sampler(model, Run(frames=30, sigmas=(1, 0)), SHAPE))
+
+    assert (made(0) - made(12)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"sigmas": (1, 0.5, 0.5)}, "that fall"), ({"sigmas": (1.0,)}, "two or more"), ({"frames": 0}, "at least 1"),
+    ({"context_noise": 1.0}, "below 1"), ({"noise": "gpu"}, "private, core")])
+def test_impossible_runs_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        Run(**{"frames": 3} | change)
+
+
+def test_start_and_noise_must_fit(network):
+    with pytest.raises(ValueError, match="does not fit a video of 3 latent frames"):
+        make(network, Run(frames=3), start=torch.zeros(1, 16, 4, 4, 6))
+    with pytest.raises(ValueError, match="The noise has shape"):
+        make(network, Run(frames=3), noise=torch.zeros(1, 16, 2, 4, 6))
