@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from ..qvg.demo import NETWORK_PATH, VAE_PATH
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
 from .monitor import QVGMemoryMonitor
 from .tiny_prompt import QVGDemoPrompt
 
 
+def list_tiny_model() -> None:
+    """Let core's own loaders list the tiny model where it lies, so that nothing is copied into a person's models."""
+    for path in (NETWORK_PATH, VAE_PATH):
+        if path.is_file():
+            folder_paths.add_model_folder_path(path.parent.name, str(path.parent))
+
+
 class QuantVideoGenExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        list_tiny_model()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGMemoryMonitor, QVGDemoPrompt]

@@ -50,7 +50,7 @@ class QVGSettingsNode(io.ComfyNode):
                 io.Float.Input("budget_gib", default=0.0, min=0.0, max=1000.0, step=0.1, advanced=True, optional=True,
                                tooltip="Most GiB that cache and workspace may take. Over it the oldest frames lose bits, then leave. "
                                        "0 sets no limit."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, optional=True,
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, optional=True, control_after_generate=False,
                              tooltip="Seed of the clustering. It does not touch the sampler's noise."),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])

@@ -1,13 +1,16 @@
-"""Tiny Scene Prompt (QVG): words for the embedded tiny model, which needs no text encoder.
+"""Tiny Scene Prompt (QVG): words for the embedded tiny model, which needs no text encoder, and a picture to start from.
 
-    QVGDemoPrompt  text -> CONDITIONING
+    QVGDemoPrompt  text -> CONDITIONING, IMAGE
 """
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
-from ..qvg.demo.prompts import embed_prompt
+from ..qvg.demo import PROMPTS
+from ..qvg.demo.prompts import embed_scene, parse_prompt
+from ..qvg.demo.scenes import HEIGHT, WIDTH, place, render
 
 
 class QVGDemoPrompt(io.ComfyNode):
@@ -15,13 +18,26 @@ class QVGDemoPrompt(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGDemoPrompt", display_name="Tiny Scene Prompt (QVG)", category="model/conditioning/autoregressive",
-            description="Describes a scene to the tiny model that comes with the pack.",
-            search_aliases=["qvg", "tiny", "demo", "prompt"],
-            inputs=[io.String.Input("text", multiline=True, default="red striped circle moving right, blue square still, "
-                                    "over green dots panning left",
-                                    tooltip="One or two shapes and a background, in the tiny model's words.")],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For the tiny model alone.")])
+            description="Describes a scene to the tiny model that comes with the pack, and draws it.",
+            search_aliases=["qvg", "tiny", "demo", "prompt", "start image"],
+            inputs=[
+                io.String.Input(
+                    "text", multiline=True, default=PROMPTS[0],
+                    tooltip="One or two shapes and, after 'over', a background, in the tiny model's words. Colours: red orange yellow "
+                            "green cyan blue purple pink white. Patterns: plain striped dotted. Shapes: circle square triangle star "
+                            "ring. Motion: still, or moving or racing left, right, up, down. Background: dots stripes checks waves, "
+                            "still or panning with a direction."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True, control_after_generate=False,
+                             tooltip="Where the shapes of start_image stand and how large they are. The conditioning ignores it."),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="For the tiny model alone."),
+                io.Image.Output(display_name="start_image",
+                                tooltip=f"The scene's first frame, drawn, {WIDTH} x {HEIGHT} pixels. For AR Video I2V."),
+            ])
 
     @classmethod
-    def execute(cls, text) -> io.NodeOutput:
-        return io.NodeOutput([[embed_prompt(text), {}]])
+    def execute(cls, text, seed=0) -> io.NodeOutput:
+        scene = parse_prompt(text)
+        picture = render(place([scene], torch.Generator().manual_seed(seed)), frames=1)[:, :, 0]
+        return io.NodeOutput([[embed_scene(scene), {}]], picture.movedim(1, -1) / 2 + 0.5)

@@ -13,12 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from comfy_paths import SHIMS, find_browser, find_comfyui, missing_browser, missing_comfyui
+from comfy_browser import open_browser, open_page
+from comfy_paths import SHIMS, find_comfyui, missing_browser, missing_comfyui
 
-CHROMIUM_FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 _not_run: dict[str, int] = {}  # reason -> how many tests
 
 
@@ -79,29 +76,35 @@ def start_comfy(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
+def tiny_model(comfy_server):
+    """The server lists the tiny model: the one that ships, else random weights of its shape in the server's own models."""
+    import torch
+    from safetensors.torch import save_file
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=list(CHROMIUM_FLAGS))
+    from comfyui_qvg.qvg.demo import METADATA, NETWORK_FILE, NETWORK_PATH, TEXT_DIM, VAE_FILE
+    from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+    from comfyui_qvg.qvg.models.wan_vae import WanVAE
+
+    if NETWORK_PATH.is_file():
+        return
+    draw = torch.Generator().manual_seed(0)
+    for module, scale, folder, name in (
+            (CausalWan(WanSizes(256, 1024, 6, TEXT_DIM)), 0.05, "diffusion_models", NETWORK_FILE), (WanVAE(8), 0.1, "vae", VAE_FILE)):
+        state = {key: (scale * torch.randn(value.shape, generator=draw)).bfloat16() for key, value in module.state_dict().items()}
+        save_file(state, comfy_server.folder("models", folder) / name, metadata=METADATA)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, comfy_server):
     """The frontend, ready and without its first-visit dialog; page.console holds what the console said (type, text)."""
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    page = context.new_page()
-    page.console = []
-    page.on("console", lambda message: page.console.append((message.type, message.text)))
-    page.on("pageerror", lambda error: page.console.append(("pageerror", str(error))))
-    page.goto(comfy_server.url, wait_until="domcontentloaded")
-    page.wait_for_function("window.app && app.vueAppReady && app.extensionManager", timeout=60_000)
-    page.wait_for_timeout(1500)
-    page.keyboard.press("Escape")
-    yield page
-    context.close()
+    with open_page(browser, comfy_server.url) as page:
+        yield page
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,167 @@
+"""The templates of workflows/ as data: what `write_templates.py` builds in the real frontend, and what tests expect to find.
+
+A `Template` is a graph in API format plus what a person sees of it: groups from left to right, titles, notes, and the files
+that it needs with their addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from comfyui_qvg.qvg.budget import GIB
+from comfyui_qvg.qvg.demo import HEIGHT, NETWORK_FILE, PROMPTS, VAE_FILE, WIDTH
+from comfyui_qvg.qvg.plan import plan
+
+WAN = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
+TEXT_ENCODER = ("umt5_xxl_fp8_e4m3fn_scaled.safetensors", f"{WAN}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders")
+VAE = ("wan_2.1_vae.safetensors", f"{WAN}/vae/wan_2.1_vae.safetensors", "vae")
+SELF_FORCING = ("self_forcing_dmd.pt", "https://huggingface.co/gdhe17/Self-Forcing/resolve/main/checkpoints/self_forcing_dmd.pt",
+                "diffusion_models")
+# both of its authors' files are called causal_forcing.pt, so the frame-wise one comes from the author of core's support
+CAUSAL_FORCING = ("causal_forcing.pt", "https://huggingface.co/zhuhz22/Causal-Forcing/resolve/main/chunkwise/causal_forcing.pt",
+                  "diffusion_models")
+CAUSAL_FORCING_FRAMES = (
+    "causal_forcing-framewise.safetensors",
+    "https://huggingface.co/TalmajM/causal_forcing_framewise_ComfyUI_repackaged/resolve/main/split_files/diffusion_models/"
+    "causal_forcing-framewise.safetensors", "diffusion_models")
+
+
+@dataclass
+class Group:
+    """A titled box; `nodes` are ids of the graph from top to bottom, or notes as ("title", "markdown")."""
+
+    title: str
+    nodes: list
+    width: int = 340
+
+
+@dataclass
+class Template:
+    """graph: API format. files: node id -> (name, url, folder). heights: of nodes that show text or pictures. runs: on a fresh ComfyUI."""
+
+    name: str
+    graph: dict = field(default_factory=dict)
+    columns: list[list[Group]] = field(default_factory=list)
+    files: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    heights: dict[str, int] = field(default_factory=dict)
+    runs: bool = False
+
+    def add(self, name: str, kind: str, **inputs) -> list:
+        self.graph[name] = {"class_type": kind, "inputs": inputs}
+        return [name, 0]
+
+
+def _sampling(template: Template, model, conditioning, latent, vae, block: int, prefix: str) -> None:
+    """From a quantized model to a saved video and the monitor."""
+    noise = template.add("noise", "RandomNoise", noise_seed=0, control_after_generate="fixed")
+    guider = template.add("guider", "BasicGuider", model=model, conditioning=conditioning)
+    sampler = template.add("sampler", "SamplerARVideo", num_frame_per_block=block)
+    sigmas = template.add("sigmas", "BasicScheduler", model=model, scheduler="simple", steps=4, denoise=1.0)
+    samples = template.add("sample", "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                           latent_image=latent)
+    images = template.add("decode", "VAEDecode", samples=samples, vae=vae)
+    video = template.add("video", "CreateVideo", images=images, fps=16.0)
+    template.add("save", "SaveVideo", video=video, filename_prefix=f"video/{prefix}", format="auto", codec="auto")
+    template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=samples)
+    template.heights |= {"quantize": 150, "save": 430, "monitor": 460}
+
+
+def _quantize(template: Template, model) -> list:
+    settings = template.add("settings", "QVGSettings", preset="Balanced")
+    return template.add("quantize", "QVGQuantizeKVCache", model=model, settings=settings)
+
+
+def _finish(template: Template, load: list, describe: list, note: tuple[str, str]) -> Template:
+    template.columns = [
+        [Group("Read me", [note], 360)],
+        [Group("1  Load", load, 380), Group("2  Quantize the KV cache", ["settings", "quantize"], 380)],
+        [Group("3  Describe", describe, 380)],
+        [Group("4  Sample", ["noise", "guider", "sampler", "sigmas", "sample"], 320)],
+        [Group("5  Video", ["decode", "video", "save"], 460)],
+        [Group("6  What the cache held", ["monitor"], 560)]]
+    return template
+
+
+TINY_NOTE = """\
+The tiny model comes with the pack (16 MB, trained on drawn scenes), so there is nothing to download. It shows what the nodes do; \
+it is no measure of what a large model can do.
+
+- **QVG Settings**: set the preset to Off and run again: the same video from the model's own cache.
+- **length**: make it longer and watch the monitor.
+- The prompt knows few words; hover over it to see them."""
+
+
+def tiny(image: bool) -> Template:
+    template = Template("Tiny model - image to video" if image else "Tiny model - text to video", runs=True)
+    frames = 46 if image else 45
+    model = template.add("load", "UNETLoader", unet_name=NETWORK_FILE, weight_dtype="default")
+    vae = template.add("vae", "VAELoader", vae_name=VAE_FILE)
+    prompt = template.add("prompt", "QVGDemoPrompt", text=PROMPTS[1] if image else PROMPTS[0], seed=3)
+    size = {"width": WIDTH, "height": HEIGHT, "length": 4 * frames - 3, "batch_size": 1}
+    model = _quantize(template, model)
+    describe = ["prompt"]
+    if image:
+        model = template.add("start", "ARVideoI2V", model=model, vae=vae, start_image=["prompt", 1], **size)
+        latent = ["start", 1]
+        template.add("picture", "PreviewImage", images=["prompt", 1])
+        describe += ["picture", "start"]
+    else:
+        latent = template.add("latent", "EmptyARVideoLatent", **size)
+        describe += ["latent"]
+    template.heights |= {"prompt": 170, "picture": 260}
+    _sampling(template, model, prompt, latent, vae, 3, "qvg_tiny")
+    return _finish(template, ["load", "vae"], describe, ("Nothing to download", TINY_NOTE))
+
+
+def _memory_note(model: str, files: list[tuple[str, str, str]]) -> str:
+    lines = ["Put these files into ComfyUI/models:", ""]
+    lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
+    lines += ["", "KV cache at 832 x 480, from `qvg plan` (peak, workspace included):", "",
+              "| video | bf16 | Quality | Balanced | Smallest |", "|---|---|---|---|---|"]
+    for seconds in (5, 15, 30, 60):
+        presets = plan(model, seconds=seconds)["presets"]
+        cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest"))]
+        lines.append(f"| {seconds} s | " + " | ".join(f"{cell / GIB:.1f} GiB" for cell in cells) + " |")
+    lines += ["", "**length** counts video frames, 16 a second: 81 is 5 s. cfg is always 1. The model was trained on 5 s; longer videos "
+              "work but drift in colour and content, whatever the cache holds."]
+    return "\n".join(lines)
+
+
+PROMPT = (
+    "A corgi runs along a wet beach at sunrise, ears flapping, paws splashing through shallow water. Low camera at the dog's height "
+    "follows from the side. Golden light glitters on the waves, soft haze over the sea, sand flies behind the dog. Cinematic, sharp, "
+    "shallow depth of field.")
+
+
+def published(title: str, model: str, file: tuple[str, str, str], block: int, image: bool) -> Template:
+    template = Template(f"{title} - {'image' if image else 'text'} to video")
+    template.files = {"load": file, "clip": TEXT_ENCODER, "vae": VAE}
+    network = template.add("load", "QVGLoadARVideoModel", model_name=file[0], weight_dtype="default")
+    clip = template.add("clip", "CLIPLoader", clip_name=TEXT_ENCODER[0], type="wan", device="default")
+    vae = template.add("vae", "VAELoader", vae_name=VAE[0])
+    prompt = template.add("prompt", "CLIPTextEncode", text=PROMPT, clip=clip)
+    # a start image is a chunk of its own, before whole ones
+    frames = 22 if image and block == 3 else 21
+    size = {"width": 832, "height": 480, "length": 4 * frames - 3, "batch_size": 1}
+    network = _quantize(template, network)
+    describe = ["prompt"]
+    if image:
+        picture = template.add("picture", "LoadImage", image="example.png")
+        network = template.add("start", "ARVideoI2V", model=network, vae=vae, start_image=picture, **size)
+        latent = ["start", 1]
+        describe += ["picture", "start"]
+    else:
+        latent = template.add("latent", "EmptyARVideoLatent", **size)
+        describe += ["latent"]
+    template.heights |= {"prompt": 200, "picture": 330}
+    _sampling(template, network, prompt, latent, vae, block, f"qvg_{model.replace('-', '_')}")
+    note = _memory_note(model, [file, TEXT_ENCODER, VAE])
+    return _finish(template, ["load", "clip", "vae"], describe, ("Files and memory", note))
+
+
+TEMPLATES = {template.name: template for template in (
+    tiny(image=False), tiny(image=True),
+    published("Self-Forcing", "self-forcing", SELF_FORCING, 3, image=False),
+    published("Self-Forcing", "self-forcing", SELF_FORCING, 3, image=True),
+    published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING, 3, image=False),
+    published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING_FRAMES, 1, image=True))}

@@ -1,0 +1,207 @@
+"""Writes workflows/*.json, built and laid out by the real frontend, and their thumbnails.
+
+    python tests/comfy/write_templates.py                  the graphs
+    python tests/comfy/write_templates.py --thumbnails     runs those that can run, and draws the pictures beside them
+    python tests/comfy/write_templates.py --screens DIR    and a screenshot of each
+
+Needs what the tests of this folder need: a ComfyUI, its requirements in this Python, playwright and chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+import av
+from PIL import Image, ImageDraw, ImageFont
+
+from comfy_browser import open_browser, open_page
+from comfy_paths import REPOSITORY
+from comfy_server import ComfyServer
+from comfyui_qvg.qvg.budget import GIB
+from comfyui_qvg.qvg.plan import plan
+from template_graphs import TEMPLATES, Template
+
+FOLDER = REPOSITORY / "workflows"
+SIZE = (480, 320)
+PACK_ID = "quantvideogen"
+
+BUILD = """
+async ({graph, columns, files, heights, core, pack}) => {
+  const GAP = 30, TITLE = 30, HEAD = 60, MARGIN = 20
+  await app.loadGraphData({nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4}, true, false)
+  const nodes = {}
+  const make = (name, type) => {
+    const node = LiteGraph.createNode(type)
+    app.graph.add(node)
+    if (name) nodes[name] = node
+    return node
+  }
+  for (const [name, {class_type, inputs}] of Object.entries(graph)) {
+    const node = make(name, class_type)
+    const ours = class_type.startsWith('QVG')
+    Object.assign(node.properties, {cnr_id: ours ? pack.id : 'comfy-core', ver: ours ? pack.version : core})
+    for (const [key, value] of Object.entries(inputs)) {
+      const widget = node.widgets?.find(widget => widget.name === key)
+      if (widget && !Array.isArray(value)) { widget.value = value; widget.callback?.(value) }
+    }
+    if (files[name]) {
+      const [file, url, directory] = files[name]
+      node.properties.models = [{name: file, url, directory}]
+    }
+  }
+  for (const [name, {inputs}] of Object.entries(graph))
+    for (const [key, value] of Object.entries(inputs))
+      if (Array.isArray(value)) nodes[value[0]].connect(value[1], nodes[name], nodes[name].findInputSlot(key))
+  // pictures and widgets settle before anything is measured
+  await new Promise(done => setTimeout(done, 800))
+  let x = 0
+  for (const column of columns) {
+    let y = 0
+    const width = Math.max(...column.map(group => group.width))
+    for (const group of column) {
+      const top = y
+      y += HEAD
+      for (const item of group.nodes) {
+        const isNote = Array.isArray(item)
+        const node = isNote ? make(null, 'MarkdownNote') : nodes[item]
+        if (isNote) {
+          node.title = item[0]
+          node.widgets[0].value = item[1]
+        }
+        const height = isNote ? item[2] : heights[item] ?? 0
+        node.pos = [x + MARGIN, y + TITLE]
+        node.setSize([width, Math.max(height, height ? 0 : node.computeSize()[1])])
+        y += TITLE + node.size[1] + GAP
+      }
+      const box = new LiteGraph.LGraphGroup(group.title)
+      box.pos = [x, top]
+      box.size = [width + 2 * MARGIN, y - top]
+      box.color = '#3f789e'
+      app.graph.add(box)
+      y += GAP
+    }
+    x += width + 2 * MARGIN + GAP
+  }
+  // a round trip drops what is undefined
+  return JSON.stringify(app.graph.serialize())
+}
+"""
+
+
+def build(page, template: Template, core_version: str) -> dict:
+    """The template as a workflow file's content."""
+    columns = [[{"title": group.title, "width": group.width, "nodes": [_note(item) for item in group.nodes]} for group in column]
+               for column in template.columns]
+    workflow = json.loads(page.evaluate(BUILD, {
+        "graph": template.graph, "columns": columns, "files": template.files, "heights": template.heights, "core": core_version,
+        "pack": {"id": PACK_ID, "version": _version()}}))
+    workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_ID}/{template.name}"))
+    workflow["extra"] = {"ds": {"scale": 0.6, "offset": [60, 120]}}
+    return workflow
+
+
+def _note(item):
+    if isinstance(item, str):
+        return item
+    title, text = item
+    # a line of markdown at the note's width holds about 46 letters, and a row of a table takes more room
+    shown = re.sub(r"\]\([^)]*\)", "", text)
+    lines = sum(2 if line.startswith("|") else 1 + len(line) // 46 for line in shown.splitlines() if line)
+    return [title, text, 60 + 17 * lines]
+
+
+def _version() -> str:
+    line = next(line for line in (REPOSITORY / "pyproject.toml").read_text().splitlines() if line.startswith("version"))
+    return line.split('"')[1]
+
+
+def open_template(page, workflow: dict) -> None:
+    page.evaluate("async workflow => { await app.loadGraphData(workflow, true, true) }", workflow)
+    page.wait_for_timeout(500)
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1000)
+
+
+def run_in_frontend(page, client) -> dict:
+    """Presses Run; the history's outputs of the run."""
+    known = set(client.get(client.url + "/history"))
+    page.evaluate("app.queuePrompt(0, 1)")
+    (prompt,) = client.wait_until(lambda: set(client.get(client.url + "/history")) - known, 500, "the run to end")
+    entry = client.history(prompt)
+    if entry["status"]["status_str"] != "success":
+        raise RuntimeError(entry["status"])
+    return entry["outputs"]
+
+
+def draw_run(video: Path) -> Image.Image:
+    """Four moments of a generated video."""
+    with av.open(str(video)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    picture = Image.new("RGB", SIZE)
+    tile = SIZE[0] // 2, SIZE[1] // 2
+    for number in range(4):
+        frame = frames[number * (len(frames) - 1) // 3].resize(tile, Image.Resampling.LANCZOS)
+        picture.paste(frame, (tile[0] * (number % 2), tile[1] * (number // 2)))
+    return picture
+
+
+def draw_memory(template: Template) -> Image.Image:
+    """Bytes of a minute's cache as bars; for models that are too large to run here."""
+    title, use = template.name.split(" - ")
+    presets = plan(title.lower(), seconds=60)["presets"]
+    rows = [("bf16", presets["off"]["bf16_bytes"], "#8b8d98"), ("Quality", presets["quality"]["peak_bytes"], "#9b7bff"),
+            ("Balanced", presets["balanced"]["peak_bytes"], "#4c8dff"), ("Smallest", presets["smallest"]["peak_bytes"], "#37b6a5")]
+    picture = Image.new("RGB", (2 * SIZE[0], 2 * SIZE[1]), "#17181c")
+    draw = ImageDraw.Draw(picture)
+    draw.text((48, 40), title, font=ImageFont.load_default(68), fill="#e8e8ea")
+    draw.text((48, 124), f"{use}, KV cache of one minute", font=ImageFont.load_default(34), fill="#9a9ca6")
+    for number, (name, count, colour) in enumerate(rows):
+        y = 220 + 98 * number
+        draw.text((48, y + 32), name, font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
+        length = 480 * count / rows[0][1]
+        draw.rounded_rectangle((230, y, 230 + length, y + 64), 8, fill=colour)
+        draw.text((246 + length, y + 32), f"{count / GIB:.0f} GiB", font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
+    return picture.resize(SIZE, Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--thumbnails", action="store_true")
+    parser.add_argument("--screens", type=Path)
+    parser.add_argument("--weights", type=Path, help="a models folder with the tiny model, instead of the one that ships")
+    options = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as base, ComfyServer(base) as server, open_browser() as browser:
+        if options.weights:
+            for folder in ("diffusion_models", "vae"):
+                for file in (options.weights / folder).iterdir():
+                    (server.folder("models", folder) / file.name).symlink_to(file.resolve())
+        shutil.copy(server.comfyui / "input" / "example.png", server.folder("input"))
+        with open_page(browser, server.url, viewport={"width": 2600, "height": 1300}) as page:
+            core = page.evaluate("fetch('/system_stats').then(r => r.json())")["system"]["comfyui_version"]
+            for template in TEMPLATES.values():
+                workflow = build(page, template, core)
+                (FOLDER / f"{template.name}.json").write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n")
+                open_template(page, workflow)
+                if options.thumbnails:
+                    if template.runs:
+                        outputs = run_in_frontend(page, server.client)
+                        (saved,) = (item for output in outputs.values() for item in output.get("images", ())
+                                    if item["filename"].endswith(".mp4"))
+                        picture = draw_run(server.client.output_path(saved))
+                    else:
+                        picture = draw_memory(template)
+                    picture.save(FOLDER / f"{template.name}.jpg", quality=88)
+                if options.screens:
+                    options.screens.mkdir(parents=True, exist_ok=True)
+                    page.screenshot(path=options.screens / f"{template.name}.png")
+
+
+if __name__ == "__main__":
+    main()
