@@ -24,7 +24,7 @@ from ...qvg.models.wan import CausalWan, WanSizes
 from ...qvg.models.wan_vae import WanVAE, denormalize, normalize
 from .autoencoder import Scenes, fold_statistics, train_autoencoder
 from .clock import Clock
-from .diffusion import Trainer
+from .diffusion import Pools, Trainer
 from .rollout import generate
 
 LAYERS, WIDTH, FFN = 6, 256, 1024
@@ -35,14 +35,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, help="folder with weight files to start from")
-    parser.add_argument("--vae-minutes", type=float, default=2.0)
+    parser.add_argument("--vae-minutes", type=float, default=4.5)
     parser.add_argument("--pool-minutes", type=float, default=0.7)
-    parser.add_argument("--dit-minutes", type=float, default=3.0, help="teacher forcing")
-    parser.add_argument("--own-minutes", type=float, default=1.5, help="on the model's own context")
+    parser.add_argument("--dit-minutes", type=float, default=6.0, help="teacher forcing")
+    parser.add_argument("--own-minutes", type=float, default=3.0, help="on the model's own context")
     parser.add_argument("--vae-base", type=int, default=8)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--ffn", type=int, default=FFN)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--toy", action="store_true")
@@ -59,17 +59,18 @@ def save(module: torch.nn.Module, path: Path, metadata: dict | None = None) -> i
 
 
 @torch.no_grad()
-def encode_pool(vae: WanVAE, minutes: float, frames: int, device) -> tuple[Tensor, Tensor]:
-    """Normalized latents [N, 16, frames, H, W] in bf16 and prompts [N, L, text_dim], as many as the minutes allow."""
+def encode_pool(vae: WanVAE, minutes: float, frames: int, device) -> Pools:
+    """As many clips as the minutes allow, half of them for text, which begin where a description puts them."""
     generator = torch.Generator().manual_seed(3)
-    clock, latents, prompts = Clock(minutes), [], []
-    while not (latents and clock.over()):
-        scenes = [random_scene(generator) for _ in range(8)]
-        video = render(place(scenes, generator).to(device), 4 * frames - 3)
-        with torch.autocast(device.type, torch.bfloat16):
-            latents.append(normalize(vae.encode(video).float()).bfloat16())
-        prompts += [embed_scene(scene) for scene in scenes]
-    return torch.cat(latents), torch.cat(prompts).to(device)
+    clock, pools = Clock(minutes), ([], [])
+    while not (pools[1] and clock.over()):
+        for free, pool in enumerate(pools):
+            scenes = [random_scene(generator) for _ in range(8)]
+            video = render(place(scenes, generator, bool(free)).to(device), 4 * frames - 3)
+            with torch.autocast(device.type, torch.bfloat16):
+                latents = normalize(vae.encode(video).float()).bfloat16()
+            pool.append((latents, torch.cat([embed_scene(scene) for scene in scenes]).to(device)))
+    return tuple(tuple(map(torch.cat, zip(*pool))) for pool in pools)
 
 
 def contact_sheet(video: Tensor, path: Path, moments: int = 8) -> None:
@@ -133,20 +134,21 @@ def main() -> None:
                 module.load_state_dict(load_file(options.resume / name))
 
     if options.vae_minutes:
-        train_autoencoder(vae, options.vae_minutes, device, options.toy)
+        train_autoencoder(vae, options.vae_minutes, device, options.toy, bool(options.resume))
         fold_statistics(vae, device, 2 if options.toy else 16, 5 if options.toy else 29)
     total = save(vae, options.out / VAE_FILE)
     vae.requires_grad_(False)
-    look_at_autoencoder(vae, options.out, device, 9 if options.toy else 29)
+    look_at_autoencoder(vae, options.out, device, 9 if options.toy else 101)
 
     if not options.dit_minutes and not options.own_minutes:
         return
-    latents, prompts = encode_pool(vae, options.pool_minutes, long, device)
+    pools = encode_pool(vae, options.pool_minutes, long, device)
+    latents = pools[1][0]
     std, mean = torch.std_mean(latents.float(), dim=(0, 2, 3, 4))
-    print(f"pool: {len(latents)} clips, channel means to {mean.abs().max():.3f}, "
+    print(f"pools: {len(latents)} clips each, channel means to {mean.abs().max():.3f}, "
           f"deviations {std.min():.3f} to {std.max():.3f}", flush=True)
 
-    trainer = Trainer(network, latents, prompts, device, fast=device.type == "cuda" and not options.no_compile)
+    trainer = Trainer(network, pools, device, fast=device.type == "cuda" and not options.no_compile)
     batch = 2 if options.toy else options.batch
     stages = [("teacher", options.dit_minutes, batch, short, options.rate, False),
               ("own", options.own_minutes, max(batch // 4, 1), long, options.rate / 2, True)]

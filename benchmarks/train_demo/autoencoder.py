@@ -1,4 +1,4 @@
-"""The tiny VAE: first on still scenes, then on clips, with noise on normalized latents in place of a KL term.
+"""The tiny VAE: first on still scenes, then on clips that grow longer, with noise on normalized latents in place of a KL term.
 
 During training the latents are normalized by the batch's own statistics, per channel, and noise is added before they
 are decoded. So every channel carries signal, no channel can collapse or grow, and the decoder tolerates what a small
@@ -111,24 +111,29 @@ class Stage:
         return graph.replay
 
 
-def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool) -> None:
-    initialize(vae)
+def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool, resumed: bool) -> None:
+    """Stills, short clips, then clips as long as the causal convolutions remember; a resumed network sees only the last."""
+    if resumed:
+        unfold_statistics(vae)
+    else:
+        initialize(vae)
     scenes = Scenes(64 if toy else 4096, 1, device)
     vae.train()
-    images = (2, 1, 0.0, 5e-3, 0.2)
-    clips = (2, 5, EDGE_WEIGHT, 3e-3, 0.8)
-    if not toy:
-        images, clips = (24, *images[1:]), (6, 9, *clips[2:])
-    for name, (batch, frames, edge, rate, share) in (("vae images", images), ("vae clips", clips)):
+    # name, batch, frames, weight of edges, rate, share of the minutes
+    stages = [("vae images", 24, 1, 0.0, 5e-3, 0.15), ("vae clips", 6, 9, EDGE_WEIGHT, 3e-3, 0.4),
+              ("vae long clips", 2, 37, EDGE_WEIGHT, 2e-3, 0.45)]
+    if resumed:
+        stages = [(*stages[-1][:-1], 1.0)]
+    for name, batch, frames, edge, rate, share in stages:
         clock, log = Clock(minutes * share, decay=0.7), Log(name, 250)
-        stage = Stage(vae, scenes, batch, frames, edge)
+        stage = Stage(vae, scenes, min(batch, 2) if toy else batch, min(frames, 5) if toy else frames, edge)
         while not clock.over():
             stage.rate.fill_(rate * clock.schedule())
             stage.replay()
             log(loss=stage.loss, error=stage.error)
             if log.calls % 20 == 0:
                 # the clock is the CPU's: do not let it run ahead of the device
-                float(stage.loss)
+                stage.error.item()
     vae.eval()
 
 
@@ -148,3 +153,11 @@ def fold_statistics(vae: WanVAE, device, rounds: int = 16, frames: int = 29) -> 
     vae.conv1.bias[CHANNELS:] = -10
     vae.conv2.weight /= wan_std.view(1, -1, 1, 1, 1)
     vae.conv2.bias -= vae.conv2.weight.flatten(1) @ wan_mean
+
+
+@torch.no_grad()
+def unfold_statistics(vae: WanVAE) -> None:
+    """Make the decoder read latents of zero mean and unit variance again."""
+    device = vae.conv2.weight.device
+    vae.conv2.bias += vae.conv2.weight.flatten(1) @ torch.tensor(MEAN, device=device)
+    vae.conv2.weight *= torch.tensor(STD, device=device).view(1, -1, 1, 1, 1)

@@ -9,8 +9,8 @@ A model trained on perfect context drifts when it has to live on its own. In the
 what the model itself makes of the clip, several passes deep, while the target stays the true clip: it learns to put
 right what it does wrong.
 
-Half of all steps use chunks of 3 frames from the start; the other half give the first frame a chunk to itself, which is
-how a video continues a still image.
+Half of all steps use chunks of 3 frames from the start, on clips that begin as text describes them; the other half give
+the first frame a chunk to itself, which is how a video continues a still image, on clips that begin anywhere.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from .clock import Clock, Log
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
 SHIFT = 5.0
+
+# clips for text and clips for start images: normalized latents [N, 16, F, H, W] and prompts [N, L, text_dim] of each
+Pools = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class TeacherForcing:
@@ -60,10 +63,10 @@ class TeacherForcing:
 
 
 class Trainer:
-    """A network under training, the pool of latents and prompts that it sees, and its running average."""
+    """A network under training, the pools that it sees, and its running average."""
 
-    def __init__(self, network: CausalWan, latents: Tensor, prompts: Tensor, device, fast: bool):
-        self.network, self.latents, self.prompts, self.device = network, latents, prompts, device
+    def __init__(self, network: CausalWan, pools: Pools, device, fast: bool):
+        self.network, self.pools, self.device = network, pools, device
         self.average = [p.detach().clone() for p in network.parameters()]
         if fast:
             for block in network.blocks:
@@ -116,8 +119,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * clock.schedule()
             attend = layouts[step % 2]
-            pick = torch.randint(len(self.latents), (batch,), device=self.device)
-            clip, prompt = self.latents[pick, :, :frames].float(), self.prompts[pick]
+            latents, prompts = self.pools[step % 2]
+            pick = torch.randint(len(latents), (batch,), device=self.device)
+            clip, prompt = latents[pick, :, :frames].float(), prompts[pick]
             context = clip
             if own_context and step % 4 < 3:
                 own = self._own_context(clip, prompt, attend, depth=1 + step % 3)

@@ -23,6 +23,7 @@ from .prompts import COLOURS, DIRECTIONS, PATTERNS, SHAPES, TEXTURES, Background
 
 WIDTH, HEIGHT = 192, 128
 RADII = (18.0, 26.0)
+JITTER = 20.0  # pixels by which a thing that is not placed freely may miss its place
 EDGE = 1.5  # pixels over which an edge fades: a hard one cannot survive 8 x 8 compression
 
 
@@ -63,16 +64,28 @@ def random_scene(generator: torch.Generator) -> Scene:
     return Scene(things, Background(colours[2], _choice(generator, TEXTURES), pan))
 
 
-def place(scenes: Sequence[Scene], generator: torch.Generator) -> Layout:
-    """Draw what the description leaves open: where things begin, how large they are, where the texture begins."""
+def place(scenes: Sequence[Scene], generator: torch.Generator, free: bool = True) -> Layout:
+    """Draw what the description leaves open: where things begin, how large they are, where the texture begins.
+
+    free: anywhere. Otherwise the first thing begins on the left and the second on the right, give or take, in the same
+    size over the same texture: a model that learns to begin so from a description has little to guess, and few sampling
+    steps suffice.
+    """
     batch = len(scenes)
     blank = Thing()
     things = [(*scene.things, blank, blank)[:2] for scene in scenes]
     frame = torch.tensor([WIDTH, HEIGHT], dtype=torch.float32)
-    centre = torch.rand(batch, 2, 2, generator=generator) * frame
-    # the second thing begins at the far side of the torus, give or take, so that two never begin as one
-    away = (torch.rand(batch, 2, generator=generator) - 0.5) * 0.4 + 0.5
-    centre[:, 1] = (centre[:, 0] + away * frame) % frame
+    random = torch.rand(batch, 4, 2, generator=generator)
+    if free:
+        centre = random[:, :2] * frame
+        # the second thing begins at the far side of the torus, give or take, so that two never begin as one
+        centre[:, 1] = (centre[:, 0] + ((random[:, 1] - 0.5) * 0.4 + 0.5) * frame) % frame
+        radius = RADII[0] + (RADII[1] - RADII[0]) * random[:, 2]
+        phase = 64 * random[:, 3]
+    else:
+        centre = torch.tensor([[0.28, 0.5], [0.72, 0.5]]) * frame + 2 * JITTER * (random[:, :2] - 0.5)
+        radius = torch.full((batch, 2), sum(RADII) / 2)
+        phase = torch.zeros(batch, 2)
 
     def numbers(read, of=things):
         return torch.tensor([[read(thing) for thing in pair] for pair in of])
@@ -83,11 +96,11 @@ def place(scenes: Sequence[Scene], generator: torch.Generator) -> Layout:
         colour=numbers(lambda thing: COLOURS[thing.colour]),
         present=torch.tensor([[float(index < len(scene.things)) for index in range(2)] for scene in scenes]),
         centre=centre,
-        radius=RADII[0] + (RADII[1] - RADII[0]) * torch.rand(batch, 2, generator=generator),
+        radius=radius,
         velocity=numbers(lambda thing: thing.motion.velocity),
         texture=torch.tensor([TEXTURES.index(scene.background.texture) for scene in scenes]),
         ground=torch.tensor([COLOURS[scene.background.colour] for scene in scenes]),
-        phase=torch.rand(batch, 2, generator=generator) * 64,
+        phase=phase,
         pan=torch.tensor([scene.background.motion.velocity for scene in scenes]))
 
 
