@@ -122,7 +122,9 @@ Event = StepDone | ChunkDone | Adapted
 
 
 class Model(Protocol):
-    """What the loop asks for."""
+    """What the loop asks for. caches: all that it fills, for `storage`."""
+
+    caches: list[KVCache]
 
     def denoise(self, x: Tensor, sigma: float, first: int, *, at: int, store: bool) -> Tensor:
         """Predict the clean latents of x [B, C, f, H, W], which starts at latent frame `first`, under the prompt of frame `at`.
@@ -288,8 +290,9 @@ class CachedNetwork:
     def __init__(self, network: nn.Module, conditions: Sequence[Condition], *, attention: Attention = sdpa,
                  position_limit: int = 0):
         self.network, self.conditions = network, list(conditions)
+        self.caches = [condition.cache for condition in self.conditions]
         self.attention, self.position_limit = attention, position_limit
-        if len({id(condition.cache) for condition in self.conditions}) < len(self.conditions):
+        if len({id(cache) for cache in self.caches}) < len(self.caches):
             raise ValueError("Two conditions share a KV cache, but keys and values depend on the prompt; give each its own.")
         total = sum(condition.weight for condition in self.conditions)
         if abs(total - 1) > 1e-6:
@@ -311,14 +314,14 @@ class CachedNetwork:
         return "\n".join(condition.name(frame) for condition in self.conditions)
 
     def rewind(self, first: int) -> None:
-        for condition in self.conditions:
-            condition.cache.rewind(first)
+        for cache in self.caches:
+            cache.rewind(first)
 
     def shrink(self) -> str | None:
-        for condition in self.conditions:
-            if (given_up := condition.cache.shrink()) is not None:
+        for cache in self.caches:
+            if (given_up := cache.shrink()) is not None:
                 return given_up
         return None
 
     def stats(self) -> CacheStats:
-        return CacheStats.total([condition.cache.stats() for condition in self.conditions])
+        return CacheStats.total([cache.stats() for cache in self.caches])

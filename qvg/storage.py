@@ -1,0 +1,357 @@
+"""A session on disk: everything that a run needs to go on as if it had never stopped, in one safetensors file.
+
+    save(path, sampler, fingerprint=fingerprint(network), latents=made_so_far)
+    session = load(path)                        # checked whole before anything is believed
+    sampler = Sampler(model, session.run, session.shape)
+    session.restore(sampler, fingerprint(network))
+
+A file is written beside its place, flushed to the disk, and renamed: whoever is killed at any moment leaves the old file or the new one.
+Its header says what each tensor is, with a SHA-256 of it, and a SHA-256 of the header itself, so that a changed bit anywhere is noticed.
+A header that is whole can still be false; so `restore` compares every tensor with what the settings prescribe before the first one is used.
+
+The random numbers of the sampler are a function of seed, chunk and step; the only random state kept is that of each layer's k-means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import paper
+from .budget import Geometry
+from .cache import Entry, KVCache, LayerCache
+from .codec import PaperCodebook, PaperSpan, PlainSpan, PlaneSpan
+from .sampler import Run, Sampler
+from .settings import PLAIN_BITS, QVGSettings, TensorSettings
+from .smoothing import Codebook
+
+VERSION = 1
+HEADER, DIGEST = "qvg_session", "qvg_session_sha256"
+SIDES = ("key", "value")
+SAMPLED_NUMBERS = 64
+# what reading a file of any content can raise
+DAMAGE = (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError, MemoryError)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A name of a network's weights: a hash of every tensor's name, shape and 64 of its numbers, so that billions take seconds."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // SAMPLED_NUMBERS)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + _bytes(flat[::step][:SAMPLED_NUMBERS]))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    whole = tensor.detach().cpu().contiguous().flatten()
+    return memoryview(whole.view(torch.uint8).numpy()) if whole.numel() else memoryview(b"")
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On the CPU, with memory that no other tensor shares, which safetensors asks for."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+# one span of K or V as named tensors and back
+
+
+def _span_tensors(span) -> dict[str, Tensor]:
+    if isinstance(span, PlaneSpan):
+        named = {f"plane{number}": plane for number, plane in enumerate(span.planes)}
+        return named | {"scales": span.scales, "exponents": span.exponents, "ids": span.ids}
+    if isinstance(span, PlainSpan):
+        return {"data": span.data} | ({} if span.scales is None else {"scales": span.scales})
+    named = {"codes": span.codes.codes, "scales": span.codes.scales, "ids": span.ids}
+    return named if span.codes.zeros is None else named | {"zeros": span.codes.zeros}
+
+
+def _span_layout(codec: str, tensor: TensorSettings, bits: int, tokens: int, rows: int, dim: int,
+                 dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What `_span_tensors` gives: dtype and shape by name."""
+    byte, token = torch.uint8, (tokens, rows)
+    scales = (*token, tensor.groups(dim))
+    if bits == 16:
+        return {"data": (dtype, (*token, dim))}
+    if bits == 8:
+        return {"data": (torch.int8, (*token, dim)), "scales": (torch.bfloat16, scales)}
+    ids = (byte, (tensor.stages, *token))
+    if codec == "paper":
+        layout = {"codes": (byte, (*token, dim * bits // 8)), "scales": (byte, scales), "ids": ids}
+        return layout if tensor.symmetric else layout | {"zeros": (byte, scales)}
+    planes = {f"plane{number}": (byte, (*token, dim // 8)) for number in range(bits)}
+    return planes | {"scales": (byte, scales), "exponents": (torch.int8, (rows,)), "ids": ids}
+
+
+def _make_span(codec: str, tensor: TensorSettings, bits: int, parts: Mapping[str, Tensor], book):
+    if bits in PLAIN_BITS:
+        return PlainSpan(parts["data"], parts.get("scales"))
+    if codec == "paper":
+        return PaperSpan(paper.PaperCodes(parts["codes"], parts["scales"], parts.get("zeros")), parts["ids"], book, bits)
+    return PlaneSpan([parts[f"plane{number}"] for number in range(bits)], parts["scales"], parts["exponents"], parts["ids"], book,
+                     tensor.gain)
+
+
+def _book_type(codec: str) -> type:
+    return PaperCodebook if codec == "paper" else Codebook
+
+
+def _layer_state(layer: LayerCache, prefix: str, tensors: dict[str, Tensor]) -> dict:
+    """A layer as plain values; its tensors go into `tensors` under names that begin with `prefix`."""
+    books: dict[int, int] = {}
+
+    def number(book) -> int | None:
+        if book is None:
+            return None
+        if id(book) not in books:
+            books[id(book)] = len(books)
+            for part in fields(book):
+                tensors[f"{prefix}.book{books[id(book)]}.{part.name}"] = getattr(book, part.name)
+        return books[id(book)]
+
+    entries = []
+    for index, entry in enumerate(layer.entries):
+        for side, span in zip(SIDES, entry.spans):
+            for name, tensor in _span_tensors(span).items():
+                tensors[f"{prefix}.{index}.{side}.{name}"] = tensor
+        entries.append([entry.first, entry.frames, entry.key_bits, entry.value_bits, *map(number, entry.books)])
+    tensors[f"{prefix}.random"] = layer.generator.get_state()
+    return {"entries": entries, "books": [number(side.book) for side in layer.sides], "next_frame": layer.next_frame,
+            "epoch_frames": layer.epoch_frames, "trained": layer.trained}
+
+
+def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tensor | None = None, extra: Mapping | None = None,
+         tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write a session of a sampler that stands between two chunks.
+
+    latents: [B, C, F, H, W] made so far, where the caller keeps them. extra: plain values, and tensors: named ones, that the caller
+    wants back as they are (`Session.extra`, `Session.tensors`).
+    Raises OSError when the disk is full or cannot be written; an older session at `path` then is as it was.
+    """
+    stored = {f"extra.{name}": tensor for name, tensor in (tensors or {}).items()}
+    stored |= {f"recent{number}": part for number, part in enumerate(sampler.recent)}
+    if latents is not None:
+        stored["latents"] = latents
+    caches = sampler.model.caches
+    layers = [[_layer_state(layer, f"cache{number}.{depth}", stored) for depth, layer in enumerate(cache.layers)]
+              for number, cache in enumerate(caches)]
+    stored = {name: _own(tensor) for name, tensor in stored.items()}
+    header = json.dumps({
+        "version": VERSION, "fingerprint": fingerprint, "run": asdict(sampler.run), "shape": sampler.shape,
+        "settings": [cache.settings.to_json() for cache in caches], "geometry": [asdict(cache.geometry) for cache in caches],
+        "dtype": str(caches[0].workspace.dtype), "layers": layers, "peaks": [cache.peak_bytes for cache in caches],
+        "frames_done": sampler.frames_done, "chunk": sampler.chunk, "last_prompt": sampler.last_prompt, "recent": len(sampler.recent),
+        "extra": dict(extra or {}),
+        "tensors": {name: [str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()]
+                    for name, tensor in stored.items()}})
+    write_atomically(Path(path), lambda place: save_file(
+        stored, place, {HEADER: header, DIGEST: hashlib.sha256(header.encode()).hexdigest()}))
+
+
+def write_atomically(path: Path, write) -> None:
+    """Let `write` make a file beside `path`, then put it there whole. Raises OSError where the disk refuses."""
+    part = path.with_name(path.name + ".part")
+    try:
+        try:
+            write(part)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error}). Make room on the disk or choose another place.") from None
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):
+        # the rename itself is safe from a power cut once the folder is on the disk
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class SessionError(ValueError):
+    """A session file that cannot be used, as a sentence."""
+
+
+@dataclass
+class Session:
+    """A checked session file. shape: (B, C, H, W) of a latent frame; latents [B, C, F, H, W] where they were kept."""
+
+    path: Path
+    fingerprint: str
+    run: Run
+    shape: tuple[int, ...]
+    settings: list[QVGSettings]
+    geometry: list[Geometry]
+    dtype: str
+    frames_done: int
+    chunk: int
+    last_prompt: str | None
+    recent: list[Tensor]
+    latents: Tensor | None
+    extra: dict
+    tensors: dict[str, Tensor]
+    layers: list[list[dict]] = field(repr=False)
+    peaks: list[int] = field(repr=False)
+    stored: dict[str, Tensor] = field(repr=False)
+
+    def restore(self, sampler: Sampler, fingerprint: str) -> None:
+        """Fill the sampler's empty caches and move it to where the session stands; either all of it or nothing.
+
+        The caches must have been made with this session's settings and geometry. Raises SessionError where anything differs.
+        """
+        caches = sampler.model.caches
+        if fingerprint != self.fingerprint:
+            raise SessionError(f"{self.path.name} was saved with another model than the one that is loaded. Load the model that made it.")
+        if len(caches) != len(self.settings):
+            raise SessionError(f"{self.path.name} holds {len(self.settings)} caches, but this run has {len(caches)} prompts that are "
+                               "weighed against each other. Use the cfg and the number of prompts that it was saved with.")
+        if tuple(sampler.shape) != self.shape:
+            raise SessionError(f"{self.path.name} is of latents {self.shape} (batch, channels, height, width), but this run has "
+                               f"{tuple(sampler.shape)}. Use the size it was saved with.")
+        if sampler.run.frames < self.frames_done:
+            raise SessionError(f"{self.path.name} holds {self.frames_done} latent frames already, but the run is {sampler.run.frames} "
+                               "long. Ask for a longer video.")
+        for cache, settings, geometry in zip(caches, self.settings, self.geometry):
+            if cache.settings != settings or _shape_of(cache.geometry) != _shape_of(geometry) or str(cache.workspace.dtype) != self.dtype:
+                raise SessionError(f"{self.path.name} was saved with other cache settings, another size or another number type. "
+                                   "Use the settings it was saved with.")
+        try:
+            filled = [[_restore_layer(cache, depth, states[depth], self._tensors_of(number, depth), self.frames_done)
+                       for depth in range(cache.geometry.layers)] for number, (cache, states) in enumerate(zip(caches, self.layers))]
+        except DAMAGE as error:
+            raise SessionError(f"{self.path.name} contradicts itself ({error}), so it cannot be used. Use an earlier checkpoint.") from None
+        for cache, layers, peak in zip(caches, filled, self.peaks):
+            cache.layers, cache.peak_bytes = layers, peak
+        sampler.frames_done, sampler.chunk, sampler.last_prompt = self.frames_done, self.chunk, self.last_prompt
+        sampler.recent = [part.to(sampler.device) for part in self.recent]
+
+    def _tensors_of(self, cache: int, depth: int) -> dict[str, Tensor]:
+        prefix = f"cache{cache}.{depth}."
+        return {name[len(prefix):]: tensor for name, tensor in self.stored.items() if name.startswith(prefix)}
+
+
+def _shape_of(geometry: Geometry) -> tuple:
+    return geometry.layers, geometry.heads, geometry.head_dim, tuple(geometry.grid), geometry.batch
+
+
+def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, Tensor], frames_done: int) -> LayerCache:
+    """A layer of `cache` as `_layer_state` saw it. Raises ValueError where a tensor is not what the settings prescribe."""
+    layer = LayerCache(cache, depth)
+    settings, geometry, device = cache.settings, cache.geometry, cache.workspace.device
+    kind, books = _book_type(settings.codec), {}
+
+    def book(side: int, number: int | None):
+        if number is None:
+            return None
+        if number not in books:
+            found = kind(**{part.name: tensors[f"book{number}.{part.name}"].to(device) for part in fields(kind)})
+            _check_book(found, (settings.key, settings.value)[side], geometry)
+            books[number] = found
+        return books[number]
+
+    end = None
+    for index, (first, frames, key_bits, value_bits, *numbers) in enumerate(state["entries"]):
+        if frames < 1 or first < (0 if end is None else end):
+            raise ValueError(f"span {index} begins at latent frame {first}")
+        end = first + frames
+        spans = []
+        for side, (name, bits, number) in enumerate(zip(SIDES, (key_bits, value_bits), numbers)):
+            tensor = (settings.key, settings.value)[side]
+            layout = _span_layout(settings.codec, tensor, bits, frames * geometry.frame_tokens, geometry.rows, geometry.head_dim,
+                                  cache.workspace.dtype)
+            parts = {part: tensors[f"{index}.{name}.{part}"] for part in layout}
+            for part, (dtype, shape) in layout.items():
+                if (parts[part].dtype, tuple(parts[part].shape)) != (dtype, shape):
+                    raise ValueError(f"{part} of the {name} of span {index} in layer {depth} has the wrong shape")
+            own = book(side, number)
+            if bits not in PLAIN_BITS:
+                if own is None:
+                    raise ValueError(f"span {index} in layer {depth} has no codebook")
+                if parts["ids"].numel() and int(parts["ids"].max()) >= own.centroids.shape[2]:
+                    raise ValueError(f"span {index} in layer {depth} asks for a centroid that is not there")
+            spans.append(_make_span(settings.codec, tensor, bits, {part: x.to(device) for part, x in parts.items()}, own))
+        entry = Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache.tables)
+        entry.books = tuple(book(side, number) for side, number in enumerate(numbers))
+        layer.entries.append(entry)
+    if (end is not None and end != state["next_frame"]) or state["next_frame"] != frames_done:
+        raise ValueError(f"layer {depth} ends at latent frame {end}, not {frames_done}")
+    for side, number in enumerate(state["books"]):
+        layer.sides[side].book = book(side, number)
+    layer.generator.set_state(tensors["random"])
+    layer.next_frame, layer.epoch_frames, layer.trained = frames_done, int(state["epoch_frames"]), state["trained"] is True
+    if layer.trained and all(side.book is None for side in layer.sides):
+        raise ValueError(f"layer {depth} lacks its codebooks")
+    return layer
+
+
+def _check_book(book, tensor: TensorSettings, geometry: Geometry) -> None:
+    stages, rows, count, dim = book.centroids.shape
+    good = (stages, rows, dim) == (tensor.stages, geometry.rows, geometry.head_dim) and (count <= tensor.centroids or not stages)
+    if isinstance(book, Codebook):
+        good &= (book.centroids.dtype, book.centroid_scale.dtype, book.channel_scale.dtype) == (torch.uint8, torch.bfloat16, torch.bfloat16)
+        good &= tuple(book.centroid_scale.shape) == (stages, rows, 1, dim) and tuple(book.channel_scale.shape) == (rows, dim)
+    else:
+        good &= book.centroids.dtype == torch.bfloat16
+    if not good:
+        raise ValueError("a codebook has the wrong shape")
+
+
+def load(path: str | Path) -> Session:
+    """Read and check a session file. Raises SessionError for one that is damaged, from another release, or no session at all, and
+    FileNotFoundError where there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no session file {path}.")
+    try:
+        return _read(path)
+    except SessionError:
+        raise
+    except DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SessionError(f"{path.name} is damaged or no session ({reason}). Use an earlier checkpoint.") from None
+
+
+def _read(path: Path) -> Session:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if HEADER not in metadata:
+            raise SessionError(f"{path.name} is no session of QuantVideoGen. Choose one that Save Video Session or `qvg generate` wrote.")
+        header = json.loads(metadata[HEADER])
+        # another release may count its checksums in another way, so its version is looked at first
+        if header.get("version") != VERSION:
+            raise SessionError(f"{path.name} has version {header.get('version')!r}; this release reads version {VERSION}. "
+                               "Use the release that wrote it.")
+        if hashlib.sha256(metadata[HEADER].encode()).hexdigest() != metadata.get(DIGEST):
+            raise SessionError(f"The header of {path.name} has been changed since it was written. Use an earlier checkpoint.")
+        if set(file.keys()) != set(header["tensors"]):
+            raise SessionError(f"{path.name} lacks tensors that its header lists, or has others. Use an earlier checkpoint.")
+        stored = dict(_checked(file, header["tensors"], path))
+    return Session(
+        path=path, fingerprint=header["fingerprint"], run=Run(**header["run"]), shape=tuple(header["shape"]),
+        settings=[QVGSettings.from_json(text) for text in header["settings"]],
+        geometry=[Geometry(**shape) for shape in header["geometry"]], dtype=header["dtype"],
+        frames_done=header["frames_done"], chunk=header["chunk"], last_prompt=header["last_prompt"],
+        recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=stored.get("latents"), extra=header["extra"],
+        tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},
+        layers=header["layers"], peaks=header["peaks"], stored=stored)
+
+
+def _checked(file, expected: dict[str, list], path: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, (dtype, shape, digest) in expected.items():
+        # cloned, because what safetensors gives may be a window into the file, which must be free to be replaced
+        tensor = file.get_tensor(name).clone()
+        if [str(tensor.dtype), list(tensor.shape)] != [dtype, shape] or hashlib.sha256(_bytes(tensor)).hexdigest() != digest:
+            raise SessionError(f"{name} in {path.name} is not what was written. The file is damaged; use an earlier checkpoint.")
+        yield name, tensor

@@ -1,0 +1,245 @@
+"""Sessions: going on bit for bit, damaged files, false headers, full disks."""
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from comfyui_qvg.qvg import storage
+from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
+from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
+from comfyui_qvg.qvg.storage import SessionError
+
+SHAPE = (1, 16, 2, 4)
+RUN = Run(frames=12, sigmas=(1, 0.5, 0), recache_frames=3)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return CausalWan(WanSizes(dim=256, ffn_dim=32, layers=2, text_dim=8)).requires_grad_(False).eval()
+
+
+def sampler(network, settings, run=RUN, shape=SHAPE, cfg=1.0):
+    prompts = [network.project_context(torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    caches = [KVCache(settings, layers=2, heads=2, head_dim=128, grid=(1, 2), batch=shape[0], dtype=torch.float32, max_frames=run.frames)
+              for _ in range(1 + (cfg != 1))]
+    conditions = [Condition(prompts[0], caches[0])] if cfg == 1 else guided(prompts[0], caches[0], prompts[1], caches[1], cfg)
+    return Sampler(CachedNetwork(network, conditions), run, shape)
+
+
+def go(made, stop=None):
+    """Latents that the sampler makes up to a frame."""
+    parts = []
+    for event in made:
+        if isinstance(event, ChunkDone):
+            parts.append(event.latents)
+            if made.frames_done == stop:
+                break
+    return torch.cat(parts, 2)
+
+
+SETTINGS = {name: PRESETS[name].both(centroids=4) for name in PRESETS} | {
+    "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, epoch_frames=3),
+    "recent plain": replace(PRESETS["balanced"].both(centroids=4), recent_bits=16, sink_frames=0),
+    "asymmetric paper": PRESETS["paper"].both(centroids=4, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_a_resumed_run_is_the_run_that_never_stopped(network, tmp_path, name, cfg):
+    whole = go(sampler(network, SETTINGS[name], cfg=cfg))
+    first = sampler(network, SETTINGS[name], cfg=cfg)
+    made = go(first, 6)
+    storage.save(tmp_path / "a.safetensors", first, fingerprint=storage.fingerprint(network), latents=made, extra={"fps": 16})
+
+    session = storage.load(tmp_path / "a.safetensors")
+    second = sampler(network, session.settings[0], session.run, session.shape, cfg=cfg)
+    session.restore(second, storage.fingerprint(network))
+    assert torch.equal(session.latents, made) and session.extra == {"fps": 16}
+    assert second.model.stats().by_kind == first.model.stats().by_kind
+    assert torch.equal(torch.cat([made, go(second)], 2), whole)
+    # and the two runs leave the same session behind
+    last = sampler(network, SETTINGS[name], cfg=cfg)
+    go(last)
+    for number, ended in enumerate((last, second)):
+        storage.save(tmp_path / f"{number}.safetensors", ended, fingerprint="")
+    ends = [storage.load(tmp_path / f"{number}.safetensors").stored for number in range(2)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_finished_video_can_be_made_longer(network, tmp_path):
+    settings = SETTINGS["balanced"]
+    short = sampler(network, settings)
+    made = go(short)
+    storage.save(tmp_path / "a.safetensors", short, fingerprint="x")
+    session = storage.load(tmp_path / "a.safetensors")
+    longer = sampler(network, settings, replace(session.run, frames=18))
+    session.restore(longer, "x")
+    assert torch.equal(torch.cat([made, go(longer)], 2), go(sampler(network, settings, replace(RUN, frames=18))))
+
+
+@pytest.fixture(scope="module")
+def saved(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sessions") / "good.safetensors"
+    made = sampler(network, SETTINGS["window"])
+    latents = go(made, 6)
+    storage.save(path, made, fingerprint="x", latents=latents)
+    return path
+
+
+def test_a_thousand_damaged_files(saved, tmp_path):
+    """Cut short, a bit changed, a byte changed, a piece taken out, doubled, or replaced: each is refused, none is loaded."""
+    good, draw = saved.read_bytes(), random.Random(0)
+    header_end = 8 + int.from_bytes(good[:8], "little")
+    path = tmp_path / "bad.safetensors"
+    for number in range(1000):
+        data = bytearray(good)
+        # half of all damage goes to the header, where what a file claims is decided
+        at = draw.randrange(header_end) if number % 2 else draw.randrange(len(data))
+        kind = number // 2 % 6
+        length = draw.randrange(1, 64)
+        if kind == 0:
+            del data[at:]
+        elif kind == 1:
+            data[at] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            data[at] = (data[at] + draw.randrange(1, 256)) % 256
+        elif kind == 3:
+            del data[at:at + length]
+        elif kind == 4:
+            data[at:at] = data[at:at + length]
+        else:
+            data[at:at + length] = draw.randbytes(length)
+        if data == good:
+            continue
+        path.write_bytes(data)
+        with pytest.raises(SessionError, match=r"bad\.safetensors"):
+            storage.load(path)
+
+
+def rewrite(source, target, header=None, tensors=None, sign=True):
+    """A copy of a session with another header or other tensors and, with `sign`, checksums that agree."""
+    with safe_open(source, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+        fields = json.loads(file.metadata()[storage.HEADER])
+    (tensors or (lambda stored: None))(stored)
+    fields["tensors"] = {name: [str(x.dtype), list(x.shape), hashlib.sha256(storage._bytes(x)).hexdigest()] for name, x in stored.items()}
+    (header or (lambda fields: None))(fields)
+    text = json.dumps(fields)
+    digest = hashlib.sha256(text.encode()).hexdigest() if sign else "0"
+    save_file(stored, target, {storage.HEADER: text, storage.DIGEST: digest})
+
+
+def entry(fields):
+    return fields["layers"][0][0]["entries"][0]
+
+
+HOSTILE = {
+    "another version": (lambda f: f.update(version=99), None, "version 99"),
+    "no version": (lambda f: f.pop("version"), None, "version None"),
+    "huge frames": (lambda f: entry(f).__setitem__(1, 10**12), None, "contradicts|damaged"),
+    "negative frames": (lambda f: entry(f).__setitem__(1, -3), None, "contradicts"),
+    "no tensor of that name": (lambda f: f["layers"][0][0]["entries"].append([6, 3, 2, 2, 0, 1]), None, "contradicts"),
+    "a plane more": (lambda f: entry(f).__setitem__(2, 7), None, "contradicts"),
+    "spans out of order": (lambda f: f["layers"][0][0]["entries"].reverse(), None, "contradicts"),
+    "position elsewhere": (lambda f: f.update(frames_done=9), None, "contradicts"),
+    "settings from nowhere": (lambda f: f.update(settings=["{}"]), None, "damaged"),
+    "unknown run field": (lambda f: f["run"].update(shell="rm"), None, "damaged"),
+    "fewer layers": (lambda f: f["layers"][0].pop(), None, "contradicts"),
+    "entries are text": (lambda f: f["layers"][0][0].update(entries="abc"), None, "contradicts"),
+    "an id beyond the codebook": (None, lambda t: t["cache0.1.1.key.ids"].fill_(255), "centroid"),
+    "a plane too short": (None, lambda t: t.update({"cache0.0.1.key.plane0": t["cache0.0.1.key.plane0"][:-1].clone()}), "contradicts"),
+    "random state of another size": (None, lambda t: t.update({"cache0.0.random": torch.zeros(8, dtype=torch.uint8)}), "contradicts"),
+    "a codebook of floats": (None, lambda t: t.update({"cache0.0.book0.centroids": t["cache0.0.book0.centroids"].float()}), "contradicts"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_false_headers_with_right_checksums(saved, network, tmp_path, name):
+    """What a file says may be signed and wrong. It is refused before the caches are touched."""
+    header, tensors, words = HOSTILE[name]
+    path = tmp_path / "bad.safetensors"
+    rewrite(saved, path, header, tensors)
+    target = sampler(network, SETTINGS["window"])
+    with pytest.raises(SessionError, match=words):
+        storage.load(path).restore(target, "x")
+    assert target.frames_done == 0 and all(cache.frames == 0 for cache in target.model.caches)
+
+
+def test_a_header_nested_without_end(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "bad.safetensors", {storage.HEADER: 100_000 * "["})
+    with pytest.raises(SessionError, match="damaged"):
+        storage.load(tmp_path / "bad.safetensors")
+
+
+def test_unsigned_header(saved, tmp_path):
+    rewrite(saved, tmp_path / "bad.safetensors", lambda fields: fields.update(chunk=7), sign=False)
+    with pytest.raises(SessionError, match="has been changed"):
+        storage.load(tmp_path / "bad.safetensors")
+
+
+def test_other_files(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(SessionError, match="is no session"):
+        storage.load(tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no session file"):
+        storage.load(tmp_path / "nowhere.safetensors")
+
+
+def test_sessions_go_with_their_model_size_and_settings(saved, network):
+    session = storage.load(saved)
+    for target, name, words in (
+            (sampler(network, SETTINGS["window"]), "y", "another model"),
+            (sampler(network, SETTINGS["balanced"]), "x", "other cache settings"),
+            (sampler(network, SETTINGS["window"], shape=(2, *SHAPE[1:])), "x", "is of latents"),
+            (sampler(network, SETTINGS["window"], replace(RUN, frames=3)), "x", "a longer video"),
+            (sampler(network, SETTINGS["window"], cfg=2.0), "x", "holds 1 caches")):
+        with pytest.raises(SessionError, match=words):
+            session.restore(target, name)
+        assert target.frames_done == 0
+
+
+def test_fingerprint(network):
+    torch.manual_seed(1)
+    other = CausalWan(network.sizes)
+    assert storage.fingerprint(network) == storage.fingerprint(network)
+    assert storage.fingerprint(network) != storage.fingerprint(other)
+
+
+def test_a_full_disk_leaves_the_older_session(saved, network, tmp_path):
+    """The writing process may make files of at most 4 kB; its save fails with a sentence and the file that was there is whole."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(saved.read_bytes())
+    program = """
+import resource, signal, sys
+import torch
+from comfyui_qvg.qvg import storage
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    storage.write_atomically(storage.Path(sys.argv[1]), lambda place: storage.save_file({"x": torch.zeros(100_000)}, place))
+except OSError as error:
+    print(error)
+"""
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    assert "could not be written" in done.stdout
+    assert path.read_bytes() == saved.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_settings_survive(saved):
+    assert storage.load(saved).settings == [SETTINGS["window"]]
+    assert isinstance(storage.load(saved).settings[0], QVGSettings)
