@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..qvg.demo import NETWORK_PATH, VAE_PATH
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
+from .longcat import QVGLongCatContinue
 from .monitor import QVGMemoryMonitor
 from .tiny_prompt import QVGDemoPrompt
 
@@ -24,4 +25,4 @@ class QuantVideoGenExtension(ComfyExtension):
         list_tiny_model()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGMemoryMonitor, QVGDemoPrompt]
+        return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGDemoPrompt]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..qvg.settings import PRESETS, QVGSettings
-from .adapters import wan
+from .adapters import longcat, wan
 
 Settings = io.Custom("QVG_SETTINGS")
 LABELS = {name.capitalize(): name for name in PRESETS}
@@ -86,4 +86,5 @@ class QVGQuantizeKVCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, settings=None) -> io.NodeOutput:
-        return io.NodeOutput(wan.quantize(model, settings or QVGSettings.preset("balanced"), cls.hidden.unique_id))
+        adapter = longcat if longcat.is_longcat(model) else wan
+        return io.NodeOutput(adapter.quantize(model, settings or QVGSettings.preset("balanced"), cls.hidden.unique_id))

@@ -3,7 +3,7 @@
     QVGLoadARVideoModel  file in models/diffusion_models -> MODEL
 
 Core builds its causal network only when the file's metadata asks for it, and published files do not. This node reads what
-is in the file (`qvg.checkpoint`) and hands core the metadata.
+is in the file (`qvg.checkpoint`) and hands core the metadata. LongCat-Video, which core does not know, is built by the pack.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..qvg.checkpoint import SUFFIXES, open_checkpoint
+from .adapters import longcat
 
 FOLDER = "diffusion_models"
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn}
 
 
 def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False) -> tuple:
-    """(ModelPatcher, Description) of a causal Wan. Raises ValueError with a sentence when the file is something else."""
+    """(ModelPatcher, Description) of a causal Wan or LongCat-Video. Raises ValueError with a sentence when the file is something else."""
     state, found = open_checkpoint(path)
     dtype = WEIGHT_DTYPES[weight_dtype]
-    model = comfy.sd.load_diffusion_model_state_dict(
-        state, model_options={"dtype": dtype} if dtype else {}, metadata=found.metadata(), disable_dynamic=disable_dynamic)
+    if found.model == "longcat":
+        model = longcat.load(state, dtype, disable_dynamic)
+    else:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            state, model_options={"dtype": dtype} if dtype else {}, metadata=found.metadata(), disable_dynamic=disable_dynamic)
     # with this core can load the same file again where it needs a second copy of the weights
     model.cached_patcher_init = (load_model, (path, weight_dtype), 0)
     logging.info("QVG: %s", found)

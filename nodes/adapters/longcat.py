@@ -1,0 +1,250 @@
+"""LongCat-Video in ComfyUI: its model class, its LoRAs, and the given frames that a sampling run reads from a quantized cache.
+
+ComfyUI does not know this network, so the classes that it would look up are made here and handed to its own machinery; latent format
+and text encoder are those of Wan 2.1. Sampling is ComfyUI's: any sampler makes the new frames, and the MODEL that `continue_from` returns
+passes the given frames through the network first, once for each run, storing each layer's keys and values as it goes. The cache holds
+one video, whether its conditions read it together or in turn, and is freed when the run ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import comfy.utils
+import comfy.weight_adapter
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.patcher_extension import WrappersMP
+
+from ...qvg.attention import CachedAttention
+from ...qvg.budget import Geometry
+from ...qvg.cache import KVCache
+from ...qvg.chart import format_bytes
+from ...qvg.context import context_settings, forecast_context
+from ...qvg.models.longcat import LongCat, LongCatSizes, official_name
+from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
+from ...qvg.settings import QVGSettings
+from ..run_log import ATTACHMENT, RunLog
+
+KEY = "quantvideogen"
+GIVEN = "quantvideogen_given"
+
+
+class Network(LongCat):
+    """LongCat-Video as ComfyUI calls it: attention of its choice, and flow that points from video to noise."""
+
+    def __init__(self, sizes: LongCatSizes, dtype=None, device=None, operations=None):
+        super().__init__(sizes, operations=operations, device=device, dtype=dtype)
+        self.dtype = dtype
+        for layer in self.float32_layers():
+            layer.comfy_cast_weights = True
+
+    def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006 (core's signature)
+        attention = partial(_attention, transformer_options=transformer_options)
+        given: Given | None = transformer_options.get(GIVEN)
+        attend = given and given.attend(x.shape[2], attention)
+        return super().forward(x, timestep, context, attend=attend, attention=attention).neg_()
+
+
+class Model(comfy.model_base.BaseModel):
+    def __init__(self, config, device=None):
+        super().__init__(config, comfy.model_base.ModelType.FLOW, device=device, unet_model=Network)
+
+
+class Config(comfy.supported_models.WAN21_T2V):
+    """What ComfyUI asks about a model it loads. The state dict's sizes stand where it keeps a network's arguments."""
+
+    unet_config = {}
+    sampling_settings = {"shift": SHIFT}
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]
+
+    def __init__(self, sizes: LongCatSizes):
+        super().__init__({"sizes": sizes})
+        self.memory_usage_factor = sizes.dim / 2222
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return Model(self, device)
+
+
+def load(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """A ModelPatcher of a state dict in the layout of `qvg.models.longcat`, weights in `dtype` (default: as ComfyUI chooses)."""
+    management = comfy.model_management
+    state, _ = comfy.utils.convert_old_quants(state, "")
+    config = Config(LongCatSizes.read(state))
+    config.quant_config = comfy.utils.detect_layer_quantization(state, "")
+    stored = None if config.quant_config else comfy.utils.weight_dtype(state)
+    kept = dtype or management.unet_dtype(model_params=comfy.utils.calculate_parameters(state), weight_dtype=stored,
+                                          supported_dtypes=config.supported_inference_dtypes)
+    device, offload = management.get_torch_device(), management.unet_offload_device()
+    config.set_inference_dtype(kept, management.unet_manual_cast(None if config.quant_config else kept, device,
+                                                                 config.supported_inference_dtypes))
+    model = config.get_model(state)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=device, offload_device=offload)
+    if not management.is_device_cpu(offload):
+        model.to(offload)
+    model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    patcher.set_model_sampler_cfg_function(lambda args: cfg_zero(args["cond"], args["uncond"], args["cond_scale"]))
+    return patcher
+
+
+class OfficialLoRA(comfy.weight_adapter.LoRAAdapter):
+    """LoRA files as LongCat-Video publishes them: names joined by hyphen words, one ladder for fused layers, and their own scale."""
+
+    HYPHEN = "___lorahyphen___"
+
+    @classmethod
+    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
+        name = x.removeprefix("diffusion_model.")
+        if name == x:
+            return None
+        fused, place, count = official_name(name + ".")
+        prefix = cls.HYPHEN.join(["lora", *fused.rstrip(".").split(".")])
+        down = lora.get(f"{prefix}.lora_down.weight")
+        if down is None:
+            return None
+        keys = {f"{prefix}.lora_down.weight", f"{prefix}.alpha_scale"}
+        ladder = f"{prefix}.lora_up.blocks.{place}.weight"
+        if ladder in lora:
+            up, down = lora[ladder], down.chunk(count)[place]
+            keys.add(ladder)
+        else:
+            up = lora[f"{prefix}.lora_up.weight"].chunk(count)[place]
+            keys.add(f"{prefix}.lora_up.weight")
+        # core divides by the rank; this file's scale is already divided
+        scale = lora.get(f"{prefix}.alpha_scale")
+        rank = down.shape[0]
+        return cls(keys & lora.keys(), (up, down, rank if scale is None else float(scale) * rank, None, None, None))
+
+
+# core asks every adapter of this list whether it knows a LoRA's keys
+comfy.weight_adapter.adapters.append(OfficialLoRA)
+
+
+class Given:
+    """Given frames of one run, which its passes read."""
+
+    def __init__(self, cache: KVCache, frames: int):
+        self.cache, self.frames = cache, frames
+
+    def attend(self, new: int, attention) -> CachedAttention:
+        return CachedAttention(self.cache, start_frame=self.frames, frames=new, store=False, attention=attention)
+
+
+class Hook:
+    """Wrappers around one MODEL's sampling runs, which continue `latents` [B or 1, C, F, H, W] (as a VAE encodes them)."""
+
+    def __init__(self, latents: torch.Tensor, settings: QVGSettings, log: RunLog):
+        self.latents, self.settings, self.log = latents, settings, log
+        self.reserved = 0
+
+    def outer_sample(self, executor, noise, *args, **kwargs):
+        """Forecast the run. Raises ValueError where noise and given frames do not fit, or the settings cannot serve them."""
+        if noise.ndim != 5 or noise.shape[1:2] + noise.shape[3:] != self.latents.shape[1:2] + self.latents.shape[3:]:
+            raise ValueError(f"The new frames have latents of shape {tuple(noise.shape)}, the given ones of {tuple(self.latents.shape)}; "
+                             "channels, height and width must be equal.")
+        if self.latents.shape[0] not in (1, noise.shape[0]):
+            raise ValueError(f"{self.latents.shape[0]} videos are given, but {noise.shape[0]} are made; give one, or as many as are made.")
+        model = executor.class_obj.model_patcher.model
+        found = self._forecast(model, noise.shape[2])
+        self.reserved = found.peak_bytes
+        self.log.start(self.latents.shape[2], found)
+        logging.info("QVG: the KV cache of %d given latent frames will take %s, %s at its peak (bf16: %s), preset %s",
+                     self.latents.shape[2], *map(format_bytes, (found.stored_bytes, found.peak_bytes, found.bf16_bytes)),
+                     self.settings.name)
+        try:
+            return executor(noise, *args, **kwargs)
+        finally:
+            self.log.show()
+
+    def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
+        """Ask core to leave room for the cache and for the context pass, as so many more frames of its estimate."""
+        frame = model.model.memory_required([noise_shape[0], noise_shape[1], 1, *noise_shape[3:]])
+        shape = list(noise_shape)
+        shape[2] = max(shape[2], self.latents.shape[2]) + -(-self.reserved // max(1, int(frame)))
+        return executor(model, shape, conds, *args, **kwargs)
+
+    def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        """Between loading the weights and the first step: the context pass."""
+        model, frames = guider.inner_model, self.latents.shape[2]
+        cache = self._cache(model, noise)
+        options = extra_args["model_options"].setdefault("transformer_options", {})
+        try:
+            latents = model.process_latent_in(self.latents).to(noise.device, model.get_dtype_inference())
+            store = CachedAttention(cache, start_frame=0, frames=frames, store=True,
+                                    attention=partial(_attention, transformer_options=options))
+            model.diffusion_model.encode(latents, store)
+            self.log.note(cache.stats())
+            options[GIVEN] = Given(cache, frames)
+            result = executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+            self.log.note(cache.stats())
+            return result
+        finally:
+            options.pop(GIVEN, None)
+            cache.free()
+
+    def _geometry(self, model) -> Geometry:
+        sizes = model.diffusion_model.sizes
+        batch, _, _, height, width = self.latents.shape
+        return Geometry(sizes.layers, sizes.heads, sizes.head_dim, (height // 2, width // 2), batch)
+
+    def _forecast(self, model, new: int):
+        geometry, given = self._geometry(model), self.latents.shape[2]
+        itemsize = comfy.model_management.dtype_size(model.get_dtype_inference())
+        settings = context_settings(self.settings, geometry, given, new, itemsize)
+        return forecast_context(settings, geometry, given, new, itemsize)
+
+    def _cache(self, model, noise) -> KVCache:
+        geometry, given, new, dtype = self._geometry(model), self.latents.shape[2], noise.shape[2], model.get_dtype_inference()
+        settings = context_settings(self.settings, geometry, given, new, comfy.model_management.dtype_size(dtype))
+        return KVCache(settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid,
+                       batch=geometry.batch, device=noise.device, dtype=dtype, max_frames=given + new, chunk_frames=given)
+
+    def install(self, patched) -> None:
+        for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self.outer_sample), (WrappersMP.PREPARE_SAMPLING, self.prepare_sampling),
+                              (WrappersMP.SAMPLER_SAMPLE, self.sampler_sample)):
+            patched.remove_wrappers_with_key(kind, KEY)
+            patched.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def _attention(q, k, v, transformer_options=None):
+    """Core's chosen attention on [B, T, H, D]."""
+    out = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=q.shape[2], transformer_options=transformer_options)
+    return out.view(q.shape)
+
+
+def is_longcat(model) -> bool:
+    """Whether a MODEL is LongCat-Video, loaded by this pack."""
+    return isinstance(model.get_model_object("diffusion_model"), LongCat)
+
+
+def quantize(model, settings: QVGSettings, node_id: str | None = None):
+    """A clone of `model` that stores given frames as `settings` say; node_id: of the node on which a run shows its bytes.
+
+    Raises ValueError when the settings do not fit the heads.
+    """
+    for tensor in (settings.key, settings.value):
+        tensor.groups(model.get_model_object("diffusion_model").sizes.head_dim)
+    patched = model.clone()
+    patched.set_attachments(ATTACHMENT, RunLog(settings, node_id))
+    return patched
+
+
+def check(model) -> None:
+    """Raises ValueError when the model is not LongCat-Video."""
+    if not is_longcat(model):
+        raise ValueError(f"{type(model.get_model_object('diffusion_model')).__name__} cannot continue a video this way. Load LongCat-Video "
+                         "with Load AR Video Model (QVG).")
+
+
+def continue_from(model, latents: torch.Tensor):
+    """A clone of LongCat-Video whose sampling runs continue `latents` [B or 1, C, F, H, W], stored as `quantize` said, or unquantized."""
+    patched = model.clone()
+    log = model.get_attachment(ATTACHMENT) or RunLog(QVGSettings.preset("off"), None)
+    Hook(latents, log.settings, log).install(patched)
+    return patched

@@ -1,0 +1,179 @@
+"""Continue Video (LongCat, QVG): text, image or video to long video with LongCat-Video, segment after segment.
+
+    QVGLongCatContinue  MODEL, CONDITIONING, VAE (+ IMAGE) -> IMAGE, LATENT
+
+A segment's new frames continue the last frames before it, which one pass stores in the KV cache (`adapters.longcat`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+
+from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
+from .adapters import longcat
+from .run_log import send_text
+
+SCHEDULES = ("base", "distilled")
+CARRIES = ("pixels", "latents")
+CHANNELS, STRIDE = 16, 8
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames that hold a video; its first frame is one by itself, then four share one."""
+    return (frames - 1) // 4 + 1
+
+
+def whole_frames(frames: int) -> int:
+    """The most video frames up to `frames` that fill whole latent frames."""
+    return 4 * latent_frames(frames) - 3
+
+
+@dataclass
+class LongVideo:
+    """Segments of one video. length, given_frames: video frames of a segment, and those of them that it continues.
+
+    Raises ValueError where a segment would have nothing new.
+    """
+
+    vae: object
+    width: int
+    height: int
+    length: int
+    given_frames: int
+    segments: int
+    carry: str
+    node_id: str | None = None
+
+    def __post_init__(self):
+        if latent_frames(self.given_frames) >= latent_frames(self.length):
+            raise ValueError(f"Segments of {self.length} frames that continue {self.given_frames} frames have nothing new in them; "
+                             "raise length, or lower given_frames.")
+
+    def make(self, sampler, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames [n, H, W, 3] and latents [1, C, F, H, W] of the video, what it starts with included.
+
+        sampler: called with (segment, given latents or None, new latent frames) -> new latents.
+        """
+        pixels, latents, given, shown = [], [], None, 0
+        if start is not None:
+            start = self._resized(start)
+            pixels.append(start)
+            shown = whole_frames(min(self.given_frames, len(start)))
+            given = self.vae.encode(start[-shown:])
+        for segment in range(self.segments):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            known = 0 if given is None else given.shape[2]
+            frames = latent_frames(self.length)
+            send_text(f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given", self.node_id)
+            new = sampler(segment, given, frames - known)
+            whole = new if given is None else torch.cat([given.to(new), new], dim=2)
+            latents.append(new if latents else whole)
+            if self.carry == "latents":
+                given = whole[:, :, -latent_frames(self.given_frames):]
+                continue
+            decoded = self._decode(whole)
+            pixels.append(decoded[shown:])
+            if segment + 1 < self.segments:
+                shown = whole_frames(self.given_frames)
+                given = self.vae.encode(decoded[-shown:])
+        video = torch.cat(latents, dim=2)
+        if self.carry == "latents":
+            pixels.append(self._decode(video)[shown:])
+        return torch.cat(pixels), video
+
+    def _resized(self, images: torch.Tensor) -> torch.Tensor:
+        images = images[..., :3].movedim(-1, 1)
+        return comfy.utils.common_upscale(images, self.width, self.height, "lanczos", "center").movedim(1, -1)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        images = self.vae.decode(latents)
+        return images.flatten(0, -4).cpu()
+
+
+class QVGLongCatContinue(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGLongCatContinue", display_name="Continue Video (LongCat, QVG)", category="model/sampling",
+            description="Makes a video of any length with LongCat-Video, from text, an image or a video. Each segment continues the last "
+                        "frames before it, whose keys and values are held in a KV cache that Quantize KV Cache (QVG) makes small.",
+            search_aliases=["longcat", "long video", "video continuation", "extend video", "text to video", "image to video", "qvg"],
+            inputs=[
+                io.Model.Input("model", tooltip="LongCat-Video from Load AR Video Model (QVG), through Quantize KV Cache (QVG)."),
+                io.Conditioning.Input("positive", tooltip="From CLIPTextEncode with umt5_xxl, CLIP type wan."),
+                io.Conditioning.Input("negative", tooltip="Not used at cfg 1."),
+                io.Vae.Input("vae", tooltip="The VAE of Wan 2.1."),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16),
+                io.Int.Input("length", default=93, min=5, max=393, step=4,
+                             tooltip="Video frames of a segment, those that it continues included. The model was trained with 93."),
+                io.Int.Input("given_frames", default=13, min=1, max=389, step=4,
+                             tooltip="Frames that a segment continues. 13 is quick; 73 remembers more, and then each segment adds 20."),
+                io.Int.Input("segments", default=1, min=1, max=1000,
+                             tooltip="How many. Of 93 frames that continue 13, each adds 80, which is 5.3 s at 15 frames a second."),
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
+                io.Int.Input("steps", default=STEPS, min=1, max=1000, tooltip="50 for the base model, 16 with the distillation LoRA."),
+                io.Float.Input("cfg", default=GUIDANCE, min=1.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="4 for the base model (CFG-Zero*), 1 with the distillation LoRA."),
+                io.Combo.Input("schedule", options=list(SCHEDULES), default=SCHEDULES[0],
+                               tooltip="Noise levels of the base model, or those that the distillation LoRA was trained with."),
+                io.Combo.Input("carry", options=list(CARRIES), default=CARRIES[0], advanced=True,
+                               tooltip="How a segment gets the frames that it continues: decoded and encoded again, as the model was "
+                                       "published, or as latents, which is quicker and loses nothing on the way."),
+                io.Boolean.Input("fine_tail", default=True, advanced=True,
+                                 tooltip="Ten equal steps below half of the noise, for fine detail. Only where the base model continues."),
+                io.Image.Input("start", optional=True,
+                               tooltip="One image to start from, or a video to continue. Without it, the first segment comes from text."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The whole video, what it started with included."),
+                io.Latent.Output(display_name="latent", tooltip="Its latents, one segment after the other."),
+            ],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, model, positive, negative, vae, width, height, length, given_frames, segments, seed, steps, cfg, schedule, carry,
+                fine_tail, start=None) -> io.NodeOutput:
+        longcat.check(model)
+        video = LongVideo(vae, width, height, length, given_frames, segments, carry, cls.hidden.unique_id)
+        shift = model.get_model_object("model_sampling").shift
+        plain, tailed = (noise_levels(steps, distilled=schedule == "distilled", tail=tail, shift=shift) for tail in (False, fine_tail))
+        # what starts from text or from one image has no tail
+        levels = [plain if not segment and (start is None or len(start) == 1) else tailed for segment in range(segments)]
+        progress = Progress(model, sum(map(len, levels)) - segments)
+
+        def sample(segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
+            guider = comfy.samplers.CFGGuider(model if given is None else longcat.continue_from(model, given))
+            guider.set_conds(positive, negative)
+            guider.set_cfg(cfg)
+            device = comfy.model_management.intermediate_device()
+            empty = torch.zeros(1, CHANNELS, frames, height // STRIDE, width // STRIDE, device=device)
+            noise = comfy.sample.prepare_noise(empty, seed + segment)
+            samples = guider.sample(noise, empty, comfy.samplers.sampler_object("euler"), levels[segment], callback=progress.step,
+                                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + segment)
+            return samples.to(device)
+
+        images, latents = video.make(sample, start)
+        return io.NodeOutput(images, {"samples": latents})
+
+
+class Progress:
+    """One progress bar and previews over the steps of all segments."""
+
+    def __init__(self, model, steps: int):
+        self.bar = comfy.utils.ProgressBar(steps)
+        self.steps, self.done = steps, 0
+        self.previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def step(self, step, denoised, x, total) -> None:
+        self.done += 1
+        preview = self.previewer and self.previewer.decode_latent_to_preview_image("JPEG", denoised)
+        self.bar.update_absolute(self.done, self.steps, preview)

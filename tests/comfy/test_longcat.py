@@ -1,0 +1,218 @@
+"""LongCat-Video in the real ComfyUI: a tiny random checkpoint in the official layout through core's samplers and the pack's node."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comfy_client import ComfyError
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, official_name
+from comfyui_qvg.qvg.models.wan_vae import WanVAE
+
+SIZES = LongCatSizes(dim=64, head_dim=16, ffn_dim=128, layers=2, text_dim=64, time_dim=16, freq_dim=32)
+WIDTH, HEIGHT = 64, 48
+LORA = "lora___lorahyphen___blocks___lorahyphen___1___lorahyphen___attn___lorahyphen___qkv"
+PROMPTS = "red circle moving right, over blue dots still", "blue square still, over green stripes still"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(comfy_server):
+    """One random model in both layouts and in parts, a VAE, and one LoRA as published and as ComfyUI names it."""
+    draw = torch.Generator().manual_seed(8)
+
+    def noise(*shape, scale=1.0):
+        return scale * torch.randn(shape, generator=draw)
+
+    split = {}
+    for name, tensor in LongCat(SIZES).state_dict().items():
+        if tensor.ndim > 1:
+            split[name] = noise(*tensor.shape, scale=1.2 / tensor[0].numel() ** 0.5)
+        else:
+            split[name] = (1 if "norm" in name and "weight" in name else 0) + noise(*tensor.shape, scale=0.3)
+    official = {}
+    for name, tensor in split.items():
+        official.setdefault(official_name(name)[0], []).append(tensor)
+    official = {name: torch.cat(parts) for name, parts in official.items()}
+    models = comfy_server.folder("models", "diffusion_models")
+    save_file(split, models / "longcat_split.safetensors")
+    save_file(official, models / "longcat.safetensors")
+    for number in (1, 2):
+        save_file(dict(list(official.items())[number - 1::2]), models / f"longcat-0000{number}-of-00002.safetensors")
+
+    vae = {name: noise(*tensor.shape, scale=0.1) for name, tensor in WanVAE(8).state_dict().items()}
+    save_file(vae, comfy_server.folder("models", "vae") / "longcat_vae.safetensors")
+
+    loras = comfy_server.folder("models", "loras")
+    down, ups = noise(6, 64, scale=0.3), [noise(64, 2, scale=0.3) for _ in range(3)]
+    published = {f"{LORA}.lora_down.weight": down, f"{LORA}.alpha_scale": torch.tensor(0.5)}
+    published |= {f"{LORA}.lora_up.blocks.{number}.weight": up for number, up in enumerate(ups)}
+    save_file(published, loras / "longcat_published.safetensors")
+    named = {}
+    for part, up, rows in zip("qkv", ups, down.chunk(3)):
+        key = f"diffusion_model.blocks.1.self_attn.{part}"
+        named |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": rows.contiguous(), f"{key}.alpha": torch.tensor(1.0)}
+    save_file(named, loras / "longcat_named.safetensors")
+
+
+class Graph(dict):
+    def add(self, name, kind, **inputs):
+        self[name] = {"class_type": kind, "inputs": inputs}
+        return [name, 0]
+
+
+def build(file="longcat.safetensors", dtype="default", preset="Balanced", lora=None, start=0, **settings):
+    """Continue Video over the tiny model; start: how many frames are given."""
+    graph = Graph()
+    model = graph.add("load", "QVGLoadARVideoModel", model_name=file, weight_dtype=dtype)
+    if lora is not None:
+        model = graph.add("lora", "LoraLoaderModelOnly", model=model, lora_name=f"longcat_{lora}.safetensors", strength_model=1.0)
+    if preset is not None:
+        model = graph.add("quantize", "QVGQuantizeKVCache", model=model, settings=graph.add("settings", "QVGSettings", preset=preset))
+    prompts = [graph.add(name, "QVGDemoPrompt", text=text) for name, text in zip(("positive", "negative"), PROMPTS)]
+    settings = {"width": WIDTH, "height": HEIGHT, "length": 17, "given_frames": 9, "segments": 1, "seed": 3, "steps": 2, "cfg": 4.0,
+                "schedule": "base", "carry": "pixels", "fine_tail": False} | settings
+    if start:
+        settings["start"] = graph.add("start", "EmptyImage", width=WIDTH, height=HEIGHT, batch_size=start, color=0xC04020)
+    graph.add("continue", "QVGLongCatContinue", model=model, positive=prompts[0], negative=prompts[1],
+              vae=graph.add("vae", "VAELoader", vae_name="longcat_vae.safetensors"), **settings)
+    graph.add("save", "SaveLatent", samples=["continue", 1], filename_prefix="longcat")
+    graph.add("size", "GetImageSize", image=["continue", 0])
+    graph.add("count", "PreviewAny", source=["size", 2])
+    if preset is not None:
+        graph.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=["continue", 1])
+        graph.add("report", "PreviewAny", source=["monitor", 1])
+    return graph
+
+
+def run(comfy, graph):
+    """(latents, how many frames, the monitor's report or None)"""
+    outputs = comfy.run(graph, timeout=180)
+    latents = load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"]
+    assert latents.isfinite().all()
+    report = json.loads(outputs["report"]["text"][0]) if "report" in outputs else None
+    return latents, int(outputs["count"]["text"][0]), report
+
+
+def test_text_to_video(comfy):
+    latents, frames, _ = run(comfy, build(preset=None))
+    assert (latents.shape, frames) == ((1, 16, 5, HEIGHT // 8, WIDTH // 8), 17)
+    assert latents.std() > 0.1
+    assert [data["value"] for data in comfy.of_type("progress") if data["node"] == "continue"][-1] == 2
+
+
+@pytest.mark.parametrize("file", ["longcat_split.safetensors", "longcat-00002-of-00002.safetensors"])
+def test_every_packaging_gives_the_same(comfy, file):
+    assert torch.equal(run(comfy, build(file, preset=None))[0], run(comfy, build(preset=None))[0])
+
+
+@pytest.mark.parametrize("carry", ["pixels", "latents"])
+def test_long_video_from_text(comfy, carry):
+    latents, frames, report = run(comfy, build(segments=3, carry=carry))
+    # 17 frames, then twice the 8 that follow 9 given ones; 5 latent frames, then twice 2
+    assert (latents.shape[2], frames) == (9, 33)
+    assert report["now"]["frames"] == 3
+    for name in ("stored_bytes", "peak_bytes", "bf16_bytes"):
+        assert report["now"][name] == report["forecast"][name]
+    # settings say what old frames keep, and given frames are nothing else
+    assert report["now"]["by_kind"]["plain"] == 0
+
+
+@pytest.mark.parametrize(("start", "frames", "given"), [(1, 17, 1), (12, 20, 3), (40, 48, 3)])
+def test_image_and_video_are_continued(comfy, start, frames, given):
+    latents, count, report = run(comfy, build(start=start))
+    assert (count, report["now"]["frames"], latents.shape[2]) == (frames, given, 5)
+
+
+def test_bits_decide_how_near_the_unquantized_run_is(comfy):
+    second = {"segments": 2, "carry": "latents"}
+    exact = run(comfy, build(preset=None, **second))[0]
+    errors = []
+    for bits in ("16", "8", "4", "2", "1"):
+        graph = build(**second)
+        graph["settings"]["inputs"] |= {"key_bits": bits, "value_bits": bits}
+        errors.append(float((run(comfy, graph)[0] - exact).square().mean()))
+    assert errors == sorted(errors) and errors[0] == 0 and errors[1] > 0
+    assert torch.equal(run(comfy, build(preset="Off", **second))[0], exact)
+
+
+def test_a_memory_budget_narrows_and_then_refuses(comfy):
+    wide = run(comfy, build(start=9, preset="Quality"))[2]["now"]["peak_bytes"]
+    graph = build(start=9, preset="Quality")
+    graph["settings"]["inputs"]["budget_gib"] = (wide - 1000) / 2**30
+    assert run(comfy, graph)[2]["now"]["peak_bytes"] <= wide - 1000
+    graph["settings"]["inputs"]["budget_gib"] = 1e-6
+    with pytest.raises(ComfyError, match="memory budget of 1e-06 GiB is too small: 3 given latent frames"):
+        comfy.run(graph, timeout=60)
+
+
+def test_conditions_apart_and_together_agree(comfy):
+    """A prompt said five times over weighs its words as before, but is too long to go through the network beside the other one."""
+    graph = build(start=9)
+    together = run(comfy, graph)[0]
+    said = graph["continue"]["inputs"]["negative"]
+    for number in range(4):
+        said = graph.add(f"again{number}", "ConditioningConcat", conditioning_to=said, conditioning_from=["negative", 0])
+    graph["continue"]["inputs"]["negative"] = said
+    apart = run(comfy, graph)[0]
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-4)
+    assert not torch.equal(apart, together)
+
+
+def test_published_loras_work_like_named_ones(comfy):
+    plain, published, named = (run(comfy, build(start=9, preset=None, lora=lora))[0] for lora in (None, "published", "named"))
+    torch.testing.assert_close(published, named)
+    assert (published - plain).abs().mean() > 0.01
+
+
+def test_fp8_weights(comfy):
+    exact, rounded = (run(comfy, build(start=9, dtype=dtype))[0] for dtype in ("default", "fp8_e4m3fn"))
+    assert 0 < (rounded - exact).abs().mean() < 0.5 * exact.abs().mean()
+
+
+def test_distilled_and_tail(comfy):
+    latents = run(comfy, build(start=9, schedule="distilled", cfg=1.0))[0]
+    assert not torch.equal(latents, run(comfy, build(start=9, schedule="base", cfg=1.0))[0])
+    comfy.messages.clear()
+    run(comfy, build(start=9, steps=4, fine_tail=True))
+    # three of the four levels are above one half; ten steps follow
+    assert [data["max"] for data in comfy.of_type("progress") if data["node"] == "continue"][-1] == 13
+
+
+def test_core_sampler_makes_text_to_video(comfy):
+    graph = build(preset=None)
+    for node in ("continue", "save", "size", "count", "vae"):
+        del graph[node]
+    latent = graph.add("latent", "EmptyHunyuanLatentVideo", width=WIDTH, height=HEIGHT, length=17, batch_size=1)
+    samples = graph.add("sample", "KSampler", model=["load", 0], positive=["positive", 0], negative=["negative", 0], latent_image=latent,
+                        seed=3, steps=2, cfg=4.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+    graph.add("save", "SaveLatent", samples=samples, filename_prefix="longcat")
+    latents = load_file(comfy.output_path(comfy.run(graph)["save"]["latents"][0]))["latent_tensor"]
+    assert latents.isfinite().all() and latents.shape[2] == 5
+
+
+def test_interrupt_then_again(comfy):
+    before = run(comfy, build(start=9))[0]
+    comfy.messages.clear()
+    prompt = comfy.submit(build(start=9, segments=200, steps=20))
+    comfy.wait_for("progress", lambda data: data["node"] == "continue" and data["value"] > 3)
+    comfy.interrupt()
+    with pytest.raises(ComfyError) as ended:
+        comfy.wait(prompt)
+    assert ended.value.interrupted
+    graph = build(start=9)
+    graph["save"]["inputs"]["filename_prefix"] = "again"
+    assert torch.equal(run(comfy, graph)[0], before)
+
+
+WRONG = {
+    "nothing new": ({"given_frames": 17}, "17 frames that continue 17 frames have nothing new"),
+    "too many steps": ({"schedule": "distilled", "steps": 60}, "60 steps cannot be; choose 1 to 50"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_has_a_sentence(comfy, name):
+    settings, sentence = WRONG[name]
+    with pytest.raises(ComfyError, match=sentence):
+        comfy.run(build(**settings), timeout=60)
