@@ -48,8 +48,8 @@ def test_a_budget_narrows_and_then_refuses():
 
 
 def test_longcat_at_its_largest_context():
-    """19 given latent frames at 832 x 480 stay within 3.6 GiB with Balanced, workspace included."""
-    geometry = MODELS["longcat"].geometry()
+    """19 given latent frames at 832 x 480 stay within 3.6 GiB with Balanced, the workspace of a GPU included."""
+    geometry = replace(MODELS["longcat"].geometry(), buffers=2)
     found = forecast_context(context_settings(QVGSettings.preset("balanced"), geometry, 19, 5), geometry, 19, 5)
     assert found.bf16_bytes == 22230 << 20
     assert found.peak_bytes < 3.6 * GIB

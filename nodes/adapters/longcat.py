@@ -22,7 +22,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ...qvg.attention import CachedAttention
-from ...qvg.budget import Geometry
+from ...qvg.budget import Geometry, buffers_on
 from ...qvg.cache import KVCache
 from ...qvg.chart import format_bytes
 from ...qvg.context import context_settings, forecast_context
@@ -160,7 +160,7 @@ class Hook:
         try:
             return executor(noise, *args, **kwargs)
         finally:
-            self.log.show()
+            self.log.end()
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
         """Ask core to leave room for the cache and for the context pass, as so many more frames of its estimate."""
@@ -191,7 +191,8 @@ class Hook:
     def _geometry(self, model) -> Geometry:
         sizes = model.diffusion_model.sizes
         batch, _, _, height, width = self.latents.shape
-        return Geometry(sizes.layers, sizes.heads, sizes.head_dim, (height // 2, width // 2), batch)
+        buffers = buffers_on(comfy.model_management.get_torch_device().type, sizes.heads)
+        return Geometry(sizes.layers, sizes.heads, sizes.head_dim, (height // 2, width // 2), batch, buffers)
 
     def _forecast(self, model, new: int):
         geometry, given = self._geometry(model), self.latents.shape[2]
