@@ -250,7 +250,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, F, N, dim], time [B, F, time_dim] -> [B, F, N, out] float32."""
         shift, scale = self.modulation(time).unsqueeze(2).chunk(2, dim=-1)
-        return self.head(modulated(x.float(), shift, scale)).unflatten(1, x.shape[1:3])
+        return self.head(modulated(x, shift, scale).float()).unflatten(1, x.shape[1:3])
 
 
 class LongCat(nn.Module):

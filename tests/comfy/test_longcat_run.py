@@ -32,7 +32,7 @@ def loaded(comfy_modules, recorded):
     return longcat.load(split_layout(state))
 
 
-def sample(loaded, recorded, preset=None, callback=None):
+def sample(loaded, recorded, preset=None, callback=None, sigmas=None):
     """Latents that the recorded run would have made, as the network sees them."""
     import comfy.samplers
 
@@ -48,7 +48,7 @@ def sample(loaded, recorded, preset=None, callback=None):
     guider.set_conds([[positive, {}]], [[negative, {}]])
     guider.set_cfg(GUIDANCE)
     noise = tensors["x"][:, :, given:]
-    sampler, sigmas = comfy.samplers.sampler_object("euler"), noise_levels(4, tail=True)
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), noise_levels(4, tail=True) if sigmas is None else sigmas
     made = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, callback=callback, disable_pbar=True)
     return loaded.model.process_latent_in(made)
 
@@ -89,3 +89,48 @@ def test_nothing_of_the_cache_outlives_a_run(loaded, recorded):
     assert during[0] > before == held_bytes()
     sample(loaded, recorded, "balanced")
     assert held_bytes() == before
+
+
+def relative_error(made, expected):
+    return float((made - expected).square().mean() / expected.square().mean()) ** 0.5
+
+
+def weights(recorded, dtype):
+    return split_layout({key.removeprefix(PREFIX): value.to(dtype) for key, value in recorded[0].items() if key.startswith(PREFIX)})
+
+
+def test_computing_in_bf16_as_a_gpu_does(loaded, recorded, monkeypatch):
+    """Modulation, the timestep's embedding and the output stay in float32 although everything around them does not."""
+    import comfy.model_management
+    import comfy.ops
+
+    from comfyui_qvg.nodes.adapters import longcat
+
+    # timesteps that bf16 holds, since the network rounds them to what it computes in
+    sigmas = torch.tensor([0.992, 0.752, 0.5, 0.25, 0.0])
+    expected = sample(loaded, recorded, sigmas=sigmas)
+    monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: None)
+    small = longcat.load(weights(recorded, torch.bfloat16), torch.bfloat16)
+    network, seen = small.model.diffusion_model, set()
+    assert type(network.blocks[0].self_attn.q) is comfy.ops.disable_weight_init.Linear
+    for name, layer in network.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, given, made, name=name: seen.add((name, given[0].dtype, made.dtype)))
+    assert relative_error(sample(small, recorded, sigmas=sigmas), expected) < 0.05
+    exact = {name for name, given, made in seen if given == made == torch.float32}
+    assert len(seen) == len({name for name, *_ in seen}), "one type each"
+    assert {name.split(".")[0] if "modulation" not in name else "modulation" for name in exact} == {"time_embedding", "modulation", "head"}
+
+
+def test_scaled_fp8_weights(comfy_modules, recorded):
+    """The layout of files that circulate: bulk weights in E4M3 with a scale each."""
+    from comfyui_qvg.nodes.adapters import longcat
+
+    state = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in weights(recorded, torch.bfloat16).items():
+        if tensor.ndim == 2 and any(part in name for part in ("_attn.", ".ffn.")):
+            scale = tensor.float().abs().amax() / 448
+            state |= {name: (tensor / scale).to(torch.float8_e4m3fn), name.replace(".weight", ".scale_weight"): scale}
+        else:
+            state[name] = tensor
+    assert relative_error(sample(longcat.load(state), recorded), recorded[0]["continued"]) < 0.1
