@@ -148,7 +148,7 @@ def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tenso
     stored = {name: _own(tensor) for name, tensor in stored.items()}
     header = json.dumps({
         "version": VERSION, "fingerprint": fingerprint, "run": asdict(sampler.run), "shape": sampler.shape,
-        "settings": [cache.settings.to_json() for cache in caches], "geometry": [asdict(cache.geometry) for cache in caches],
+        "settings": [cache.settings.to_json() for cache in caches], "geometry": [_shape_of(cache.geometry) for cache in caches],
         "dtype": str(caches[0].workspace.dtype), "layers": layers, "peaks": [cache.peak_bytes for cache in caches],
         "frames_done": sampler.frames_done, "chunk": sampler.chunk, "last_prompt": sampler.last_prompt, "recent": len(sampler.recent),
         "extra": dict(extra or {}),
@@ -242,8 +242,9 @@ class Session:
         return {name[len(prefix):]: tensor for name, tensor in self.stored.items() if name.startswith(prefix)}
 
 
-def _shape_of(geometry: Geometry) -> tuple:
-    return geometry.layers, geometry.heads, geometry.head_dim, tuple(geometry.grid), geometry.batch
+def _shape_of(geometry: Geometry) -> dict:
+    """What of a geometry decides the shapes of what is stored."""
+    return {name: getattr(geometry, name) for name in ("layers", "heads", "head_dim", "grid", "batch")}
 
 
 def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, Tensor], frames_done: int) -> LayerCache:
@@ -341,7 +342,7 @@ def _read(path: Path) -> Session:
     return Session(
         path=path, fingerprint=header["fingerprint"], run=Run(**header["run"]), shape=tuple(header["shape"]),
         settings=[QVGSettings.from_json(text) for text in header["settings"]],
-        geometry=[Geometry(**shape) for shape in header["geometry"]], dtype=header["dtype"],
+        geometry=[Geometry(**{**shape, "grid": tuple(shape["grid"])}) for shape in header["geometry"]], dtype=header["dtype"],
         frames_done=header["frames_done"], chunk=header["chunk"], last_prompt=header["last_prompt"],
         recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=stored.get("latents"), extra=header["extra"],
         tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},
