@@ -22,8 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import assign, decode, encode, update
+from ..kernels import assign, decode, encode, rotate, update
 from ..kernels.tiles import Product
+from ..qvg.dispatch import Unsupported
 
 # bytes of shared memory that one program may take
 TARGETS = {
@@ -77,10 +78,17 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
                   for bits, stages, groups in ((1, 2, 1), (3, 1, 2), (4, 2, 2), (2, 0, 1))]
         kinds += [decode.Kind(decode.PAPER.value, 2, 1, 2), decode.Kind(decode.PAPER.value, 4, 4, 2, zeros=True)]
         kinds += [decode.Kind(decode.PLAIN.value)]
+    yield from _ones(nvidia)
     for dim in (128,) if few else TURNS:
         for kind in kinds if dim == 128 else kinds[:1]:
             yield _decode(kind, dim, native_e4m3)
-        cut = Product.on(target.backend, dim)
+        yield Variant(f"rotate-d{dim}", rotate.rotate_kernel, {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"},
+                      {"D": dim, "LINES": 2048 // dim}, 4)
+        name = "cuda" if nvidia else "cdna" if target.arch.startswith("gfx9") else "rdna"
+        try:
+            cut = Product.on(name, dim)
+        except Unsupported:
+            continue
         product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
         matrix = {"PRODUCT": cut.dtype}
         for dtype in ("*bf16", "*fp32"):
@@ -93,7 +101,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
                 break
         yield Variant(f"means-d{dim}", update.means_kernel, {
             "x": "*fp32", "ids": "*i64", "centroids": "*fp32", "sums": "*fp32", "sizes": "*fp32", "means": "*fp32"},
-            {"D": dim, "SEARCH": update.SEARCH}, 4)
+            {"D": dim, "SEARCH": update.SEARCH // dim}, 4)
         book = {"x": "*bf16", "codes": "*u8", "units": "*bf16", "channel_scale": "*bf16", "ids": "*u8", "largest": "*i32"}
         for bits, stages, groups in ((2, 2, 1), (4, 2, 2)):
             shape = {"STAGES": stages, "GROUPS": groups, "D": dim, "NATIVE_E4M3": native_e4m3}
@@ -103,6 +111,30 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             borders = {f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}
             yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {
                 **book, **bytes_, **borders, "exponents": "*i8"}, {**shape, "BITS": bits, "TOKENS": 4096 // dim}, 4)
+
+
+def _ones(nvidia: bool) -> Iterator[Variant]:
+    """Every kernel with all its numbers 1, which a launch makes constants of."""
+    cut = Product.on("cuda" if nvidia else "rdna", 64)
+    product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
+    book = {"x": "*bf16", "codes": "*u8", "units": "*bf16", "channel_scale": "*bf16", "ids": "*u8", "largest": "*i32"}
+    shape = {"STAGES": 1, "GROUPS": 1, "D": 64, "NATIVE_E4M3": False}
+    planes = {**dict.fromkeys(("scales", "plane0", "plane1", "plane2", "plane3"), "*u8"),
+              **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}, "exponents": "*i8"}
+    sums = {"x": "*fp32", "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"}
+    decoded = _decode(decode.Kind(decode.PLANES.value, 2, 1, 1), 64, False)
+    found = [
+        ("assign", assign.assign_kernel, {"x": "*bf16", "centroids": "*fp32", "ids": "*i64"}, {"D": 64, **product, "PRODUCT": cut.dtype}),
+        ("update", update.sums_kernel, sums, {"D": 64, **product, "PRECISION": cut.precision}),
+        ("means", update.means_kernel, {**sums, "centroids": "*fp32", "means": "*fp32"}, {"D": 64, "SEARCH": 32}),
+        ("rotate", rotate.rotate_kernel, {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"}, {"D": 64, "LINES": 32}),
+        ("encode-assign", encode.assign_stages_kernel, book, {**shape, **product, "PRODUCT": cut.dtype}),
+        ("encode-write", encode.write_planes_kernel, {**book, **planes}, {**shape, "BITS": 1, "TOKENS": 64}),
+        ("decode", decoded.kernel, decoded.pointers, decoded.constants),
+    ]
+    for name, kernel, arguments, constants in found:
+        numbers = {argument: 1 for argument in kernel.arg_names if argument not in {**arguments, **constants}}
+        yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4 if name != "decode" else 8)
 
 
 def _decode(kind: decode.Kind, dim: int, native_e4m3: bool) -> Variant:
@@ -119,8 +151,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
     """Compile for `target`; strides and addresses are taken to be multiples of 16, as a run would find them."""
     names = variant.kernel.arg_names
     signature = {name: "constexpr" if name in variant.constants else variant.pointers.get(name, "i32") for name in names}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names)
-               if variant.pointers.get(name, "").startswith("*") or name.endswith(("_stride", "_stage", "_token", "_row"))}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in variant.constants
+               and (variant.pointers.get(name, "").startswith("*") or name.endswith(("_stride", "_stage", "_token", "_row")))}
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
     compiled = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": 2})
     registers, spilled = (_amd if target.backend == "hip" else _nvidia)(compiled)

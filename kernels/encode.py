@@ -65,7 +65,7 @@ def assign_stages_kernel(
         unit = tl.load(units + index * D + channel).to(tl.float32)
         table = codes + index * count * D
         found = nearest(residual, table, unit, count, D, TOKENS, BLOCK, PRODUCT, True, NATIVE_E4M3)
-        tl.store(ids + stage * id_stage.to(tl.int64) + token * id_token + row * id_row, found.to(tl.uint8), mask=mask)
+        tl.store(ids + (row * 0 + stage) * id_stage + token * id_token + row * id_row, found.to(tl.uint8), mask=mask)
         residual = _subtract(residual, table, unit, found, D, NATIVE_E4M3)
     channels = tl.load(channel_scale + row * D + channel).to(tl.float32)
     _, rms = _scales(residual, channels, TOKENS, D, GROUPS)
@@ -89,7 +89,7 @@ def write_planes_kernel(
     for stage in tl.static_range(STAGES):
         index = stage * rows + row
         unit = tl.load(units + index * D + channel).to(tl.float32)
-        chosen = tl.load(ids + stage * id_stage.to(tl.int64) + token * id_token + row * id_row, mask=mask, other=0)
+        chosen = tl.load(ids + (row * 0 + stage) * id_stage + token * id_token + row * id_row, mask=mask, other=0)
         residual = _subtract(residual, codes + index * count * D, unit, chosen, D, NATIVE_E4M3)
 
     y, rms = _scales(residual, tl.load(channel_scale + row * D + channel).to(tl.float32), TOKENS, D, GROUPS)

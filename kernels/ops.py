@@ -7,7 +7,8 @@ from triton.runtime import JITFunction
 from .assign import assign, assign_kernel
 from .decode import read
 from .encode import encode
+from .rotate import rotate
 from .update import update
 
-OPS = {"assign": assign, "update": update, "encode": encode, "decode": read}
+OPS = {"assign": assign, "update": update, "encode": encode, "rotate": rotate, "decode": read}
 INTERPRETED = not isinstance(assign_kernel, JITFunction)

@@ -95,20 +95,33 @@ class Product:
 
     @staticmethod
     def of(head_dim: int, device: torch.device, tokens: int = 64) -> Product:
-        if device.type == "cpu":
-            return Product.on("interpreter", head_dim, tokens)
-        return Product.on("hip" if torch.version.hip else "cuda", head_dim, tokens)
+        return Product.on(platform(device), head_dim, tokens)
 
     @staticmethod
-    def on(platform: str, head_dim: int, tokens: int = 64) -> Product:
-        """platform: "cuda", "hip", or "interpreter", which multiplies bf16 wrongly."""
-        block = 64 if head_dim <= 128 else 32
-        warps = 4 if head_dim <= 64 else 8
-        if platform == "interpreter":
+    def on(name: str, head_dim: int, tokens: int = 64) -> Product:
+        """For a platform by its name. Raises Unsupported where no cut fits the registers."""
+        if name == "cdna":
+            side = 32 if head_dim <= 128 else 16
+            return Product(side, side, tl.bfloat16, "ieee", 4 if head_dim <= 64 else 8)
+        if name == "rdna":
+            # these multiply from registers alone, of which they have few
+            if head_dim > 128:
+                raise Unsupported(f"a product over heads of {head_dim} channels does not fit the registers of an RDNA card")
+            return Product(32, 32, tl.bfloat16, "ieee", 4 if head_dim <= 64 else 8)
+        block, warps = 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8
+        if name == "interpreter":
             return Product(tokens, block, tl.float32, "ieee", warps)
-        if platform == "hip":
-            return Product(32, 32, tl.bfloat16, "ieee", warps)
         return Product(tokens, block, tl.bfloat16, "tf32", warps)
+
+
+@lru_cache
+def platform(device: torch.device) -> str:
+    """"cuda", "cdna", "rdna", or "interpreter", which multiplies bf16 wrongly."""
+    if device.type == "cpu":
+        return "interpreter"
+    if not torch.version.hip:
+        return "cuda"
+    return "cdna" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "rdna"
 
 
 def require_channels_last(x: torch.Tensor) -> None:

@@ -15,8 +15,8 @@ from .tiles import Product, require_channels_last
 
 # enough programs for every multiprocessor, few enough that the partial sums stay small beside the tokens
 PROGRAMS = 256
-# tokens that a program looks at together for the one that is served worst
-SEARCH = 32
+# numbers that a program looks at together for the token that is served worst
+SEARCH = 4096
 
 
 @triton.jit
@@ -96,5 +96,5 @@ def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
         num_warps=product.warps, num_stages=product.stages)
     means_kernel[(count, rows)](
         x, ids, centroids, sums, sizes, means, tokens, count, x.stride(0), x.stride(1), parts,
-        D=dim, SEARCH=SEARCH, num_warps=4)
+        D=dim, SEARCH=SEARCH // dim, num_warps=4)
     return means

@@ -1,12 +1,14 @@
 """The `qvg` command: the same ideas without ComfyUI.
 
     qvg plan --model self-forcing --seconds 30 --vram 24
+    qvg bench kernels
     qvg info
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import sys
 
@@ -16,6 +18,8 @@ from . import dispatch
 from . import plan as planning
 from .models.catalogue import MODELS
 from .settings import PRESETS
+
+BENCHMARKS = ("kernels", "generate", "quality")
 
 
 def _plan(arguments) -> None:
@@ -34,6 +38,13 @@ def _info(arguments) -> None:
         print(f"{op:8}{backend:8}{dispatch.OPS[op]}" + (f"; not triton: {reason}" if reason else ""))
 
 
+def _bench(arguments) -> None:
+    package = f"{__package__.rpartition('.')[0]}.benchmarks"
+    if importlib.util.find_spec(package) is None:
+        raise ValueError("The benchmarks are not part of an installed pack; clone the repository and run `qvg bench` from there.")
+    importlib.import_module(f"{package}.{arguments.name}").main(arguments.options)
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="qvg", description="A KV cache of about two bits a number for autoregressive video models.")
     commands = root.add_subparsers(required=True)
@@ -50,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_plan)
 
+    command = commands.add_parser("bench", help="measure speed, memory and quality", add_help=False)
+    command.add_argument("name", choices=BENCHMARKS)
+    command.add_argument("options", nargs=argparse.REMAINDER)
+    command.set_defaults(run=_bench)
+
     command = commands.add_parser("info", help="versions and backends")
     command.set_defaults(run=_info)
     return root
@@ -63,3 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"qvg: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -25,6 +25,7 @@ OPS = {
     "assign": "nearest centroid of every token",
     "update": "means of the tokens of each centroid",
     "encode": "tokens to bit planes",
+    "rotate": "RoPE on a chunk's own queries and keys",
     "decode": "spans to keys and values, with RoPE",
 }
 

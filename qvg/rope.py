@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import dispatch
+
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
     """Channels that turn with time, height and width. Source: Wan 2.1, rope_params."""
@@ -62,6 +64,10 @@ def _angle_dtype(device) -> torch.dtype:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (2i, 2i + 1) of x [..., D] by angles given as cos and sin [..., D / 2], in float32."""
+    return dispatch.run("rotate", _rotate, x, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)

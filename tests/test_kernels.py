@@ -13,6 +13,7 @@ from comfyui_qvg.qvg import codec, dispatch, smoothing
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
 from comfyui_qvg.qvg.budget import forecast
 from comfyui_qvg.qvg.cache import KVCache, LayerCache
+from comfyui_qvg.qvg.rope import rotate
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
@@ -132,6 +133,22 @@ def test_encode_silent_and_huge_tokens():
     ours, twin = (span.decode(slice(None), codec.LevelTables(DEVICE)) for span in both(coder.encode, x, 4, book))
     assert ours.isfinite().all() and not ours[:, 0].any()
     assert (ours - x).square().mean() <= (twin - x).square().mean() * 1.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5, 3, 64), (2, 33, 2, 128), (19, 4, 256), (1, 1, 1, 64)])
+def test_rotate(shape, dtype):
+    x = tokens(*shape, dtype=dtype)
+    angles = torch.randn(shape[-3], 1, shape[-1] // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ours, twin = both(rotate, x, angles.cos(), angles.sin())
+    assert ours.shape == x.shape and ours.is_contiguous()
+    assert_close([[ours], [twin]], dtype)
+
+
+def test_rotate_some_heads():
+    x = tokens(2, 40, 6, 64)[:, :, 1:3]
+    angles = torch.randn(40, 1, 32).to(DEVICE)
+    assert_close([[found] for found in both(rotate, x, angles.cos(), angles.sin())], torch.float32)
 
 
 QVG = PRESETS["balanced"]

@@ -1,0 +1,214 @@
+"""One chunk of the full-size causal Wan 1.3B at 832 x 480, with each way to keep its history.
+
+    qvg bench generate [--small] [--out DIR] [--contexts 21 60 120 180] [--limits 12 24]
+
+A chunk is four noisy passes and the clean one, which stores. Weights are random, which changes no timing and says nothing of quality; the
+history is filled with clusters of tokens. bf16 is measured first and last, and overhead is against the mean of the two. Bytes are the
+allocator's peak during a chunk, less weights and less what the same pass needs without any history. `--limits` caps the allocator at so
+many GiB, weights included, fills the forecast's longest video, and runs its last pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..qvg.budget import GIB, Geometry
+from ..qvg.models.wan import CausalWan, WanSizes, bidirectional
+from ..qvg.plan import longest
+from ..qvg.sampler import SELF_FORCING_SIGMAS
+from ..qvg.settings import PRESETS
+from . import methods, peers
+from .kernels import Case, tokens
+from .measure import command_line, environment, progress, table, write
+
+FULL = WanSizes(dim=1536, ffn_dim=8960, layers=30, text_dim=4096)
+SMALL = WanSizes(dim=256, ffn_dim=128, layers=2, text_dim=16)
+CHUNK = 3
+
+
+@dataclass
+class Scene:
+    """The network and what a pass over a chunk takes."""
+
+    network: CausalWan
+    prompt: list
+    noise: torch.Tensor
+    pair: tuple[torch.Tensor, torch.Tensor]
+    geometry: Geometry
+    weights: int = 0
+    activations: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.noise.device
+
+    @torch.no_grad()
+    def one_pass(self, sigma: float, attend) -> None:
+        self.network(self.noise, torch.full((1, CHUNK), 1000 * sigma, device=self.device), self.prompt, attend)
+
+    def chunk(self, method: methods.Method) -> None:
+        for sigma in SELF_FORCING_SIGMAS:
+            # the last one is 0: the clean pass
+            self.one_pass(sigma, method.begin(clean=sigma == 0))
+        method.end()
+
+
+def make(device: torch.device, small: bool) -> Scene:
+    sizes, grid, words = (SMALL, (4, 6), 4) if small else (FULL, (30, 52), 512)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = CausalWan(sizes).to(dtype).requires_grad_(False).eval()
+        noise = torch.randn(1, 16, CHUNK, 2 * grid[0], 2 * grid[1], dtype=dtype)
+        prompt = network.project_context(torch.randn(1, words, sizes.text_dim, dtype=dtype))
+    case = Case("wan", CHUNK, CHUNK, sizes.heads, 128, grid)
+    pair = tokens(case, CHUNK, device, 0), tokens(case, CHUNK, device, 1)
+    scene = Scene(network, prompt, noise, pair, Geometry(sizes.layers, sizes.heads, 128, grid))
+    if device.type == "cuda":
+        _settle()
+        scene.weights = torch.cuda.memory_allocated(device)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats(device)
+            scene.one_pass(1.0, bidirectional(grid, CHUNK))
+        scene.activations = torch.cuda.max_memory_allocated(device) - scene.weights
+    return scene
+
+
+def _settle() -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int) -> dict:
+    """Milliseconds of a chunk behind `context` frames, and bytes."""
+    cuda = scene.device.type == "cuda"
+    method = kind(scene.geometry, scene.pair, CHUNK, context + (rounds + 1) * CHUNK)
+    began = time.perf_counter()
+    method.fill(context)
+    if cuda:
+        torch.cuda.synchronize()
+    filled = time.perf_counter() - began
+    scene.one_pass(1.0, method.begin(clean=False))
+    times = []
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(rounds):
+        began = time.perf_counter()
+        scene.chunk(method)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - began))
+    found = {"method": method.name, "context": context, "ms": statistics.median(times), "ms_all": times, "fill_s": filled,
+             "state_bytes": method.state_bytes()}
+    if cuda:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() - scene.weights - scene.activations
+    del method
+    if cuda:
+        _settle()
+    progress(f"{found['method']} at {context} frames: {found['ms']:.1f} ms, state {found['state_bytes'] / GIB:.2f} GiB, "
+             f"peak {found.get('peak_bytes', 0) / GIB:.2f} GiB, filled in {filled:.1f} s")
+    return found
+
+
+def compare(scene: Scene, context: int, kinds: list, rounds: int) -> list[dict]:
+    rows = []
+    for kind in [methods.Core, *kinds, methods.Core]:
+        try:
+            rows.append(measure(scene, kind, context, rounds))
+        except torch.OutOfMemoryError as error:
+            rows.append({"method": getattr(kind, "name", str(kind)), "context": context, "error": str(error).splitlines()[0]})
+            _settle()
+    bases = [row for row in rows if row["method"] == methods.Core.name and "ms" in row]
+    for row in rows:
+        if bases and "ms" in row:
+            row["overhead_percent"] = 100 * (row["ms"] / statistics.mean(base["ms"] for base in bases) - 1)
+            row["ratio"] = bases[0].get("peak_bytes", bases[0]["state_bytes"]) / row.get("peak_bytes", row["state_bytes"])
+    return rows
+
+
+def fits(scene: Scene, kind: type[methods.Method], frames: int) -> bool:
+    """Whether the pass that makes the last chunk of a video of `frames` latent frames runs."""
+    method = None
+    try:
+        method = kind(scene.geometry, scene.pair, CHUNK, frames)
+        method.fill(frames - CHUNK)
+        scene.one_pass(1.0, method.begin(clean=False))
+        torch.cuda.synchronize()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del method
+        _settle()
+
+
+def capped(scene: Scene, limit_gib: float, kinds: list[tuple[str, type, int]]) -> list[dict]:
+    """The longest video under an allocator that gives no more than the limit: the guess, or the guess less 5 % as often as needed."""
+    rows = []
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / torch.cuda.get_device_properties(scene.device).total_memory))
+    try:
+        for name, kind, guess in kinds:
+            frames, tried = guess // CHUNK * CHUNK, []
+            while frames > 2 * CHUNK and not fits(scene, kind, frames):
+                tried.append(frames)
+                frames = int(0.95 * frames) // CHUNK * CHUNK
+            rows.append({"limit_gib": limit_gib, "method": name, "frames": frames, "seconds": (4 * frames - 3) / 16, "did_not_fit": tried})
+            progress(f"{name} in {limit_gib:g} GiB: {frames} latent frames, {rows[-1]['seconds']:.0f} s; did not fit: {tried}")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return rows
+
+
+def guesses(scene: Scene, limit_gib: float) -> list[tuple[str, type, int]]:
+    room = int(limit_gib * GIB) - scene.weights - scene.activations
+    per_frame = scene.geometry.bf16_bytes(1)
+    found = [(methods.Core.name, methods.Core, room // per_frame)]
+    for name in ("balanced", "smallest"):
+        geometry = Geometry(scene.geometry.layers, scene.geometry.heads, 128, scene.geometry.grid, buffers=2)
+        found.append((f"qvg {name}", methods.ours(PRESETS[name]), longest(PRESETS[name], geometry, CHUNK, room)))
+    # 24 frames in bf16, packed frames at a seventh, and of one layer the whole history twice in keys and once in values
+    released = (room - methods.RELEASED_FRAMES * per_frame) / (per_frame / 6.97 + 1.5 * per_frame / scene.geometry.layers)
+    return [*found, (methods.Released.name, methods.Released, int(released))]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="qvg bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs")
+    parser.add_argument("--contexts", type=int, nargs="+", help="latent frames behind the chunk, multiples of 3")
+    parser.add_argument("--limits", type=float, nargs="*", default=[], metavar="GIB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    scene = make(device, options.small)
+    kinds = [methods.ours(PRESETS["balanced"]), methods.ours(PRESETS["balanced"], overlap=False), methods.Released]
+    missing = peers.quant_videogen()
+    if not isinstance(missing, str) and device.type == "cuda":
+        kinds.append(methods.Package)
+    rows = []
+    for context in options.contexts or ([6, 27] if options.small else [21, 60, 120, 180]):
+        rows += compare(scene, context, kinds, options.rounds)
+    limits = [row for limit in options.limits if device.type == "cuda" for row in capped(scene, limit, guesses(scene, limit))]
+    columns = ("method", "context", "ms a chunk", "overhead %", "peak GiB", "state GiB", "ratio to bf16")
+    text = table(columns, [(
+        row["method"], row["context"], row.get("ms"), row.get("overhead_percent", row.get("error")),
+        row["peak_bytes"] / GIB if "peak_bytes" in row else None, row["state_bytes"] / GIB if "state_bytes" in row else None,
+        row.get("ratio")) for row in rows])
+    if limits:
+        columns = ("GiB", "method", "latent frames", "seconds of video", "did not fit")
+        text += "\n\n" + table(columns, [tuple(row.values()) for row in limits])
+    if isinstance(missing, str):
+        text += f"\n\nquant-videogen not measured: {missing}"
+    write(options.out, "generate", {
+        "environment": environment(device, command_line("generate", arguments)), "weights_bytes": scene.weights,
+        "activations_bytes": scene.activations, "rows": rows, "limits": limits}, text)

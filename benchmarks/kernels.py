@@ -1,0 +1,264 @@
+"""Each op of the codec at the shapes of real models, against what the memory could do.
+
+    qvg bench kernels [--small] [--out DIR] [--only decode encode released tune]
+
+For every op: microseconds (median, L2 cache cold), bytes that it cannot avoid moving, and the share of the measured copy bandwidth that
+these bytes a second are. Beside it, on the same tensors, `quant-videogen` 0.1.0, `flash-kmeans` and torch.compile of the twin, where they
+can run; what cannot says why. Data: clusters of tokens with channels of unequal size. Random data changes no timing but that of k-means
+with a convergence test, which is switched off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ..qvg import dispatch, smoothing
+from ..qvg.cache import KVCache
+from ..qvg.models.catalogue import MODELS
+from ..qvg.rope import rotate
+from ..qvg.settings import PRESETS, QVGSettings
+from . import peers
+from .measure import command_line, copy_bandwidth, environment, microseconds, progress, table, write
+
+COLUMNS = ("op", "backend", "shape", "us", "MB", "% of copy", "note")
+BARE = replace(PRESETS["balanced"], name="balanced, old spans", sink_frames=0, recent_frames=0)
+# the released package encodes 24 latent frames at once
+RELEASED_FRAMES = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """A context of a model: `frames` latent frames in chunks."""
+
+    model: str
+    frames: int
+    chunk: int
+    heads: int
+    head_dim: int
+    grid: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.frames} frames, {self.heads} x {self.head_dim}"
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def cases(small: bool) -> list[Case]:
+    if small:
+        return [Case("small", 4, 2, 4, 64, (3, 5))]
+    found = []
+    contexts = {"self-forcing": (21, 60, 120, 240), "longcat": (19,), "hy-worldplay-5b": (48,), "hy-worldplay-8b": (20,)}
+    for model, lengths in contexts.items():
+        shape = MODELS[model]
+        geometry = shape.geometry()
+        found += [Case(model, frames, shape.chunk_frames, geometry.heads, geometry.head_dim, geometry.grid) for frames in lengths]
+    return found
+
+
+def tokens(case: Case, frames: int, device: torch.device, seed: int) -> Tensor:
+    """[1, T, H, D] in the dtype that the device computes in."""
+    draw = torch.Generator(device).manual_seed(seed)
+    shape = 1, frames * case.frame_tokens, case.heads, case.head_dim
+    centres = 3 * torch.randn(32, case.head_dim, generator=draw, device=device)
+    x = torch.randn(shape, generator=draw, device=device) + centres[torch.randint(32, shape[:-1], generator=draw, device=device)]
+    return (x * torch.logspace(-1, 1, case.head_dim, device=device)).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def filled(case: Case, settings: QVGSettings, device: torch.device) -> KVCache:
+    """One layer with its context encoded."""
+    pair = tokens(case, case.chunk, device, 0), tokens(case, case.chunk, device, 1)
+    cache = KVCache(settings, layers=1, heads=case.heads, head_dim=case.head_dim, grid=case.grid, device=device, dtype=pair[0].dtype,
+                    max_frames=case.frames + case.chunk, chunk_frames=case.chunk)
+    for start in range(0, case.frames, case.chunk):
+        frames = min(case.chunk, case.frames - start)
+        cache.layers[0].append(*(x[:, :frames * case.frame_tokens] for x in pair), frames)
+    return cache
+
+
+class Bench:
+    """Rows of the table, with the bandwidth that they are measured against."""
+
+    def __init__(self, device: torch.device, small: bool):
+        self.device, self.small = device, small
+        self.bandwidth = copy_bandwidth(device, (1 << 20) if small else (1 << 30))
+        self.rows: list[tuple] = []
+        self.backend = "triton" if not dispatch.refusal("decode", device) else "torch"
+
+    def add(self, op: str, backend: str, shape: str, function: Callable, size: float | None = None, note: str = "", **timing) -> float:
+        time = microseconds(function, self.device, **timing)
+        share = None if size is None else 100 * size / (1e-6 * time) / self.bandwidth
+        self.rows.append((op, backend, shape, time, None if size is None else size / 1e6, share, note))
+        progress(f"{op}, {backend}, {shape}: {time:.0f} us")
+        return time
+
+    def absent(self, op: str, backend: str, reason: str) -> None:
+        self.rows.append((op, backend, "", None, None, None, f"not measured: {reason}"))
+
+
+def reading(cache: KVCache) -> tuple[Callable, int]:
+    """A read of all heads of the layer, group by group, and the bytes that it has to move."""
+    layer = cache.layers[0]
+    views = cache.workspace.views(layer.tokens)
+
+    def read() -> None:
+        for heads in cache.head_slices():
+            layer.read(heads, *views)
+
+    decoded = 2 * layer.tokens * cache.geometry.heads * cache.geometry.head_dim * views[0].element_size()
+    return read, layer.nbytes + decoded
+
+
+def decode(bench: Bench, found: list[Case]) -> None:
+    for case in found:
+        cache = filled(case, PRESETS["balanced"], bench.device)
+        bench.add("decode", bench.backend, case.label, *reading(cache), note="balanced")
+    case = found[min(1, len(found) - 1)]
+    kinds = {"2 planes, 2 stages of 128": BARE, "1 plane": BARE.both(bits=1), "3 planes": BARE.both(bits=3), "4 planes": BARE.both(bits=4),
+             "no stage": BARE.both(stages=0), "1 stage of 256": BARE.both(stages=1, centroids=256)}
+    for name, settings in (kinds | {name: PRESETS[name] for name in ("quality", "smallest", "paper", "off")}).items():
+        bench.add("decode", bench.backend, case.label, *reading(filled(case, settings, bench.device)), note=name)
+    if bench.backend == "triton":
+        compiled_twin(bench, case)
+
+
+def compiled_twin(bench: Bench, case: Case) -> None:
+    """torch.compile of what the twin does to one span, for every head at once, scaled to the context."""
+    cache = filled(replace(case, frames=case.chunk), BARE, bench.device)
+    entry = cache.layers[0].entries[0]
+    cos, sin = cache.rope.tables(0, entry.frames, bench.device)
+
+    def twin():
+        key, value = (span.decode(slice(None), cache.tables) for span in entry.spans)
+        return rotate(key.bfloat16(), cos[:, None], sin[:, None]), value.bfloat16()
+
+    spans, note = case.frames // case.chunk, f"one span of {case.chunk} frames, times {case.frames // case.chunk}"
+    bench.rows.append(("decode", "torch", case.label, spans * microseconds(twin, bench.device), None, None, note))
+    try:
+        compiled = torch.compile(twin)
+        bench.rows.append(("decode", "torch.compile", case.label, spans * microseconds(compiled, bench.device), None, None, note))
+    except Exception as error:
+        bench.absent("decode", "torch.compile", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def encode(bench: Bench, found: list[Case]) -> None:
+    """K and V of one chunk under a codebook that exists, and a new epoch's codebooks."""
+    seen = set()
+    for case in found:
+        if (case.model, case.chunk) in seen:
+            continue
+        seen.add((case.model, case.chunk))
+        pair = [tokens(case, case.chunk, bench.device, seed)[0] for seed in (0, 1)]
+        layer = filled(replace(case, frames=case.chunk), BARE, bench.device).layers[0]
+        codecs, books = [side.codec for side in layer.sides], [side.book for side in layer.sides]
+        label = f"{case.model}, {case.chunk} frames, {case.heads} x {case.head_dim}"
+        spans = [codec.encode(x, 2, book) for codec, x, book in zip(codecs, pair, books)]
+        size = sum(x.nbytes for x in pair) + sum(sum(span.bytes_by_kind().values()) for span in spans)
+        bench.add("encode", bench.backend, label, lambda: [c.encode(x, 2, b) for c, x, b in zip(codecs, pair, books)], size,  # noqa: B023
+                  note="K and V, 2 planes, 2 stages of 128")
+        rows = torch.cat([x.transpose(0, 1) for x in pair]).contiguous()
+        start = rows[:, :codecs[0].settings.codebook_size(rows.shape[1])].float().contiguous()
+        ids = smoothing.assign(rows, start) if bench.backend == "triton" else smoothing.assign(rows.float(), start)
+        count = start.shape[1]
+        exact = rows.float()
+        bench.add("assign", bench.backend, label, lambda: smoothing.assign(exact, start), exact.nbytes + ids.nbytes,  # noqa: B023
+                  note=f"K and V, {count} centroids, float32 tokens")
+        bench.add("update", bench.backend, label, lambda: smoothing.update(exact, ids, start), exact.nbytes + ids.nbytes,  # noqa: B023
+                  note=f"K and V, {count} centroids, float32 tokens")
+
+        def train():
+            return [codec.train(x, torch.Generator().manual_seed(0)) for codec, x in zip(codecs, pair)]  # noqa: B023
+
+        bench.add("train", bench.backend, label, train, note="K and V, 2 stages, 8 iterations, with the host's time", ahead=False)
+        bench.add("k-means", bench.backend, label, lambda: smoothing.kmeans(exact, count, 8, None, start),  # noqa: B023
+                  note=f"K and V, {count} centroids, 8 iterations, float32 tokens, with the host's time", ahead=False)
+        if case.model not in ("longcat", "hy-worldplay-8b"):
+            _flash_kmeans(bench, label, exact, rows, start)
+
+
+def _flash_kmeans(bench: Bench, label: str, exact: Tensor, rows: Tensor, start: Tensor) -> None:
+    package = peers.flash_kmeans()
+    if isinstance(package, str) or bench.device.type != "cuda":
+        bench.absent("k-means", "flash-kmeans", package if isinstance(package, str) else "it needs a GPU")
+        return
+    for name, x in (("float32", exact), ("bfloat16", rows)):
+        try:
+            bench.add("k-means", "flash-kmeans", label, lambda: package(x, start.shape[1], 8, start.to(x.dtype)),  # noqa: B023
+                      note=f"K and V, {start.shape[1]} centroids, 8 iterations, {name} tokens, with the host's time", ahead=False)
+        except Exception as error:
+            bench.absent("k-means", "flash-kmeans", f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def released(bench: Bench, found: list[Case]) -> None:
+    """quant-videogen itself: K and V of 24 frames of Self-Forcing or a whole context of LongCat at a time, and all of a context read."""
+    package = peers.quant_videogen()
+    if isinstance(package, str) or bench.device.type != "cuda":
+        bench.absent("encode, decode", "quant-videogen", package if isinstance(package, str) else "it needs a GPU")
+        return
+    for case in found:
+        if case.model not in ("self-forcing", "longcat") or case.frames > 60:
+            continue
+        sizes = [RELEASED_FRAMES, case.chunk] if case.frames == 60 else [case.frames] if case.model == "longcat" else []
+        for frames in sizes:
+            pair = [tokens(case, frames, bench.device, seed).transpose(1, 2).contiguous() for seed in (0, 1)]
+            label = f"{case.model}, {frames} frames, {case.heads} x {case.head_dim}"
+            try:
+                packed = [package.encode(x) for x in pair]
+                bench.add("encode", "quant-videogen", label, lambda: [package.encode(x) for x in pair],  # noqa: B023
+                          note="K and V, k-means of 256 included, 2 iterations, with the host's time", ahead=False, repeats=10)
+                size = sum(x.nbytes for x in pair) + sum(peers.packed_bytes(part) for part in packed)
+                bench.add("decode", "quant-videogen", label, lambda: [package.decode(part) for part in packed], size,  # noqa: B023
+                          note="K and V, without RoPE")
+            except Exception as error:
+                bench.absent("encode, decode", "quant-videogen", f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def tilings() -> Iterator:
+    from ..kernels.decode import Tiling
+
+    for tile, steps, warps in itertools.product((8, 16, 32), (2, 4, 8, 16), (4, 8)):
+        yield Tiling(tile, steps, warps)
+
+
+def tune(bench: Bench, found: list[Case]) -> None:
+    """The decode kernel with other tiles, to choose `Tiling.of` by."""
+    case = found[min(1, len(found) - 1)]
+    if bench.backend != "triton":
+        bench.absent("decode", "triton", dispatch.refusal("decode", bench.device))
+        return
+    from ..kernels.decode import Tiling
+
+    for tiling in tilings():
+        with mock.patch.object(Tiling, "of", staticmethod(lambda head_dim: tiling)):  # noqa: B023
+            cache = filled(case, BARE, bench.device)
+            bench.add("decode", "triton", case.label, *reading(cache), note=f"{tiling}", repeats=10)
+
+
+PARTS = {"decode": decode, "encode": encode, "released": released, "tune": tune}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="qvg bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "tune"])
+    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    bench = Bench(device, options.small)
+    for part in options.only:
+        PARTS[part](bench, cases(options.small))
+    result = {"environment": environment(device, command_line("kernels", arguments)), "copy_bytes_per_second": bench.bandwidth,
+              "rows": [dict(zip(COLUMNS, row)) for row in bench.rows],
+              "refusals": [row for row in dispatch.report(device) if row[2]]}
+    write(options.out, "kernels", result, f"copy bandwidth {bench.bandwidth / 1e9:.0f} GB/s\n\n" + table(COLUMNS, bench.rows))

@@ -1,0 +1,102 @@
+"""How the benchmarks time, what they say of the machine, and how results are written."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FLUSH_BYTES = 256 << 20
+# long enough for the host to queue what is timed, so that the device never waits for it
+AHEAD_CYCLES = 1_500_000
+
+
+def environment(device: torch.device, command: str) -> dict:
+    """Hardware, versions, command and date: what a figure has to be read with."""
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = "absent"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} (CPU)"
+    return {"device": name, "torch": torch.__version__, "triton": triton_version, "python": platform.python_version(),
+            "command": command, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
+
+
+@cache
+def _flush(device: torch.device) -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+
+def microseconds(function: Callable, device: torch.device, repeats: int = 20, cold: bool = True, ahead: bool = True) -> float:
+    """Median time of a call on the device. cold: the L2 cache is filled with something else first. ahead: the host queues the call
+    while the device is still busy; without it, the host's own time counts where it is the longer one."""
+    if device.type != "cuda":
+        function()
+        times = []
+        for _ in range(min(repeats, 3)):
+            start = time.perf_counter()
+            function()
+            times.append(1e6 * (time.perf_counter() - start))
+        return statistics.median(times)
+    for _ in range(3):
+        function()
+    pairs = []
+    for _ in range(repeats):
+        if cold:
+            _flush(device).zero_()
+        if ahead:
+            torch.cuda._sleep(AHEAD_CYCLES)
+        else:
+            torch.cuda.synchronize(device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize(device)
+    return statistics.median(1e3 * start.elapsed_time(end) for start, end in pairs)
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / (1e-6 * microseconds(lambda: target.copy_(source), device, cold=False))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A markdown table; floats get three figures."""
+    def text(value) -> str:
+        if isinstance(value, float):
+            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return "" if value is None else str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(map(text, row)) + " |" for row in rows])
+
+
+def write(out: Path, name: str, result: dict, markdown: str) -> None:
+    """NAME.json and NAME.md under `out`; the markdown is also printed."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    place = result["environment"]
+    head = ", ".join(f"{key} {place[key]}" for key in ("device", "torch", "triton", "python", "date"))
+    text = f"## qvg bench {name}\n\n{head}\n\n    {place['command']}\n\n{markdown}\n"
+    (out / f"{name}.md").write_text(text)
+    print(text, flush=True)
+
+
+def command_line(name: str, arguments: Sequence[str]) -> str:
+    return " ".join(["qvg bench", name, *arguments])
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
