@@ -151,6 +151,8 @@ class QVGLongCatContinue(io.ComfyNode):
         progress = Progress(model, sum(map(len, levels)) - segments)
 
         def sample(segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
+            if given is None:
+                longcat.note_nothing(model)
             guider = comfy.samplers.CFGGuider(model if given is None else longcat.continue_from(model, given))
             guider.set_conds(positive, negative)
             guider.set_cfg(cfg)

@@ -243,6 +243,15 @@ def check(model) -> None:
                          "with Load AR Video Model (QVG).")
 
 
+def note_nothing(model) -> None:
+    """Write down that a run of this model continues nothing, so that it holds no cache."""
+    log: RunLog | None = model.get_attachment(ATTACHMENT)
+    if log is not None:
+        log.start(0, None)
+        log.note(KVCache(QVGSettings.preset("off"), layers=1, heads=1, head_dim=8, grid=(1, 1)).stats())
+        log.show()
+
+
 def continue_from(model, latents: torch.Tensor):
     """A clone of LongCat-Video whose sampling runs continue `latents` [B or 1, C, F, H, W], stored as `quantize` said, or unquantized."""
     patched = model.clone()

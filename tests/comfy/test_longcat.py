@@ -101,6 +101,11 @@ def test_text_to_video(comfy):
     assert [data["value"] for data in comfy.of_type("progress") if data["node"] == "continue"][-1] == 2
 
 
+def test_text_alone_holds_no_cache_and_the_monitor_says_so(comfy):
+    report = run(comfy, build())[2]
+    assert report["now"]["stored_bytes"] == report["now"]["peak_bytes"] == report["latent_frames"] == 0
+
+
 @pytest.mark.parametrize("file", ["longcat_split.safetensors", "longcat-00002-of-00002.safetensors"])
 def test_every_packaging_gives_the_same(comfy, file):
     assert torch.equal(run(comfy, build(file, preset=None))[0], run(comfy, build(preset=None))[0])
