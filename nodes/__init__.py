@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..qvg.demo import NETWORK_PATH, VAE_PATH
+from . import live
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
 from .longcat import QVGLongCatContinue
@@ -23,6 +24,7 @@ def list_tiny_model() -> None:
 class QuantVideoGenExtension(ComfyExtension):
     async def on_load(self) -> None:
         list_tiny_model()
+        live.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGDemoPrompt]

@@ -2,8 +2,8 @@
 
     QVGMemoryMonitor  patched MODEL, LATENT of the sampler -> IMAGE, STRING
 
-While the model samples, the run itself writes on this node (`run_log`). The node executes after the sampler, which the latent
-makes sure of, and then draws the whole history.
+While the model samples, the run itself sends what it holds to this node's widget (`run_log`, web/js/monitor.js). The node executes
+after the sampler, which the latent makes sure of, and then draws the whole history.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import json
 
 import numpy as np
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..qvg.chart import draw_chart
-from .run_log import ATTACHMENT, MONITOR, RunLog, send_text
+from .run_log import ATTACHMENT, MONITOR, RunLog
 
 
 class QVGMemoryMonitor(io.ComfyNode):
@@ -33,8 +33,7 @@ class QVGMemoryMonitor(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="chart", tooltip="Bytes over latent frames, and bytes of each layer."),
                 io.String.Output(display_name="report", tooltip="JSON: settings, forecast, bytes after every chunk."),
-            ],
-            hidden=[io.Hidden.unique_id])
+            ])
 
     @classmethod
     def execute(cls, model, samples) -> io.NodeOutput:
@@ -49,5 +48,5 @@ class QVGMemoryMonitor(io.ComfyNode):
             title += f" (the latent has {frames})"
         chart = draw_chart(log.history, forecast=log.forecast, total_frames=log.total_frames, title=title)
         image = torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None]
-        send_text(log.text(), cls.hidden.unique_id)
-        return io.NodeOutput(image, json.dumps(log.report(), indent=1), ui=ui.PreviewImage(image, cls=cls))
+        report = log.report()
+        return io.NodeOutput(image, json.dumps(report, indent=1), ui={"qvg_memory": [report]})

@@ -1,8 +1,8 @@
-"""What the cache of a patched model's latest run held, moment by moment, and the lines of text that say so on the nodes.
+"""What the cache of a patched model's latest run held, moment by moment, and how that reaches the nodes on the screen.
 
 A `RunLog` travels with the patched MODEL as an attachment, so that the monitor node finds it after any LoRA loader. It keeps
-numbers, never tensors. While the model samples it writes to the node that patched the model and to every monitor in the
-running graph that watches it.
+numbers, never tensors. While the model samples it writes a line of text on the node that patched the model, and sends the
+moments to every monitor in the running graph that watches it (`live`), four times a second at most.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
+import comfy.model_management
+import torch
 from server import PromptServer
 
-from ..qvg.budget import Forecast
+from ..qvg.budget import GIB, Forecast
 from ..qvg.cache import KINDS, CacheStats
 from ..qvg.chart import format_bytes
 from ..qvg.settings import QVGSettings
+from . import live
 
 ATTACHMENT = "quantvideogen"
 MONITOR = "QVGMemoryMonitor"
-SECONDS_BETWEEN_TEXTS = 0.25
+SECONDS_BETWEEN_UPDATES = 0.25
 
 
 class RunLog:
@@ -30,32 +33,49 @@ class RunLog:
         self.history: list[CacheStats] = []
         self.forecast: Forecast | None = None
         self.total_frames = 0
-        self._nodes: list[str] = []
-        self._last_text = 0.0
+        self.free_bytes = 0
+        self.ended = True
+        self.watched = live.Watched()
+        self._sent = 0
+        self._last_update = 0.0
 
     def start(self, total_frames: int, forecast: Forecast | None) -> None:
         self.history, self.total_frames, self.forecast = [], total_frames, forecast
-        self._nodes = [self.node_id] if self.node_id else []
-        self._nodes += [node for prompt in _running_prompts() for node in monitors_of(prompt, self.node_id)]
+        self.ended, self._sent = False, 0
+        self.watched = live.watch(self, self.node_id, lambda graph: monitors_of(graph, self.node_id))
         self.show()
 
     def note(self, stats: CacheStats) -> None:
         self.history.append(stats)
-        if time.monotonic() - self._last_text >= SECONDS_BETWEEN_TEXTS:
+        self.tick()
+
+    def tick(self) -> None:
+        """Something went on; show it unless something was shown a moment ago."""
+        if time.monotonic() - self._last_update >= SECONDS_BETWEEN_UPDATES:
             self.show()
+
+    def end(self) -> None:
+        """The run is over, finished or not."""
+        self.ended = True
+        self.show()
 
     def show(self) -> None:
         """Write the present state on the nodes."""
-        self._last_text = time.monotonic()
-        for node in self._nodes:
-            send_text(self.text(), node)
+        self._last_update = time.monotonic()
+        # free memory alone can end a run, so it is asked for when it is shown and not before
+        self.free_bytes = int(comfy.model_management.get_free_memory())
+        if self.node_id:
+            send_text("\n".join(self.lines()[:2]), self.node_id)
+        if self.watched.nodes:
+            live.send(self.watched, self.state() | {"points": [point(stats) for stats in self.history[self._sent:]]})
+        self._sent = len(self.history)
 
     @property
     def title(self) -> str:
         done = self.history[-1].frames if self.history else 0
         return f"KV cache, {self.settings.name.capitalize()}, {done} of {self.total_frames} latent frames"
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         lines = [self.title]
         if self.history:
             now = self.history[-1]
@@ -68,16 +88,27 @@ class RunLog:
             lines.append(
                 f"forecast {format_bytes(self.forecast.stored_bytes)}, peak {format_bytes(self.forecast.peak_bytes)}, "
                 f"bf16 {format_bytes(self.forecast.bf16_bytes)}")
-        return "\n".join(lines)
+        return lines
+
+    def state(self) -> dict:
+        """The present moment as JSON values, without the history."""
+        device = comfy.model_management.get_torch_device()
+        return {
+            "preset": self.settings.name, "latent_frames": self.total_frames, "ended": self.ended,
+            "budget_bytes": int(self.settings.budget_gib * GIB), "device": str(device), "free_bytes": self.free_bytes,
+            "free_host_bytes": int(comfy.model_management.get_free_memory(torch.device("cpu"))),
+            "forecast": asdict(self.forecast) if self.forecast else None,
+            "now": self.history[-1].as_dict() if self.history else None}
 
     def report(self) -> dict:
         """The whole log as JSON values: settings, forecast, the state at the end, and bytes after each chunk."""
-        keys = ("frames", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes")
-        return {
-            "settings": asdict(self.settings), "latent_frames": self.total_frames,
-            "forecast": asdict(self.forecast) if self.forecast else None,
-            "now": self.history[-1].as_dict() if self.history else None,
-            "history": [{key: getattr(stats, key) for key in keys} for stats in self.history]}
+        return self.state() | {"settings": asdict(self.settings), "history": [point(stats) for stats in self.history]}
+
+
+def point(stats: CacheStats) -> dict:
+    """What a chart needs of one moment."""
+    keys = ("frames", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "by_bits")
+    return {key: getattr(stats, key) for key in keys} | {"codebook_bytes": stats.by_kind["codebooks"]}
 
 
 def layer_table(by_layer: tuple[int, ...]) -> list[str]:
@@ -99,7 +130,7 @@ def plain_stats(caches: list, total_frames: int, frames: int) -> CacheStats:
     return CacheStats(
         frames=frames, held_frames=total_frames, tokens=caches[0]["k"].shape[1], numbers=numbers, stored_bytes=stored,
         workspace_bytes=0, peak_bytes=stored, bf16_bytes=2 * numbers, by_kind=dict.fromkeys(KINDS, 0) | {"plain": stored},
-        by_layer=by_layer)
+        by_layer=by_layer, by_bits={8 * caches[0]["k"].element_size(): stored})
 
 
 def monitors_of(prompt: dict, source: str | None) -> list[str]:
@@ -126,8 +157,3 @@ def send_text(text: str, node_id: str) -> None:
     if server is not None:
         server.send_progress_text(text, node_id)
 
-
-def _running_prompts() -> list[dict]:
-    """Graphs being executed. Asked at sampling time, because a cached node does not see what was added to the graph since."""
-    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
-    return [item[2] for item in queue.get_current_queue_volatile()[0]] if queue is not None else []

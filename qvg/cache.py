@@ -28,7 +28,8 @@ class CacheStats:
     """What a cache holds at one moment, in bytes counted from its tensors.
 
     stored_bytes: spans and codebooks; peak_bytes: the most that stored bytes and workspace were together so far; bf16_bytes: what all
-    frames seen so far take at two bytes a number. held_frames: latent frames still in the cache.
+    frames seen so far take at two bytes a number. held_frames: latent frames still in the cache. by_bits: stored bytes without codebooks,
+    by the bits in which their numbers are held.
     """
 
     frames: int
@@ -41,6 +42,7 @@ class CacheStats:
     bf16_bytes: int
     by_kind: dict[str, int]
     by_layer: tuple[int, ...]
+    by_bits: dict[int, int]
 
     @property
     def ratio(self) -> float:
@@ -246,6 +248,13 @@ class LayerCache:
         total["codebooks"] = sum(books.values())
         return total
 
+    def bytes_by_bits(self) -> dict[int, int]:
+        total = {}
+        for entry in self.entries:
+            for span in entry.spans:
+                total[span.bits] = total.get(span.bits, 0) + sum(span.bytes_by_kind().values())
+        return total
+
 
 class Workspace:
     """Decoded K and V of a group of heads, reused by every layer and step; two of them where one is filled while the other is read.
@@ -350,12 +359,16 @@ class KVCache:
         self._note_peak()
         layers = [layer.bytes_by_kind() for layer in self.layers]
         by_kind = {kind: sum(layer[kind] for layer in layers) for kind in KINDS}
+        by_bits = {}
+        for layer in self.layers:
+            for bits, count in layer.bytes_by_bits().items():
+                by_bits[bits] = by_bits.get(bits, 0) + count
         held = min((layer.held_frames for layer in self.layers), default=0)
         return CacheStats(
             frames=self.frames, held_frames=held, tokens=held * self.geometry.frame_tokens,
             numbers=self.geometry.bf16_bytes(held) // 2, stored_bytes=sum(by_kind.values()),
             workspace_bytes=self.workspace.nbytes, peak_bytes=self.peak_bytes, bf16_bytes=self.geometry.bf16_bytes(self.frames),
-            by_kind=by_kind, by_layer=tuple(sum(layer.values()) for layer in layers))
+            by_kind=by_kind, by_layer=tuple(sum(layer.values()) for layer in layers), by_bits=dict(sorted(by_bits.items())))
 
     def free(self) -> None:
         """Give all memory back; the cache is empty and can be used again."""

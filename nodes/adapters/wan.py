@@ -75,7 +75,7 @@ class PlainHook:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
             self.model = own
-            self.log.show()
+            self.log.end()
 
     def install(self, patched) -> None:
         patched.add_object_patch("diffusion_model.init_kv_caches", self.init_kv_caches)
@@ -123,6 +123,8 @@ class Hook:
             self.attend = None
             if clean and self.cache is not None:
                 self.log.note(self.cache.stats())
+            else:
+                self.log.tick()
 
     def self_attention(self, layer: int):
         def forward(x, freqs, kv_cache=None, transformer_options={}):  # noqa: B006 (core's signature)
@@ -165,7 +167,7 @@ class Hook:
         finally:
             self.free()
             self.model = own
-            self.log.show()
+            self.log.end()
 
     def _plan(self, guider, shape, sampler) -> None:
         """Forecast the run. Raises ValueError when the settings cannot serve it."""

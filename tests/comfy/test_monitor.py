@@ -35,6 +35,7 @@ def graph(preset, seed, block=3, watched="quantize"):
             "model": ["shift", 0], "add_noise": True, "noise_seed": seed, "cfg": 1.0, "positive": ["prompt", 0],
             "negative": ["prompt", 0], "sampler": ["sampler", 0], "sigmas": ["sigmas", 0], "latent_image": ["latent", 0]}},
         "monitor": {"class_type": "QVGMemoryMonitor", "inputs": {"model": [watched, 0], "samples": ["sample", 0]}},
+        "chart": {"class_type": "SaveImage", "inputs": {"images": ["monitor", 0], "filename_prefix": "chart"}},
         "report": {"class_type": "PreviewAny", "inputs": {"source": ["monitor", 1]}},
     }
 
@@ -55,18 +56,37 @@ def test_report_chart_and_forecast(comfy, block):
     # the forecast made before the first step is the count, to the byte
     assert report["forecast"]["stored_bytes"] == now["stored_bytes"]
     assert report["forecast"]["peak_bytes"] == now["peak_bytes"]
-    with Image.open(comfy.output_path(outputs["monitor"]["images"][0])) as chart:
+    with Image.open(comfy.output_path(outputs["chart"]["images"][0])) as chart:
         assert chart.size == (960, 540) and len(chart.getcolors(1 << 20)) > 50
 
 
-def test_text_appears_on_both_nodes_while_sampling(comfy):
+def test_moments_reach_the_monitor_while_sampling(comfy):
+    """Through another node, and before the monitor itself is executed; the node that patched the model shows two lines."""
     comfy.run(graph("Smallest", seed=7, watched="shift"), timeout=120)
-    order = [message.type for message in comfy.messages if message.type in ("text", "executing")
-             and message.data.get("node") in ("quantize", "monitor")]
-    assert order.index("text") < len(order) - 1 - order[::-1].index("executing"), "the monitor spoke before it was executed"
-    for node in ("quantize", "monitor"):
-        text = comfy.wait_for("text", lambda data, node=node: data["node"] == node and "12 of 12" in data["text"])["text"]
-        assert "Smallest" in text and "peak" in text and "layers 0-1" in text and "forecast" in text
+    kinds = [message.type for message in comfy.messages if message.type == "qvg.memory"
+             or message.type == "executing" and message.data["node"] == "monitor"]
+    assert kinds.index("qvg.memory") < kinds.index("executing"), "nothing was sent before the monitor was executed"
+    events = comfy.of_type("qvg.memory")
+    assert all(event["nodes"] == ["monitor"] for event in events)
+    assert [point["frames"] for event in events for point in event["points"]] == [3, 6, 9, 12]
+    assert [event["ended"] for event in events] == [False] * (len(events) - 1) + [True]
+    assert events[-1]["now"]["stored_bytes"] == events[-1]["forecast"]["stored_bytes"] and events[-1]["free_bytes"] > 0
+    text = comfy.wait_for("text", lambda data: data["node"] == "quantize" and "12 of 12" in data["text"])["text"]
+    assert "Smallest" in text and len(text.splitlines()) == 2
+
+
+def test_a_page_that_comes_later_gets_the_whole_run(comfy):
+    outputs = comfy.run(graph("Balanced", seed=11), timeout=120)
+    (report,) = outputs["monitor"]["qvg_memory"]
+    run = comfy.get(comfy.url + "/qvg/memory?workflow=")["runs"][-1]
+    assert run["nodes"] == ["monitor"] and run["history"] == report["history"] and run["now"] == report["now"]
+    assert comfy.get(comfy.url + "/qvg/memory?workflow=none")["runs"] == []
+
+
+def test_bytes_by_precision_add_up(comfy):
+    now = report_of(comfy.run(graph("Balanced", seed=12), timeout=120))["now"]
+    assert sum(now["by_bits"].values()) + now["by_kind"]["codebooks"] == now["stored_bytes"]
+    assert set(now["by_bits"]) == {"2", "4", "8"}, "sink, recent and old frames are held differently"
 
 
 def test_off_counts_cores_own_cache(comfy):

@@ -1,0 +1,137 @@
+"""The monitor's widget in the real frontend: classic canvas and Nodes 2.0, live, after a refresh, interrupted, in a subgraph."""
+
+import json
+
+import pytest
+
+from comfy_browser import wait_until_ready
+from comfy_paths import REPOSITORY
+
+TEMPLATE = REPOSITORY / "workflows" / "Tiny model - text to video.json"
+LOAD = "async workflow => { await app.loadGraphData(workflow, true, true) }"
+# (phase, stored bytes, number of areas) of the one monitor on the page
+READ = """() => {
+  const root = document.querySelector('.qvg-monitor')
+  return root && {phase: root.dataset.phase, stored: Number(root.dataset.stored), text: root.innerText,
+                  areas: [...root.querySelectorAll('path[data-kind]')].map(path => path.dataset.kind)}
+}"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(tiny_model):
+    pass
+
+
+def workflow(seed, length=45, block=3):
+    """The tiny template with another seed, so that nothing is cached."""
+    graph = json.loads(TEMPLATE.read_text())
+    for node in graph["nodes"]:
+        if node["type"] == "RandomNoise":
+            node["widgets_values"] = [seed, "fixed"]
+        if node["type"] == "EmptyARVideoLatent":
+            node["widgets_values"][2] = length
+        if node["type"] == "SamplerARVideo":
+            node["widgets_values"] = [block]
+    return graph
+
+
+def start(page, comfy, graph):
+    page.evaluate(LOAD, graph)
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    known = {message.data["prompt_id"] for message in comfy.messages if message.type == "execution_start"}
+    queued = set(comfy.get(comfy.url + "/history"))
+    page.evaluate("app.queuePrompt(0, 1)")
+    return known | queued
+
+
+def finish(comfy, before):
+    (prompt,) = comfy.wait_until(lambda: set(comfy.get(comfy.url + "/history")) - before, 300, "the run to end")
+    return comfy.history(prompt)
+
+
+def report_of(entry):
+    (report,) = (output["qvg_memory"][0] for output in entry["outputs"].values() if "qvg_memory" in output)
+    return report
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
+def test_chart_moves_and_ends_at_the_servers_bytes(page, comfy, tmp_path_factory, modern):
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", modern)
+    page.wait_for_timeout(500)
+    before = start(page, comfy, workflow(100 + modern, length=93))
+    page.wait_for_function("document.querySelector('.qvg-monitor')?.dataset.phase === 'sampling'", timeout=120_000)
+    seen = set()
+    entry = None
+    while entry is None:
+        seen.add(page.evaluate(READ)["stored"])
+        page.wait_for_timeout(100)
+        ended = set(comfy.get(comfy.url + "/history")) - before
+        entry = comfy.history(ended.pop()) if ended else None
+    page.wait_for_timeout(1500)
+    shown, now = page.evaluate(READ), report_of(entry)["now"]
+    page.evaluate("""() => {
+      app.canvas.selectNode(app.graph.nodes.find(node => node.type === 'QVGMemoryMonitor'))
+      app.extensionManager.command.execute('Comfy.Canvas.FitView')
+    }""")
+    page.wait_for_timeout(1500)
+    page.screenshot(path=tmp_path_factory.getbasetemp() / f"monitor {'modern' if modern else 'classic'}.png")
+    assert len(seen) > 3, "the chart stood still while the model sampled"
+    assert shown["phase"] == "done" and shown["stored"] == now["stored_bytes"]
+    assert set(shown["areas"]) == {"codebooks", "workspace", *now["by_bits"]}
+    assert f"{now['ratio']:.1f}x" in shown["text"]
+
+    page.reload(wait_until="domcontentloaded")
+    wait_until_ready(page)
+    page.wait_for_function("document.querySelector('.qvg-monitor')?.dataset.phase === 'done'", timeout=20_000)
+    assert page.evaluate(READ)["stored"] == now["stored_bytes"]
+    assert [text for kind, text in page.console if kind in ("error", "pageerror") and "qvg" in text.lower()] == []
+    page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+def test_an_interrupted_run_says_so(page, comfy):
+    start(page, comfy, workflow(200, length=957, block=1))
+    page.wait_for_function("Number(document.querySelector('.qvg-monitor')?.dataset.stored) > 0", timeout=120_000)
+    comfy.interrupt()
+    page.wait_for_function("document.querySelector('.qvg-monitor').dataset.phase === 'stopped'", timeout=60_000)
+
+
+def test_updates_are_few_and_small(page, comfy):
+    """Every client hears them, at most about four a second and under 20 kB a second."""
+    before = start(page, comfy, workflow(300, length=93, block=1))
+    finish(comfy, before)
+    moments = [message for message in comfy.messages if message.type == "qvg.memory"]
+    span = moments[-1].at - moments[0].at
+    assert len(moments) <= 3 + 4 * span
+    assert sum(len(json.dumps(message.data)) for message in moments) < 20_000 * max(1, span)
+    points = [point["frames"] for message in moments for point in message.data["points"]]
+    assert points == list(range(1, 25)), "each chunk is sent once"
+
+
+def test_works_inside_a_subgraph(page, comfy):
+    page.evaluate(LOAD, workflow(400))
+    page.evaluate("""() => {
+      const inside = app.graph.nodes.filter(node => ['QVGMemoryMonitor', 'QVGQuantizeKVCache', 'QVGSettings'].includes(node.type))
+      app.graph.convertToSubgraph(new Set(inside))
+    }""")
+    before = set(comfy.get(comfy.url + "/history"))
+    page.evaluate("app.queuePrompt(0, 1)")
+    now = report_of(finish(comfy, before))["now"]
+    page.wait_for_timeout(500)
+    stored = page.evaluate("""() => {
+      const outer = app.rootGraph.nodes.find(node => node.subgraph)
+      return outer.subgraph.nodes.find(node => node.type === 'QVGMemoryMonitor').qvgMonitor.state.now.stored_bytes
+    }""")
+    assert stored == now["stored_bytes"]
+
+
+def test_an_error_is_a_sentence_on_the_page(page, comfy):
+    graph = workflow(500)
+    for node in graph["nodes"]:
+        if node["type"] == "QVGSettings":
+            node["widgets_values"][11] = 0.0001
+    before = start(page, comfy, graph)
+    entry = finish(comfy, before)
+    (message,) = (details["exception_message"] for kind, details in entry["status"]["messages"] if kind == "execution_error")
+    assert "memory budget" in message and "Raise the budget" in message
+    page.wait_for_timeout(1000)
+    assert "memory budget" in page.evaluate("document.body.innerText")

@@ -1,0 +1,210 @@
+// KV Memory Monitor (QVG): the node's widget. A sampling run sends what its cache holds ("qvg.memory", nodes/live.py); after a refresh the
+// page asks once for what was sent before. Nothing is polled.
+
+import { app } from "../../../scripts/app.js"
+import { api } from "../../../scripts/api.js"
+import { colourOf, drawChart, kindsOf, nameOf } from "./chart.js"
+import { bytes, loadStrings, say } from "./strings.js"
+
+const MONITOR = "QVGMemoryMonitor"
+
+const STYLE = `
+.qvg-monitor { box-sizing: border-box; height: 100%; overflow: auto; padding: 8px 10px; font: 12px/1.45 system-ui, sans-serif;
+  color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); border-radius: 6px; }
+.qvg-monitor p { margin: 0; }
+.qvg-monitor .qvg-head { display: flex; gap: 10px; align-items: baseline; flex-wrap: wrap; }
+.qvg-monitor .qvg-ratio { font-size: 24px; font-weight: 700; }
+.qvg-monitor .qvg-faint, .qvg-monitor dt { color: var(--descrip-text, #999); }
+.qvg-monitor .qvg-chart { width: 100%; display: block; margin: 4px 0; }
+.qvg-chart text { fill: var(--descrip-text, #999); font-size: 11px; }
+.qvg-chart .qvg-grid { stroke: var(--border-color, #4e4e4e); stroke-width: 0.6; }
+.qvg-chart path.qvg-bf16, .qvg-chart path.qvg-peak, .qvg-chart path.qvg-budget { fill: none; stroke-width: 2; }
+.qvg-bf16 { stroke: var(--descrip-text, #999); } .qvg-peak { stroke: #e5a52e; } .qvg-budget { stroke: #e0483e; }
+.qvg-chart .qvg-ahead { stroke-dasharray: 5 4; opacity: 0.8; }
+.qvg-monitor .qvg-legend { display: flex; gap: 4px 12px; flex-wrap: wrap; list-style: none; margin: 0 0 6px; padding: 0; }
+.qvg-legend i { display: inline-block; width: 10px; height: 10px; margin-right: 5px; border-radius: 2px; }
+.qvg-monitor dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 4px 14px; margin: 0 0 6px; }
+.qvg-monitor dd { margin: 0; font-variant-numeric: tabular-nums; }
+.qvg-monitor summary { cursor: pointer; }
+.qvg-monitor summary:focus-visible { outline: 2px solid #4c8dff; }
+`
+
+function make(name, className, parent, text) {
+  const made = document.createElement(name)
+  if (className) made.className = className
+  if (text !== undefined) made.textContent = text
+  parent?.append(made)
+  return made
+}
+
+class Monitor {
+  constructor(node) {
+    this.root = make("div", "qvg-monitor")
+    this.root.setAttribute("role", "group")
+    this.root.setAttribute("aria-label", "KV Memory Monitor (QVG)")
+    // a wheel over the node scrolls it only where there is something to scroll
+    this.root.addEventListener("wheel", (event) => {
+      if (this.root.scrollHeight > this.root.clientHeight) event.stopPropagation()
+    }, { passive: true })
+    this.state = null
+    this.waiting = 0
+    const widget = node.addDOMWidget("qvg_memory", "qvg_memory", this.root, {
+      serialize: false, hideOnZoom: false, getMinHeight: () => 340, getValue: () => "", setValue: () => {},
+    })
+    widget.serialize = false
+    this.draw()
+  }
+
+  // message: a whole report, or an event that continues one with further points
+  take(message) {
+    const continues = this.state?.run === message.run && message.points
+    const history = message.history ?? [...(continues ? this.state.history : []), ...message.points]
+    this.state = { ...message, run: message.run ?? this.state?.run, history }
+    if (message.ended) return this.draw()
+    const wait = 1000 / (app.extensionManager.setting.get("QVG.Monitor.Rate") || 4)
+    this.waiting ||= setTimeout(() => this.draw(), wait - 10)
+  }
+
+  draw() {
+    clearTimeout(this.waiting)
+    this.waiting = 0
+    const open = this.root.querySelector("details")?.open
+    this.root.replaceChildren()
+    const state = this.state
+    if (!state) return make("p", "qvg-faint", this.root, say("idle"))
+    const now = state.now
+    const done = now?.frames ?? 0
+    const head = make("div", "qvg-head", this.root)
+    if (now) {
+      make("span", "qvg-ratio", head, `${now.ratio.toFixed(1)}x`)
+      make("span", "", head, say("instead", { stored: bytes(now.stored_bytes), bf16: bytes(now.bf16_bytes) }))
+    }
+    const phase = !state.ended ? "sampling" : done < state.latent_frames ? "stopped" : "done"
+    const status = make("p", "qvg-faint qvg-status", this.root, say(phase, { done, total: state.latent_frames }))
+    status.setAttribute("role", "status")
+    this.root.dataset.phase = phase
+    this.root.dataset.stored = now?.stored_bytes ?? 0
+    this.root.append(drawChart(state))
+    this.drawLegend(state)
+    if (now) this.drawFigures(state, now)
+    if (now) this.drawLayers(now, open)
+  }
+
+  drawLegend(state) {
+    const list = make("ul", "qvg-legend", this.root)
+    const entry = (colour, text) => {
+      const item = make("li", "", list)
+      make("i", "", item).style.background = colour
+      item.append(text)
+    }
+    for (const kind of kindsOf(state.history)) entry(colourOf(kind), nameOf(kind))
+    entry("#e5a52e", say("peak"))
+    entry("var(--descrip-text, #999)", "bf16")
+    if (state.budget_bytes) entry("#e0483e", say("budget"))
+  }
+
+  drawFigures(state, now) {
+    const list = make("dl", "", this.root)
+    const figure = (name, text) => {
+      const pair = make("div", "", list)
+      make("dt", "", pair, name)
+      make("dd", "", pair, text)
+    }
+    figure(say("peak"), `${bytes(now.peak_bytes)} (${now.peak_ratio.toFixed(1)}x)`)
+    if (state.forecast) figure(say("forecast"), `${bytes(state.forecast.stored_bytes)}, ${bytes(state.forecast.peak_bytes)}`)
+    figure(say("held"), say("heldValue", { frames: now.held_frames, tokens: now.tokens }))
+    figure(say("bits"), now.bits_per_number.toFixed(2))
+    figure(say("free", { device: state.device }), bytes(state.free_bytes))
+    if (state.device !== "cpu") figure(say("freeHost"), bytes(state.free_host_bytes))
+    figure(say("budget"), state.budget_bytes ? bytes(state.budget_bytes) : say("none"))
+  }
+
+  drawLayers(now, open) {
+    const box = make("details", "", this.root)
+    box.open = !!open
+    make("summary", "", box, say("layers"))
+    const list = make("dl", "", box)
+    now.by_layer.forEach((count, number) => {
+      const pair = make("div", "", list)
+      make("dt", "", pair, say("layer", { number }))
+      make("dd", "", pair, bytes(count))
+    })
+  }
+}
+
+// "7:3" is node 3 inside the subgraph node 7
+function nodeByExecutionId(id) {
+  const path = String(id).split(":")
+  let graph = app.rootGraph ?? app.graph
+  for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph ?? graph?.getNodeById(Number(part))?.subgraph
+  const last = path.at(-1)
+  return graph?.getNodeById(last) ?? graph?.getNodeById(Number(last))
+}
+
+function deliver(message) {
+  const open = (app.rootGraph ?? app.graph)?.id
+  if (message.workflow && open && message.workflow !== open) return
+  for (const id of message.nodes) nodeByExecutionId(id)?.qvgMonitor?.take(message)
+}
+
+function warnUnderPressure(message) {
+  const need = message.forecast?.peak_bytes
+  if (message.now || message.ended || !need || need <= message.free_bytes) return
+  if (!app.extensionManager.setting.get("QVG.Monitor.Toasts")) return
+  app.extensionManager.toast.add({
+    severity: "warn", summary: say("pressureTitle"), life: 12000,
+    detail: say("pressure", { need: bytes(need), free: bytes(message.free_bytes) }),
+  })
+}
+
+async function restore() {
+  const id = (app.rootGraph ?? app.graph)?.id
+  if (!id) return
+  const { runs } = await (await api.fetchApi(`/qvg/memory?workflow=${encodeURIComponent(id)}`)).json()
+  runs.forEach(deliver)
+}
+
+app.registerExtension({
+  name: "QuantVideoGen.Monitor",
+  settings: [
+    {
+      id: "QVG.Monitor.Rate", name: "Updates a second", category: ["QuantVideoGen", "KV Memory Monitor", "Rate"], type: "slider",
+      defaultValue: 4, attrs: { min: 1, max: 4, step: 1 }, tooltip: "How often the monitor redraws while a model samples.",
+    },
+    {
+      id: "QVG.Monitor.Units", name: "Units of memory", category: ["QuantVideoGen", "KV Memory Monitor", "Units"], type: "combo",
+      defaultValue: "binary", options: [{ text: "GiB (1024)", value: "binary" }, { text: "GB (1000)", value: "decimal" }],
+      tooltip: "Cards and ComfyUI count in GiB, most file managers in GB.",
+    },
+    {
+      id: "QVG.Monitor.Toasts", name: "Warn when the cache may not fit", category: ["QuantVideoGen", "KV Memory Monitor", "Toasts"],
+      type: "boolean", defaultValue: true, tooltip: "Shows a message before the first step when the forecast exceeds free memory.",
+    },
+  ],
+  aboutPageBadges: [{
+    label: "ComfyUI-QuantVideoGen", url: "https://github.com/quantvideogen/ComfyUI-QuantVideoGen", icon: "pi pi-chart-bar",
+  }],
+  init() {
+    make("style", "", document.head, STYLE)
+  },
+  async setup() {
+    await loadStrings()
+    api.addEventListener("qvg.memory", ({ detail }) => {
+      warnUnderPressure(detail)
+      deliver(detail)
+    })
+    await restore()
+  },
+  nodeCreated(node) {
+    if (node.comfyClass !== MONITOR) return
+    node.qvgMonitor = new Monitor(node)
+    const onExecuted = node.onExecuted
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments)
+      const report = output?.qvg_memory?.[0]
+      if (report) this.qvgMonitor.take(report)
+    }
+    node.setSize([Math.max(node.size[0], 460), Math.max(node.size[1], 540)])
+  },
+  afterConfigureGraph: restore,
+})
