@@ -7,10 +7,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..qvg.demo import NETWORK_PATH, VAE_PATH
 from . import live
+from .compare import QVGCompare
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
 from .longcat import QVGLongCatContinue
 from .monitor import QVGMemoryMonitor
+from .plan import QVGPlanMemory
 from .tiny_prompt import QVGDemoPrompt
 
 
@@ -27,4 +29,5 @@ class QuantVideoGenExtension(ComfyExtension):
         live.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGDemoPrompt]
+        return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGPlanMemory, QVGCompare,
+                QVGDemoPrompt]

@@ -6,6 +6,7 @@ the same id means another node in another tab. Nothing is polled and no thread i
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def watch(log, source: str | None, monitors: Callable[[dict], list[str]]) -> Wat
         nodes = monitors(graph)
         if nodes:
             workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-            watched = Watched(tuple(nodes), str(workflow.get("id", "")), f"{prompt_id}/{source}")
+            watched = Watched(tuple(nodes), str(workflow.get("id", "")), f"{prompt_id}/{source}/{time.monotonic_ns()}")
             _latest.pop((watched.workflow, *nodes[:1]), None)
             _latest[watched.workflow, nodes[0]] = log
             while len(_latest) > RUNS_KEPT:

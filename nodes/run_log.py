@@ -65,7 +65,7 @@ class RunLog:
         # free memory alone can end a run, so it is asked for when it is shown and not before
         self.free_bytes = int(comfy.model_management.get_free_memory())
         if self.node_id:
-            send_text("\n".join(self.lines()[:2]), self.node_id)
+            send_text(self.text(), self.node_id)
         if self.watched.nodes:
             live.send(self.watched, self.state() | {"points": [point(stats) for stats in self.history[self._sent:]]})
         self._sent = len(self.history)
@@ -75,20 +75,12 @@ class RunLog:
         done = self.history[-1].frames if self.history else 0
         return f"KV cache, {self.settings.name.capitalize()}, {done} of {self.total_frames} latent frames"
 
-    def lines(self) -> list[str]:
-        lines = [self.title]
-        if self.history:
-            now = self.history[-1]
-            lines += [
-                f"now {format_bytes(now.stored_bytes)}, bf16 {format_bytes(now.bf16_bytes)}: {now.ratio:.2f}x, "
-                f"{now.bits_per_number:.2f} bits a number",
-                f"peak {format_bytes(now.peak_bytes)} with workspace: {now.peak_ratio:.2f}x",
-                *layer_table(now.by_layer)]
-        if self.forecast:
-            lines.append(
-                f"forecast {format_bytes(self.forecast.stored_bytes)}, peak {format_bytes(self.forecast.peak_bytes)}, "
-                f"bf16 {format_bytes(self.forecast.bf16_bytes)}")
-        return lines
+    def text(self) -> str:
+        if not self.history:
+            return self.title
+        now = self.history[-1]
+        return (f"{self.title}\n{format_bytes(now.stored_bytes)} instead of {format_bytes(now.bf16_bytes)} in bf16 ({now.ratio:.2f}x), "
+                f"peak {format_bytes(now.peak_bytes)} ({now.peak_ratio:.2f}x)")
 
     def state(self) -> dict:
         """The present moment as JSON values, without the history."""
@@ -109,17 +101,6 @@ def point(stats: CacheStats) -> dict:
     """What a chart needs of one moment."""
     keys = ("frames", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "by_bits")
     return {key: getattr(stats, key) for key in keys} | {"codebook_bytes": stats.by_kind["codebooks"]}
-
-
-def layer_table(by_layer: tuple[int, ...]) -> list[str]:
-    """One line for each run of layers that hold equally much: "layers 0-29: 1.4 MiB each"."""
-    lines, first = [], 0
-    for layer in range(1, len(by_layer) + 1):
-        if layer == len(by_layer) or by_layer[layer] != by_layer[first]:
-            name = f"layer {first}" if layer - first == 1 else f"layers {first}-{layer - 1}"
-            lines.append(f"{name}: {format_bytes(by_layer[first])}" + (" each" if layer - first > 1 else ""))
-            first = layer
-    return lines
 
 
 def plain_stats(caches: list, total_frames: int, frames: int) -> CacheStats:

@@ -52,6 +52,41 @@ def draw_chart(history: Sequence, *, forecast=None, total_frames: int = 0, title
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
+def draw_comparison(psnr: Sequence[float], ssim: Sequence[float], *, title: str = "", size: tuple[int, int] = (960, 540)) -> Image.Image:
+    """RGB picture of PSNR (dB, upper half) and SSIM (lower half) of each frame."""
+    width, height = size[0] * SCALE, size[1] * SCALE
+    image = Image.new("RGB", (width, height), BACKGROUND)
+    canvas = _Canvas(ImageDraw.Draw(image), unit=height / 540)
+    margin = 24 * canvas.unit
+    canvas.text(margin, 18 * canvas.unit, title or "Comparison", 20, INK)
+    left, right = margin + 64 * canvas.unit, width - margin
+    middle = height / 2
+    _draw_frames(canvas, (left, 56 * canvas.unit, right, middle - 16 * canvas.unit), psnr, "PSNR, dB", "{:.0f}", KINDS["planes"])
+    _draw_frames(canvas, (left, middle + 30 * canvas.unit, right, height - 40 * canvas.unit), ssim, "SSIM", "{:.2f}", KINDS["scales"])
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _draw_frames(canvas: _Canvas, box, values: Sequence[float], name: str, form: str, colour: str) -> None:
+    left, top, right, bottom = box
+    low, high = min(values), max(values)
+    room = max(0.05 * abs(high), (high - low) / 8, 1e-3)
+    low, high = low - room, high + room
+
+    def at(frame: float, value: float) -> tuple[float, float]:
+        return left + (right - left) * frame / max(1, len(values) - 1), bottom - (bottom - top) * (value - low) / (high - low)
+
+    canvas.draw.rectangle(box, fill=PANEL)
+    for part in range(4):
+        value = low + (high - low) * part / 3
+        y = at(0, value)[1]
+        canvas.draw.line((left, y, right, y), fill=GRID, width=round(canvas.unit))
+        canvas.text(left - 8 * canvas.unit, y, form.format(value), 12, FAINT, "rm")
+    canvas.line([at(frame, value) for frame, value in enumerate(values)], colour)
+    canvas.text(left, top - 10 * canvas.unit, f"{name}: mean {form.format(sum(values) / len(values))}", 12, FAINT)
+    for frame in sorted({0, (len(values) - 1) // 2, len(values) - 1}):
+        canvas.text(at(frame, low)[0], bottom + 12 * canvas.unit, str(frame), 12, FAINT, "mm")
+
+
 def _summary(stats) -> str:
     return (f"{format_bytes(stats.stored_bytes)} instead of {format_bytes(stats.bf16_bytes)} in bf16 ({stats.ratio:.2f}x), "
             f"peak {format_bytes(stats.peak_bytes)} ({stats.peak_ratio:.2f}x), {stats.bits_per_number:.2f} bits a number")

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from comfyui_qvg.qvg.chart import BACKGROUND, BF16, KINDS, PEAK, draw_chart, format_bytes
+from comfyui_qvg.qvg.chart import BACKGROUND, BF16, KINDS, PEAK, draw_chart, draw_comparison, format_bytes
 
 
 def stats(frames, layers=4, **kinds):
@@ -46,3 +46,11 @@ def test_forecast_changes_the_picture():
 @pytest.mark.parametrize("size", [(960, 540), (320, 180)])
 def test_odd_histories(history, size):
     assert draw_chart(history, size=size).size == size
+
+
+@pytest.mark.parametrize("values", [[100.0], [30.0, 30.0], [30.0, 28.0, 31.0, 12.0]])
+def test_comparison_draws_both_lines(values):
+    image = draw_comparison(values, [1 - 0.01 * number for number in range(len(values))], title="two")
+    flat = draw_comparison([values[0]] * len(values), [1.0] * len(values), title="two")
+    assert image.size == (960, 540) and has(flat, KINDS["planes"]) and has(flat, KINDS["scales"])
+    assert len(values) == 1 or image.tobytes() != flat.tobytes()

@@ -249,7 +249,7 @@ def note_nothing(model) -> None:
     if log is not None:
         log.start(0, None)
         log.note(KVCache(QVGSettings.preset("off"), layers=1, heads=1, head_dim=8, grid=(1, 1)).stats())
-        log.show()
+        log.end()
 
 
 def continue_from(model, latents: torch.Tensor):

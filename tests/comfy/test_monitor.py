@@ -64,7 +64,7 @@ def test_moments_reach_the_monitor_while_sampling(comfy):
     """Through another node, and before the monitor itself is executed; the node that patched the model shows two lines."""
     comfy.run(graph("Smallest", seed=7, watched="shift"), timeout=120)
     kinds = [message.type for message in comfy.messages if message.type == "qvg.memory"
-             or message.type == "executing" and message.data["node"] == "monitor"]
+             or (message.type == "executing" and message.data["node"] == "monitor")]
     assert kinds.index("qvg.memory") < kinds.index("executing"), "nothing was sent before the monitor was executed"
     events = comfy.of_type("qvg.memory")
     assert all(event["nodes"] == ["monitor"] for event in events)

@@ -132,7 +132,7 @@ def test_positions_do_not_alias_late_in_a_video(patched, loaded):
 
 
 def test_live_text_finds_its_monitors(comfy_modules):
-    from comfyui_qvg.nodes.run_log import MONITOR, layer_table, monitors_of
+    from comfyui_qvg.nodes.run_log import MONITOR, monitors_of
 
     prompt = {
         "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "x"}},
@@ -144,4 +144,3 @@ def test_live_text_finds_its_monitors(comfy_modules):
     }
     assert monitors_of(prompt, "2") == ["4", "7:5"]
     assert monitors_of(prompt, "8") == []
-    assert layer_table((2048, 2048, 1024)) == ["layers 0-1: 2.0 KiB each", "layer 2: 1.0 KiB"]

@@ -1,0 +1,50 @@
+"""Compare (QVG): how far one video is from another, to be seen and in figures.
+
+    QVGCompare  two IMAGE batches -> side by side, heat map, chart, JSON
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..qvg.chart import draw_comparison
+from ..qvg.metrics import heat, psnr, ssim
+from .run_log import send_text
+
+
+class QVGCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGCompare", display_name="Compare (QVG)", category="image/video", is_output_node=True,
+            description="Puts two videos side by side, shows where they differ, and measures PSNR and SSIM of each frame.",
+            search_aliases=["psnr", "ssim", "difference", "side by side", "quality", "qvg"],
+            inputs=[
+                io.Image.Input("first", tooltip="The video that is measured against, for example made with the preset Off."),
+                io.Image.Input("second", tooltip="The video that is measured; as many frames of the same size."),
+                io.Float.Input("white_at", default=0.25, min=0.01, max=1.0, step=0.01, advanced=True, optional=True,
+                               tooltip="Difference of a channel, of 0 to 1, that the heat map shows white. Lower it to see finer ones."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="side_by_side", tooltip="First left, second right."),
+                io.Image.Output(display_name="heat_map", tooltip="Black where equal, then red, yellow and white."),
+                io.Image.Output(display_name="chart", tooltip="PSNR and SSIM over the frames."),
+                io.String.Output(display_name="report", tooltip="JSON: mean and each frame's PSNR in dB and SSIM."),
+            ],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, first, second, white_at=0.25) -> io.NodeOutput:
+        decibels, indices = psnr(first, second).tolist(), ssim(first, second).tolist()
+        means = {"psnr": sum(decibels) / len(decibels), "ssim": sum(indices) / len(indices)}
+        summary = f"PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}, {len(decibels)} frames"
+        chart = draw_comparison(decibels, indices, title=summary)
+        report = {"frames": len(decibels), **means, "psnr_of_frame": decibels, "ssim_of_frame": indices}
+        send_text(summary, cls.hidden.unique_id)
+        return io.NodeOutput(
+            torch.cat([first[..., :3], second[..., :3]], dim=2), heat(first, second, white_at),
+            torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None], json.dumps(report, indent=1))

@@ -1,0 +1,56 @@
+"""Plan KV Memory (QVG): what a video's cache will need, before anything is loaded. The figures are those of `qvg plan`.
+
+    QVGPlanMemory  model name, size, seconds -> table, JSON, longest length that fits
+"""
+
+from __future__ import annotations
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..qvg import plan
+from ..qvg.budget import GIB
+from ..qvg.models.catalogue import MODELS
+from .kv_cache import LABELS
+from .run_log import send_text
+
+
+class QVGPlanMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGPlanMemory", display_name="Plan KV Memory (QVG)", category="model/patch", is_output_node=True,
+            description="Says how many GiB the KV cache of a video takes at every preset, and the longest video that fits.",
+            search_aliases=["memory", "vram", "kv cache", "forecast", "how long", "qvg"],
+            inputs=[
+                io.Combo.Input("model", options=list(MODELS), tooltip="The model whose layers and heads are counted."),
+                io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 takes the model's usual width."),
+                io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 takes the model's usual height."),
+                io.Float.Input("seconds", default=30.0, min=0.1, max=36000.0, step=0.5, tooltip="Length of the video."),
+                io.Combo.Input("preset", options=list(LABELS), default="Balanced", tooltip="The preset that longest is counted for."),
+                io.Float.Input("memory_gib", default=0.0, min=0.0, max=10000.0, step=0.5, optional=True,
+                               tooltip="GiB that the cache may take, the model's weights not counted. 0 takes what is free on this device "
+                                       "when the node runs."),
+            ],
+            outputs=[
+                io.String.Output(display_name="table", tooltip="A line a preset: stored, peak, ratios, whether it fits."),
+                io.String.Output(display_name="report", tooltip="JSON, all bytes as whole numbers."),
+                io.Int.Output(display_name="longest", tooltip="Frames of the longest video that fits, for the length of a latent node; "
+                                                             "0 when not even one chunk does."),
+            ],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def fingerprint_inputs(cls, memory_gib=0.0, **_):
+        # free memory changes while the inputs stay
+        return memory_gib or float(comfy.model_management.get_free_memory())
+
+    @classmethod
+    def execute(cls, model, width, height, seconds, preset, memory_gib=0.0) -> io.NodeOutput:
+        memory = memory_gib or comfy.model_management.get_free_memory() / GIB
+        found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory)
+        table = plan.render(found, memory)
+        send_text(table, cls.hidden.unique_id)
+        # a Wan VAE makes one frame of the first latent frame and four of each other
+        frames = found["presets"][LABELS[preset]]["longest_latent_frames"]
+        return io.NodeOutput(table, plan.to_json(found), 4 * frames - 3 if frames else 0)
