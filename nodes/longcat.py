@@ -125,10 +125,10 @@ class QVGLongCatContinue(io.ComfyNode):
                                tooltip="4 for the base model (CFG-Zero*), 1 with the distillation LoRA."),
                 io.Combo.Input("schedule", options=list(SCHEDULES), default=SCHEDULES[0],
                                tooltip="Noise levels of the base model, or those that the distillation LoRA was trained with."),
-                io.Combo.Input("carry", options=list(CARRIES), default=CARRIES[0], advanced=True,
+                io.Combo.Input("carry", options=list(CARRIES), default=CARRIES[0], advanced=True, optional=True,
                                tooltip="How a segment gets the frames that it continues: decoded and encoded again, as the model was "
                                        "published, or as latents, which is quicker and loses nothing on the way."),
-                io.Boolean.Input("fine_tail", default=True, advanced=True,
+                io.Boolean.Input("fine_tail", default=True, advanced=True, optional=True,
                                  tooltip="Ten equal steps below half of the noise, for fine detail. Only where the base model continues."),
                 io.Image.Input("start", optional=True,
                                tooltip="One image to start from, or a video to continue. Without it, the first segment comes from text."),
@@ -140,8 +140,8 @@ class QVGLongCatContinue(io.ComfyNode):
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, width, height, length, given_frames, segments, seed, steps, cfg, schedule, carry,
-                fine_tail, start=None) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, vae, width, height, length, given_frames, segments, seed, steps, cfg, schedule,
+                carry=CARRIES[0], fine_tail=True, start=None) -> io.NodeOutput:
         longcat.check(model)
         video = LongVideo(vae, width, height, length, given_frames, segments, carry, cls.hidden.unique_id)
         shift = model.get_model_object("model_sampling").shift

@@ -20,6 +20,11 @@ SELF_FORCING = ("self_forcing_dmd.pt", "https://huggingface.co/gdhe17/Self-Forci
 # both of its authors' files are called causal_forcing.pt, so the frame-wise one comes from the author of core's support
 CAUSAL_FORCING = ("causal_forcing.pt", "https://huggingface.co/zhuhz22/Causal-Forcing/resolve/main/chunkwise/causal_forcing.pt",
                   "diffusion_models")
+LONGCAT = ("LongCat_TI2V_comfy_fp8_e4m3fn_scaled_KJ.safetensors",
+           "https://huggingface.co/Kijai/LongCat-Video_comfy/resolve/main/LongCat_TI2V_comfy_fp8_e4m3fn_scaled_KJ.safetensors",
+           "diffusion_models")
+LONGCAT_LORA = ("cfg_step_lora.safetensors", "https://huggingface.co/meituan-longcat/LongCat-Video/resolve/main/lora/cfg_step_lora.safetensors",
+                "loras")
 CAUSAL_FORCING_FRAMES = (
     "causal_forcing-framewise.safetensors",
     "https://huggingface.co/TalmajM/causal_forcing_framewise_ComfyUI_repackaged/resolve/main/split_files/diffusion_models/"
@@ -37,7 +42,8 @@ class Group:
 
 @dataclass
 class Template:
-    """graph: API format. files: node id -> (name, url, folder). heights: of nodes that show text or pictures. runs: on a fresh ComfyUI."""
+    """graph: API format. files: node id -> (name, url, folder). heights: of nodes that show text or pictures. runs: on a fresh ComfyUI.
+    bars: what the thumbnail of a model too large to run says that it shows, and what `qvg plan` is asked for it."""
 
     name: str
     graph: dict = field(default_factory=dict)
@@ -45,6 +51,7 @@ class Template:
     files: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     heights: dict[str, int] = field(default_factory=dict)
     runs: bool = False
+    bars: tuple[str, dict] | None = None
 
     def add(self, name: str, kind: str, **inputs) -> list:
         self.graph[name] = {"class_type": kind, "inputs": inputs}
@@ -63,7 +70,7 @@ def _sampling(template: Template, model, conditioning, latent, vae, block: int, 
     video = template.add("video", "CreateVideo", images=images, fps=16.0)
     template.add("save", "SaveVideo", video=video, filename_prefix=f"video/{prefix}", format="auto", codec="auto")
     template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=samples)
-    template.heights |= {"quantize": 150, "save": 430, "monitor": 460}
+    template.heights |= {"quantize": 150, "save": 430, "monitor": 560}
 
 
 def _quantize(template: Template, model) -> list:
@@ -136,6 +143,7 @@ PROMPT = (
 def published(title: str, model: str, file: tuple[str, str, str], block: int, image: bool) -> Template:
     template = Template(f"{title} - {'image' if image else 'text'} to video")
     template.files = {"load": file, "clip": TEXT_ENCODER, "vae": VAE}
+    template.bars = "KV cache of one minute", {"model": model, "seconds": 60}
     network = template.add("load", "QVGLoadARVideoModel", model_name=file[0], weight_dtype="default")
     clip = template.add("clip", "CLIPLoader", clip_name=TEXT_ENCODER[0], type="wan", device="default")
     vae = template.add("vae", "VAELoader", vae_name=VAE[0])
@@ -159,9 +167,81 @@ def published(title: str, model: str, file: tuple[str, str, str], block: int, im
     return _finish(template, ["load", "clip", "vae"], describe, ("Files and memory", note))
 
 
+LONGCAT_PROMPT = (
+    "realistic filming style, a potter in a clay-stained apron shapes a tall vase on a turning wheel. Wet hands press the rim and draw the "
+    "wall upwards, water runs over the fingers. A sunlit workshop, shelves of unglazed bowls behind, dust in the light of a large window. "
+    "The camera slowly circles the wheel at table height.")
+LONGCAT_NEGATIVE = (
+    "overexposed, static, blurred details, subtitles, painting, still picture, overall gray, worst quality, low quality, JPEG artefacts, "
+    "ugly, deformed, extra fingers, fused fingers, messy background")
+
+
+def _longcat_note(lora: bool, files: list[tuple[str, str, str]]) -> str:
+    lines = ["Put these files into ComfyUI/models:", ""]
+    lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
+    lines += ["", "The bf16 file of the same page and the authors' own parts open too.", "",
+              "KV cache at 832 x 480, from `qvg plan` (peak, workspace included):", "",
+              "| given_frames | bf16 | Quality | Balanced | Smallest |", "|---|---|---|---|---|"]
+    for frames in (1, 4, 9, 19):
+        presets = plan("longcat", latent_frames=frames)["presets"]
+        cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest"))]
+        lines.append(f"| {4 * frames - 3} | " + " | ".join(f"{cell / GIB:.1f} GiB" for cell in cells) + " |")
+    lines += ["", "A segment has 93 frames, 15 a second. Each one after the first continues **given_frames** of the one before: more are "
+              "remembered better and cost more segments for the same length."]
+    lines += ["", "With the distillation LoRA: 16 steps, cfg 1, schedule distilled." if lora else
+              "Without a LoRA: 50 steps, cfg 4, schedule base. With cfg_step_lora: 16 steps, cfg 1, schedule distilled."]
+    return "\n".join(lines)
+
+
+def longcat(use: str, *, image: bool = False, segments: int = 1, given_frames: int = 13, lora: bool = False) -> Template:
+    template = Template(f"LongCat-Video - {use}", bars=("KV cache of 73 given frames", {"model": "longcat", "latent_frames": 19}))
+    template.files = {"load": LONGCAT, "clip": TEXT_ENCODER, "vae": VAE}
+    network = template.add("load", "QVGLoadARVideoModel", model_name=LONGCAT[0], weight_dtype="default")
+    clip = template.add("clip", "CLIPLoader", clip_name=TEXT_ENCODER[0], type="wan", device="default")
+    vae = template.add("vae", "VAELoader", vae_name=VAE[0])
+    load = ["load", "clip", "vae"]
+    if lora:
+        network = template.add("lora", "LoraLoaderModelOnly", model=network, lora_name=LONGCAT_LORA[0], strength_model=1.0)
+        template.files["lora"] = LONGCAT_LORA
+        load.append("lora")
+    network = _quantize(template, network)
+    positive = template.add("positive", "CLIPTextEncode", text=LONGCAT_PROMPT, clip=clip)
+    describe, start = ["positive"], {}
+    if lora:
+        # at cfg 1 the negative prompt is not asked
+        negative = positive
+    else:
+        negative = template.add("negative", "CLIPTextEncode", text=LONGCAT_NEGATIVE, clip=clip)
+        describe.append("negative")
+    if image:
+        start = {"start": template.add("picture", "LoadImage", image="example.png")}
+        describe.append("picture")
+    sampling = {"steps": 16, "cfg": 1.0, "schedule": "distilled"} if lora else {"steps": 50, "cfg": 4.0, "schedule": "base"}
+    template.add(
+        "continue", "QVGLongCatContinue", model=network, positive=positive, negative=negative, vae=vae, width=832, height=480, length=93,
+        given_frames=given_frames, segments=segments, seed=0, control_after_generate="fixed", **sampling, **start)
+    video = template.add("video", "CreateVideo", images=["continue", 0], fps=15.0)
+    template.add("save", "SaveVideo", video=video, filename_prefix="video/qvg_longcat", format="auto", codec="auto")
+    template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=["continue", 1])
+    template.heights |= {"positive": 200, "negative": 160, "picture": 330, "quantize": 150, "save": 430, "monitor": 560}
+    note = _longcat_note(lora, list(template.files.values()))
+    if segments == 1 and not image:
+        note += "\n\nA single segment from text continues nothing and needs no cache. Raise **segments** to go on."
+    template.columns = [
+        [Group("Read me", [("Files and memory", note)], 360)],
+        [Group("1  Load", load, 380), Group("2  Quantize the KV cache", ["settings", "quantize"], 380)],
+        [Group("3  Describe", describe, 380)],
+        [Group("4  Sample", ["continue"], 340)],
+        [Group("5  Video", ["video", "save"], 460)],
+        [Group("6  What the cache held", ["monitor"], 560)]]
+    return template
+
+
 TEMPLATES = {template.name: template for template in (
     tiny(image=False), tiny(image=True),
     published("Self-Forcing", "self-forcing", SELF_FORCING, 3, image=False),
     published("Self-Forcing", "self-forcing", SELF_FORCING, 3, image=True),
     published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING, 3, image=False),
-    published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING_FRAMES, 1, image=True))}
+    published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING_FRAMES, 1, image=True),
+    longcat("text to video"), longcat("image to video", image=True),
+    longcat("long video", segments=8, given_frames=33, lora=True))}

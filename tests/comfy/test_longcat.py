@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfy_client import ComfyError
+from comfy_paths import find_comfyui
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, official_name
 from comfyui_qvg.qvg.models.wan_vae import WanVAE
+from template_graphs import TEMPLATES
 
 SIZES = LongCatSizes(dim=64, head_dim=16, ffn_dim=128, layers=2, text_dim=64, time_dim=16, freq_dim=32)
 WIDTH, HEIGHT = 64, 48
@@ -208,6 +210,25 @@ def test_interrupt_then_again(comfy):
     graph = build(start=9)
     graph["save"]["inputs"]["filename_prefix"] = "again"
     assert torch.equal(run(comfy, graph)[0], before)
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name.startswith("LongCat")])
+def test_templates_run_with_small_files_in_place_of_theirs(comfy, name):
+    """The text encoder alone is replaced by a node, because core opens no small one."""
+    graph = {key: {"class_type": node["class_type"], "inputs": dict(node["inputs"])} for key, node in TEMPLATES[name].graph.items()}
+    del graph["clip"]
+    segments = min(2, graph["continue"]["inputs"]["segments"])
+    small = {"QVGLoadARVideoModel": {"model_name": "longcat.safetensors"}, "VAELoader": {"vae_name": "longcat_vae.safetensors"},
+             "LoraLoaderModelOnly": {"lora_name": "longcat_published.safetensors"},
+             "QVGLongCatContinue": {"width": WIDTH, "height": HEIGHT, "steps": 1, "segments": segments}}
+    for node in graph.values():
+        node["inputs"] = {key: value for key, value in node["inputs"].items() if key != "control_after_generate"}
+        node["inputs"] |= small.get(node["class_type"], {})
+        if node["class_type"] == "CLIPTextEncode":
+            node |= {"class_type": "QVGDemoPrompt", "inputs": {"text": PROMPTS[0]}}
+    (comfy.output.parent / "input" / "example.png").write_bytes((find_comfyui() / "input" / "example.png").read_bytes())
+    outputs = comfy.run(graph, timeout=180)
+    assert outputs["save"]["images"][0]["filename"].endswith(".mp4")
 
 
 WRONG = {

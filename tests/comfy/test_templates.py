@@ -75,16 +75,14 @@ def test_opens_in_the_frontend_as_described(page, name):
         assert page.evaluate("app.rootGraph.nodes.filter(node => node.has_errors).length") == 0
     kinds = {key: node["class_type"] for key, node in template.graph.items()}
     assert sorted(node["class_type"] for node in prompt.values()) == sorted(kinds.values())
-    # each kind occurs once, so it names the node
-    inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    # the frontend numbers nodes as they are made, in the graph's order
+    numbers = {key: str(number) for number, key in enumerate(template.graph, 1)}
     for key, node in template.graph.items():
         for field, value in node["inputs"].items():
             if field == "control_after_generate":
                 continue
-            shown = inputs[kinds[key]][field]
-            if isinstance(value, list):
-                shown, value = [prompt[shown[0]]["class_type"], shown[1]], [kinds[value[0]], value[1]]
-            assert shown == value, f"{key}.{field}"
+            wanted = [numbers[value[0]], value[1]] if isinstance(value, list) else value
+            assert prompt[numbers[key]]["inputs"][field] == wanted, f"{key}.{field}"
 
 
 @pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template.runs])

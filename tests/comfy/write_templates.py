@@ -3,6 +3,7 @@
     python tests/comfy/write_templates.py                  the graphs
     python tests/comfy/write_templates.py --thumbnails     runs those that can run, and draws the pictures beside them
     python tests/comfy/write_templates.py --screens DIR    and a screenshot of each
+    python tests/comfy/write_templates.py --only LongCat   some of them
 
 Needs what the tests of this folder need: a ComfyUI, its requirements in this Python, playwright and chromium.
 """
@@ -152,21 +153,23 @@ def draw_run(video: Path) -> Image.Image:
 
 
 def draw_memory(template: Template) -> Image.Image:
-    """Bytes of a minute's cache as bars; for models that are too large to run here."""
+    """Bytes of a cache as bars; for models that are too large to run here."""
     title, use = template.name.split(" - ")
-    presets = plan(title.lower(), seconds=60)["presets"]
+    caption, asked = template.bars
+    presets = plan(**asked)["presets"]
     rows = [("bf16", presets["off"]["bf16_bytes"], "#8b8d98"), ("Quality", presets["quality"]["peak_bytes"], "#9b7bff"),
             ("Balanced", presets["balanced"]["peak_bytes"], "#4c8dff"), ("Smallest", presets["smallest"]["peak_bytes"], "#37b6a5")]
     picture = Image.new("RGB", (2 * SIZE[0], 2 * SIZE[1]), "#17181c")
     draw = ImageDraw.Draw(picture)
     draw.text((48, 40), title, font=ImageFont.load_default(68), fill="#e8e8ea")
-    draw.text((48, 124), f"{use}, KV cache of one minute", font=ImageFont.load_default(34), fill="#9a9ca6")
+    draw.text((48, 124), f"{use}, {caption}", font=ImageFont.load_default(34), fill="#9a9ca6")
     for number, (name, count, colour) in enumerate(rows):
         y = 220 + 98 * number
         draw.text((48, y + 32), name, font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
         length = 480 * count / rows[0][1]
         draw.rounded_rectangle((230, y, 230 + length, y + 64), 8, fill=colour)
-        draw.text((246 + length, y + 32), f"{count / GIB:.0f} GiB", font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
+        digits = 1 if count < 5 * GIB else 0
+        draw.text((246 + length, y + 32), f"{count / GIB:.{digits}f} GiB", font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
     return picture.resize(SIZE, Image.Resampling.LANCZOS)
 
 
@@ -174,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--thumbnails", action="store_true")
     parser.add_argument("--screens", type=Path)
+    parser.add_argument("--only", default="", help="templates whose names contain this")
     parser.add_argument("--weights", type=Path, help="a models folder with the tiny model, instead of the one that ships")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
@@ -185,7 +189,7 @@ def main() -> None:
         shutil.copy(server.comfyui / "input" / "example.png", server.folder("input"))
         with open_page(browser, server.url, viewport={"width": 2600, "height": 1300}) as page:
             core = page.evaluate("fetch('/system_stats').then(r => r.json())")["system"]["comfyui_version"]
-            for template in TEMPLATES.values():
+            for template in (template for name, template in TEMPLATES.items() if options.only in name):
                 workflow = build(page, template, core)
                 (FOLDER / f"{template.name}.json").write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n")
                 open_template(page, workflow)
