@@ -6,6 +6,8 @@ A chunk is four noisy passes and the clean one, which stores. Weights are random
 history is filled with clusters of tokens. bf16 is measured first and last, and overhead is against the mean of the two. Bytes are the
 allocator's peak during a chunk, less weights and less what the same pass needs without any history. `--limits` caps the allocator at so
 many GiB, weights included, fills the forecast's longest video, and runs its last pass.
+
+    qvg bench generate --model longcat ...      a segment of LongCat-Video instead, see `benchmarks.longcat`
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ..qvg.models.wan import CausalWan, WanSizes, bidirectional
 from ..qvg.plan import longest
 from ..qvg.sampler import SELF_FORCING_SIGMAS
 from ..qvg.settings import PRESETS
-from . import methods, peers
+from . import longcat, methods, peers
 from .kernels import Case, tokens
 from .measure import command_line, environment, progress, table, write
 
@@ -181,6 +183,12 @@ def guesses(scene: Scene, limit_gib: float) -> list[tuple[str, type, int]]:
 
 
 def main(arguments: list[str]) -> None:
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--model", choices=("self-forcing", "longcat"), default="self-forcing")
+    chosen, arguments = chooser.parse_known_args(arguments)
+    if chosen.model == "longcat":
+        longcat.main(arguments)
+        return
     parser = argparse.ArgumentParser(prog="qvg bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs")
     parser.add_argument("--contexts", type=int, nargs="+", help="latent frames behind the chunk, multiples of 3")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_qvg.benchmarks import methods
+from comfyui_qvg.benchmarks import baselines, methods, scatter
 from comfyui_qvg.benchmarks.kernels import Case, tokens
 from comfyui_qvg.qvg import cli
 from comfyui_qvg.qvg.budget import Geometry
+from comfyui_qvg.qvg.demo import NETWORK_PATH
 from comfyui_qvg.qvg.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,42 @@ def test_generate(tmp_path):
     assert [row["method"] for row in rows] == ["bf16", "qvg balanced", "qvg balanced, one stream", "released method", "bf16"]
     assert rows[0]["state_bytes"] > rows[1]["state_bytes"] > 0
     assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(not NETWORK_PATH.is_file(), reason="the tiny model's weights are not in this checkout")
+def test_quality(tmp_path):
+    rows = {row["method"]: row for row in bench("quality", tmp_path)["rows"]}
+    assert rows["exact again"]["free"]["later"] == [120.0]
+    assert rows["exact again"]["free"]["later"] > rows["1e-3 noise"]["free"]["later"] > rows["paper int2"]["free"]["later"]
+    assert 2.25 <= rows["RTN asymmetric int2"]["bits"] < 2.26
+    assert all((tmp_path / f"quality_{kind}.png").stat().st_size > 5000 for kind in ("free", "forced"))
+
+
+@pytest.mark.parametrize(("layouts", "bits"), [(layouts, bits) for layouts in baselines.BASELINES.values() for bits in (2, 4)])
+def test_baselines(layouts, bits):
+    """Every level is used, errors stay within half a step of what E4M3 makes of the range, and a slice of rows is a slice of all."""
+    x = torch.randn(288, 3, 128, generator=torch.Generator().manual_seed(0))
+    for layout in layouts:
+        span = baselines.Baseline(layout).encode(x, bits)
+        assert baselines.unpack(span.data.codes, bits).unique().numel() == 2**bits
+        whole = span.decode(slice(None), None)
+        assert torch.equal(span.decode(slice(1, 2), None), whole[:, 1:2])
+        assert (whole - x).square().mean() < (0.3 if bits == 2 else 0.02)
+        numbers = 8 * sum(span.bytes_by_kind().values()) / x.numel()
+        assert bits + 0.2 < numbers < bits + 0.4
+
+
+def test_frontier():
+    assert scatter.frontier([(3, 5), (1, 1), (2, 4), (2, 3), (4, 5)]) == [(1, 1), (2, 4), (3, 5)]
+
+
+def test_generate_longcat(tmp_path):
+    options = ["--small", "--out", str(tmp_path), "--device", "cpu", "--given", "4", "--new", "2", "--rounds", "1"]
+    assert cli.main(["bench", "generate", "--model", "longcat", *options]) == 0
+    rows = json.loads((tmp_path / "generate-longcat.json").read_text())["rows"]
+    assert rows[0]["method"] == rows[-1]["method"] == "bf16 cache"
+    assert rows[0]["held_bytes"] > rows[1]["held_bytes"] > 0
+    assert all(row["pass_ms"] > 0 and row["step_ms"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("kind", [methods.ours(PRESETS["off"]), methods.Released])
