@@ -220,14 +220,17 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
         epochs = 1 + -(-frames // settings.epoch_frames)
         layer = sum(
             span_bytes(geometry, settings.codec, tensor, sink, settings.sink_bits, itemsize) * bool(sink)
-            + spans * span_bytes(geometry, settings.codec, tensor, chunk_frames, tensor.bits, itemsize)
-            + epochs * codebook_bytes(geometry, settings.codec, tensor, chunk_frames) for tensor in least)
+            + (spans - 1) * span_bytes(geometry, settings.codec, tensor, chunk_frames, tensor.bits, itemsize)
+            # the newest is encoded before it can lose planes
+            + span_bytes(geometry, settings.codec, tensor, chunk_frames, bits, itemsize)
+            + epochs * codebook_bytes(geometry, settings.codec, tensor, chunk_frames)
+            for tensor, bits in zip(least, first_bits(settings, sink=False)))
         return geometry.layers * layer + workspace_bytes(geometry, seen(frames), itemsize)
 
     if needed(chunk_frames) > budget:
         raise ValueError(
             f"A memory budget of {settings.budget_gib:g} GiB is too small: the first frames, one chunk and the workspace need "
-            f"{needed(chunk_frames) / GIB:.2f} GiB at one plane. Raise the budget, or lower the resolution or the sink frames.")
+            f"{needed(chunk_frames) / GIB:.3g} GiB at one plane. Raise the budget, or lower the resolution or the sink frames.")
     most = (total_frames or 1_000_000) - sink
     low, high = chunk_frames, max(chunk_frames, most)
     while low < high:

@@ -1,6 +1,7 @@
 """The `qvg` command: the same ideas without ComfyUI.
 
     qvg plan --model self-forcing --seconds 30 --vram 24
+    qvg generate --prompt "red circle moving right, over green dots still" --seconds 30 --out ball.mp4
     qvg bench kernels
     qvg info
 """
@@ -14,7 +15,7 @@ import sys
 
 import torch
 
-from . import dispatch
+from . import dispatch, generate
 from . import plan as planning
 from .models.catalogue import MODELS
 from .settings import PRESETS
@@ -61,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_plan)
 
+    command = commands.add_parser("generate", help="make a long video with the tiny model")
+    generate.add_arguments(command)
+    command.set_defaults(run=generate.main)
+
     command = commands.add_parser("bench", help="measure speed, memory and quality", add_help=False)
     command.add_argument("name", choices=BENCHMARKS)
     command.add_argument("options", nargs=argparse.REMAINDER)
@@ -75,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
     try:
         chosen.run(chosen)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"qvg: {error}", file=sys.stderr)
         return 2
     return 0

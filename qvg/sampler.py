@@ -26,8 +26,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import budget
 from .attention import Attention, CachedAttention, sdpa
 from .cache import CacheStats, KVCache
+from .settings import QVGSettings
 
 # four steps at shift 5, what Self-Forcing was distilled to
 SELF_FORCING_SIGMAS = (1.0, 0.9375, 5 / 6, 0.625, 0.0)
@@ -147,7 +149,8 @@ class Sampler:
 
     shape: (B, C, H, W) of a latent frame. start: latents [B, C, n, H, W] that are given; they are stored in causal chunks.
     noise: [B, C, frames, H, W] at the scale of the first sigma, to begin each chunk with; drawn chunk by chunk without it.
-    frames_done, chunk, last_prompt and recent are the position, which `storage` keeps.
+    frames_done, chunk, last_prompt and recent are the position, which `storage` keeps. settled: false while finished latents are being
+    stored; a run that is broken off then goes on from here, but bit for bit only from an earlier session.
     Raises ValueError when start or noise does not fit the run.
     """
 
@@ -163,6 +166,7 @@ class Sampler:
         self.chunk = 0
         self.last_prompt: str | None = None
         self.recent: list[Tensor] = []
+        self.settled = True
 
     @staticmethod
     def _frame_shape(x: Tensor) -> tuple[int, ...]:
@@ -176,6 +180,8 @@ class Sampler:
 
     def __iter__(self) -> Iterator[Event]:
         with torch.no_grad():
+            if not self.settled:
+                self.model.rewind(self.frames_done)
             yield from self._given()
             while self.frames_done < self.run.frames:
                 yield from self._make_chunk(next(self.run.pieces(self.frames_done, self.run.frames)))
@@ -205,6 +211,7 @@ class Sampler:
     def _finish(self, latents: Tensor, clean: Tensor, generated: bool) -> ChunkDone:
         """Move the position behind a stored chunk."""
         first, chunk = self.frames_done, self.chunk if generated else None
+        self.settled = True
         self.last_prompt = self.model.prompt(first)
         self.frames_done += latents.shape[2]
         self.chunk += generated
@@ -214,6 +221,7 @@ class Sampler:
         return ChunkDone(chunk, self.chunks, first, latents, self.model.stats())
 
     def _store(self, clean: Tensor, first: int, at: int | None = None) -> Iterator[Event]:
+        self.settled = False
         level = self.run.context_noise
         context = clean if not level else (1.0 - level) * clean + level * self._draw(clean.shape[2], f"context {first}")
         yield from self._attempt(context, level, first, at=first if at is None else at, store=True)
@@ -222,11 +230,12 @@ class Sampler:
         """Where the prompt changes, store the newest frames anew under the new one, from the clean latents."""
         if not self.run.recache_frames or self.last_prompt in (None, self.model.prompt(first)):
             return
-        begin = first - sum(part.shape[2] for part in self.recent)
+        begin, self.settled = first - sum(part.shape[2] for part in self.recent), False
         self.model.rewind(begin)
         for part in self.recent:
             yield from self._store(part, begin, at=first)
             begin += part.shape[2]
+        self.last_prompt, self.settled = self.model.prompt(first), True
 
     def _attempt(self, x: Tensor, sigma: float, first: int, *, at: int, store: bool) -> Iterator[Event]:
         """One pass of the model; where memory does not suffice, again with less of it."""
@@ -254,6 +263,14 @@ class Sampler:
         digest = hashlib.blake2b(f"{self.run.seed}/{self.chunk}/{step}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(shape, generator=generator).to(self.device)
+
+
+def check_positions(settings: QVGSettings, run: Run, position_limit: int) -> None:
+    """Raises ValueError where a history reaches further than a position limit lets it: its frames would take the places of sinks."""
+    most = budget.capacity_frames(settings, run.chunk_frames, run.frames, None)
+    if position_limit and most > position_limit:
+        raise ValueError(f"A pass sees up to {most} latent frames, but positions are limited to {position_limit}. Set a window of at most "
+                         f"{max(0, position_limit - settings.sink_frames - 2 * run.chunk_frames + 1)} frames.")
 
 
 @dataclass

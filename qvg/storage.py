@@ -136,8 +136,12 @@ def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tenso
 
     latents: [B, C, F, H, W] made so far, where the caller keeps them. extra: plain values, and tensors: named ones, that the caller
     wants back as they are (`Session.extra`, `Session.tensors`).
-    Raises OSError when the disk is full or cannot be written; an older session at `path` then is as it was.
+    Raises OSError when the disk is full or cannot be written, ValueError when the sampler is in the middle of storing a chunk; an older
+    session at `path` then is as it was.
     """
+    if not sampler.settled:
+        raise ValueError("The run was broken off while a chunk was being stored, so this moment cannot be saved; an earlier checkpoint can "
+                         "be resumed.")
     stored = {f"extra.{name}": tensor for name, tensor in (tensors or {}).items()}
     stored |= {f"recent{number}": part for number, part in enumerate(sampler.recent)}
     if latents is not None:

@@ -1,6 +1,7 @@
 """The codec against the theory of its quantizer, and the cache against the forecast."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -111,6 +112,22 @@ def test_forecast_is_exact(name, frames, chunk):
     assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames) == (planned.stored_bytes, planned.peak_bytes, planned.held_frames)
     if CASES[name].budget_gib:
         assert stats.peak_bytes <= CASES[name].budget_gib * GIB
+
+
+@pytest.mark.parametrize("name", ["quality", "balanced", "smallest"])
+def test_a_budget_that_is_accepted_is_kept(name):
+    """Down to the smallest budget that is not refused, whatever is kept wider for a while."""
+    kept = 0
+    for chunk, sink, recent in product((1, 3), (0, 3), (0, 3)):
+        for mebi in (1.5, 2, 2.5, 3, 4):
+            settings = replace(PRESETS[name], sink_frames=sink, recent_frames=recent, budget_gib=mebi / 1024)
+            try:
+                planned = forecast(settings, Geometry(6, 2, 128, (8, 12)), 60, chunk, itemsize=4)
+            except ValueError:
+                continue
+            assert planned.peak_bytes <= settings.budget_gib * GIB
+            kept += 1
+    assert kept >= 20
 
 
 def test_accounting_at_self_forcing_geometry():

@@ -1,0 +1,249 @@
+"""`qvg generate`: a long video of the tiny model without ComfyUI, streamed to a file, checkpointed, resumed.
+
+    qvg generate --prompt "red circle moving right, over green dots still" --seconds 30 --out ball.mp4
+    qvg generate --resume --out ball.mp4                        after a crash, an interrupt, or to go on with another --seconds or --prompt
+
+`generate` is the same for any network and VAE with the interfaces of `models.wan` and `models.wan_vae`. Nothing in it grows with the
+length of the video: latents are decoded as they come and kept no longer than a change of prompt needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import storage
+from .budget import GIB
+from .cache import KVCache
+from .chart import format_bytes
+from .models.wan import HEAD_DIM, PATCH, CausalWan
+from .models.wan_vae import WanVAE
+from .sampler import Adapted, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
+from .schedule import PromptTrack, Schedule, latent_frames
+from .settings import PRESETS, QVGSettings
+from .storage import Session
+from .stream import ChunkDecoder, VideoWriter, encode_stream, read_frames, to_bytes
+
+# of what is free, left to everything that is not the cache
+MARGIN = 0.2
+KEPT = ("frame_rate", "checkpoint", "cfg", "negative", "position_limit")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A video to be made. latent: (height, width) of its latents; session: where checkpoints go, every `checkpoint` chunks; negative: the
+    prompt that cfg leads away from."""
+
+    out: Path
+    session: Path
+    schedule: Schedule
+    run: Run
+    settings: QVGSettings
+    latent: tuple[int, int]
+    frame_rate: int = 16
+    checkpoint: int = 4
+    cfg: float = 1.0
+    negative: str = ""
+    position_limit: int = 0
+    device: str = "cpu"
+
+    def values(self) -> dict:
+        """What a session must remember besides run and settings."""
+        kept = {name: getattr(self, name) for name in KEPT}
+        return kept | {"schedule": str(self.schedule), "settings": self.settings.to_json()}
+
+
+def resumed(session: Session, out: Path, device: str = "cpu") -> Job:
+    """The job that a session was saved by."""
+    values = session.extra
+    try:
+        settings, schedule = QVGSettings.from_json(values["settings"]), Schedule.parse(values["schedule"])
+        kept = {name: values[name] for name in KEPT}
+    except KeyError as error:
+        raise storage.SessionError(f"{session.path.name} was not saved by `qvg generate`: it lacks {error}. Open it in ComfyUI.") from None
+    return Job(out=out, session=session.path, schedule=schedule, run=session.run, settings=settings, latent=tuple(session.shape[2:]),
+               device=device, **kept)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free now on a device, or on the host; 0 where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def auto_budget(device: str) -> float:
+    """GiB that a cache may take so that it always fits: what is free now, less a margin."""
+    return free_bytes(device) * (1 - MARGIN) / GIB
+
+
+def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start: Tensor | None = None) -> Sampler:
+    """A sampler with its caches. Raises ValueError where settings, budget or positions do not fit the network and the run."""
+    sizes, run = network.sizes, job.run
+    check_positions(job.settings, run, job.position_limit)
+
+    def project(text: str):
+        return network.project_context(embed(text).to(job.device))
+
+    def cache() -> KVCache:
+        return KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=HEAD_DIM, device=job.device, dtype=network.dtype,
+                       grid=(job.latent[0] // PATCH[1], job.latent[1] // PATCH[2]), max_frames=run.frames, chunk_frames=run.chunk_frames)
+
+    prompt = PromptTrack(job.schedule, project, job.frame_rate)
+    guides = job.cfg != 1
+    settings = replace(job.settings, budget_gib=job.settings.budget_gib / (1 + guides))
+    if guides:
+        conditions = guided(prompt, cache(), project(job.negative), cache(), job.cfg)
+    else:
+        conditions = [Condition(prompt, cache())]
+    model = CachedNetwork(network, conditions, position_limit=job.position_limit)
+    return Sampler(model, run, (1, sizes.channels, *job.latent), start=start, device=job.device)
+
+
+def generate(network: CausalWan, vae: WanVAE, embed: Callable[[str], Tensor], job: Job, *, start: Tensor | None = None,
+             resume: Session | None = None) -> Iterator[tuple[Event, Sampler]]:
+    """Make the video; yields every event with the sampler. The file and the session are whole whenever and however this ends.
+
+    start: latents [1, C, n, H, W] to go on from.
+    """
+    sampler = prepare(network, embed, job, start)
+    decoder, written = ChunkDecoder(vae), 0
+    name = storage.fingerprint(network)
+    if resume is not None:
+        resume.restore(sampler, name)
+        decoder.restore(resume.tensors)
+        written = resume.extra["video_frames"]
+    writer = VideoWriter(job.out, job.frame_rate, frames=written)
+
+    def checkpoint() -> None:
+        # the frames first: a session must never promise frames that are not in the file
+        writer.cut()
+        storage.save(job.session, sampler, fingerprint=name, extra=job.values() | {"video_frames": writer.frames}, tensors=decoder.state())
+
+    # whether every chunk that the sampler counts is in the writer, too
+    whole, given = True, 0 if start is None else start.shape[2]
+    try:
+        for event in sampler:
+            if isinstance(event, ChunkDone):
+                whole = False
+                writer.write(to_bytes(decoder(event.latents)[0]))
+                whole = True
+                if event.chunk is not None and (event.chunk + 1) % job.checkpoint == 0:
+                    checkpoint()
+            yield event, sampler
+    finally:
+        try:
+            if whole and sampler.settled and sampler.frames_done > given:
+                checkpoint()
+            writer.close()
+        finally:
+            for cache in sampler.model.caches:
+                cache.free()
+
+
+@dataclass
+class Meter:
+    """Progress as a line of text: steps of all steps, frames a second, time left."""
+
+    steps_done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def line(self, event: Event, sampler: Sampler) -> str:
+        self.steps_done += 1
+        run = sampler.run
+        seconds = time.monotonic() - self.began
+        # a pass that stores costs about as much as a step
+        left = (sampler.chunks - event.chunk) * (run.steps + 1) - getattr(event, "step", run.steps) - 1
+        text = f"chunk {event.chunk + 1}/{event.chunks}"
+        if not isinstance(event, ChunkDone):
+            text += f", step {event.step + 1}/{event.steps}"
+        text += f", {left * seconds / self.steps_done:.0f} s left"
+        if isinstance(event, ChunkDone):
+            frames = 4 * event.latents.shape[2]
+            text += f", {frames * self.steps_done / (run.steps + 1) / seconds:.1f} frames/s, cache {format_bytes(event.stats.stored_bytes)}"
+        return text
+
+
+def add_arguments(command) -> None:
+    command.add_argument("--prompt", help="one prompt, or a schedule such as '0s: ...' and '6.5s: ...' on lines of its own")
+    command.add_argument("--prompt-file", type=Path, help="a text file with the same")
+    command.add_argument("--seconds", type=float, default=0, help="length of the video (default 10)")
+    command.add_argument("--out", type=Path, required=True, help="ball.mp4, ball.webm, or ball.png for numbered images")
+    command.add_argument("--start", type=Path, nargs="+", help="images or a video to go on from")
+    command.add_argument("--resume", action="store_true", help="go on from the session, also with another --seconds, --prompt or --recache")
+    command.add_argument("--session", type=Path, help="where checkpoints go (default: OUT.session.safetensors)")
+    command.add_argument("--checkpoint", type=int, default=4, metavar="CHUNKS", help="chunks between checkpoints")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--preset", choices=PRESETS, default="balanced")
+    command.add_argument("--window", type=int, default=0, metavar="FRAMES", help="latent frames of history besides the sink; 0 keeps all")
+    command.add_argument("--sink", type=int, metavar="FRAMES", help="first latent frames, kept for good")
+    command.add_argument("--budget", default="0", metavar="GIB", help="most memory for the cache, or auto for what is free")
+    command.add_argument("--position-limit", type=int, default=0, metavar="FRAMES", help="count positions no further than this")
+    command.add_argument("--recache", type=int, metavar="FRAMES", help="latent frames stored anew when the prompt changes")
+    command.add_argument("--cfg", type=float, default=1.0)
+    command.add_argument("--negative", default="", help="prompt that cfg leads away from")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _job(arguments, latent: tuple[int, int]) -> tuple[Job, Session | None]:
+    """What the command line asks for, and the session to go on from."""
+    place = arguments.session or arguments.out.with_name(arguments.out.name + ".session.safetensors")
+    text = arguments.prompt_file.read_text(encoding="utf-8") if arguments.prompt_file else arguments.prompt
+    frames = latent_frames(arguments.seconds or 10.0, 16)
+    if arguments.resume and place.is_file():
+        session = storage.load(place)
+        job = resumed(session, arguments.out, arguments.device)
+        run = replace(job.run, frames=frames if arguments.seconds else job.run.frames,
+                      recache_frames=job.run.recache_frames if arguments.recache is None else arguments.recache)
+        return replace(job, run=run, schedule=Schedule.parse(text) if text else job.schedule), session
+    if not text:
+        lost = f"; {place} is not there to resume." if arguments.resume else "."
+        raise ValueError(f"There is no prompt. Give --prompt or --prompt-file{lost}")
+    if arguments.out.exists() and not arguments.resume:
+        raise ValueError(f"{arguments.out} is there already. Choose another --out, or --resume to go on with it.")
+    settings = QVGSettings.preset(arguments.preset)
+    budget = auto_budget(arguments.device) if arguments.budget == "auto" else float(arguments.budget)
+    settings = replace(settings, window_frames=arguments.window, budget_gib=budget,
+                       sink_frames=settings.sink_frames if arguments.sink is None else arguments.sink)
+    run = Run(frames=frames, seed=arguments.seed, recache_frames=arguments.recache or 0)
+    return Job(out=arguments.out, session=place, schedule=Schedule.parse(text), run=run, settings=settings, latent=latent,
+               checkpoint=arguments.checkpoint, cfg=arguments.cfg, negative=arguments.negative, position_limit=arguments.position_limit,
+               device=arguments.device), None
+
+
+def main(arguments) -> None:
+    from .demo import HEIGHT, LATENT, WIDTH, embed_prompt, load_tiny
+
+    def embed(text: str) -> Tensor:
+        embedding = embed_prompt(text)
+        return embedding if embedding.ndim == 3 else embedding[None]
+
+    job, session = _job(arguments, LATENT)
+    network, vae = (part.to(arguments.device) for part in load_tiny())
+    start = None
+    if arguments.start and session is None:
+        start = encode_stream(vae, read_frames(arguments.start, WIDTH, HEIGHT).to(arguments.device))
+    meter = Meter()
+    try:
+        # closed here, not when it is collected: an interrupt between two events must save as well
+        with closing(generate(network, vae, embed, job, start=start, resume=session)) as events:
+            for event, sampler in events:
+                if isinstance(event, Adapted):
+                    print(event.message, file=sys.stderr)
+                elif event.chunk is not None:
+                    print(f"\r\x1b[K{meter.line(event, sampler)}", end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {job.out} holds what was made; the same command with --resume goes on.", file=sys.stderr)
+        return
+    print(f"\r\x1b[K{job.out}: {job.run.frames} latent frames, session in {job.session}", file=sys.stderr)
