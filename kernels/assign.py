@@ -42,7 +42,7 @@ def nearest(x, centroids, scale, count, D: tl.constexpr, TOKENS: tl.constexpr, B
     return ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "count"])
 def assign_kernel(x, centroids, ids, tokens, count, x_row, x_token,
                   D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr):
     """Grid: (blocks of tokens, rows)."""

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..qvg import planes
-from ..qvg.codec import PaperSpan, PlaneSpan
+from ..qvg.codec import PaperSpan, PlainSpan, PlaneSpan
 from ..qvg.dispatch import Unsupported
 from .tiles import (
     HEAD_DIMS,
@@ -120,7 +120,8 @@ def _turns(angles, frame, line, column, mask, ROWS: tl.constexpr, PAIRS: tl.cons
     return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+# numbers that change during a video would each be compiled for anew
+@triton.jit(do_not_specialize=["first_job", "first_head", "all_heads", "heads", "rows", "origin", "frames", "height", "width"])
 def decode_kernel(
     jobs, levels, angles, keys, values,
     first_job, first_head, all_heads, heads, rows, batch_stride, token_stride, head_stride, origin, frames, height, width,
@@ -400,11 +401,13 @@ def _describe(span, dtype: torch.dtype) -> tuple[Kind, list[int], list[float]]:
         zeros = span.codes.zeros
         kind = Kind(PAPER.value, span.bits, len(book.centroids), scales.shape[-1], zeros is not None)
         columns[ZEROS.value] = 0 if zeros is None else zeros.data_ptr()
-    else:
+    elif isinstance(span, PlainSpan):
         book, data, scales = None, [span.data], span.scales
         if scales is None and span.data.dtype != dtype:
             raise Unsupported(f"a plain span holds {span.data.dtype}, the workspace {dtype}")
         kind = Kind(PLAIN.value) if scales is None else Kind(INT8.value, groups=scales.shape[-1])
+    else:
+        raise Unsupported(f"a {type(span).__name__} has no kernel")
     for number, part in enumerate(data):
         columns[DATA.value + number] = part.data_ptr()
     columns[DATA_STRIDES.value:SCALE_STRIDES.value] = data[0].stride()[:2]

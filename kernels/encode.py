@@ -48,7 +48,7 @@ def _subtract(residual, codes, unit, chosen, D: tl.constexpr, NATIVE_E4M3: tl.co
     return residual - e4m3_to_float32(tl.load(codes + at), NATIVE_E4M3) * unit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "count"])
 def assign_stages_kernel(
     x, codes, units, channel_scale, ids, largest, tokens, rows, count, x_token, x_row, id_stage, id_token, id_row,
     STAGES: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -73,7 +73,7 @@ def assign_stages_kernel(
     tl.atomic_max(largest + row, tl.max(rms.to(tl.int32, bitcast=True)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "count"])
 def write_planes_kernel(
     x, codes, units, channel_scale, ids, largest, b0, b1, b2, b3, b4, b5, b6, scales, plane0, plane1, plane2, plane3,
     exponents, tokens, rows, count, x_token, x_row, id_stage, id_token, id_row, data_token, data_row, scale_token, scale_row,

@@ -11,7 +11,7 @@ from ..qvg.dispatch import Unsupported
 from .tiles import require_channels_last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "tokens", "heads"])
 def rotate_kernel(x, cos, sin, out, lines, tokens, heads, x_batch, x_token, x_head,
                   D: tl.constexpr, LINES: tl.constexpr):
     """LINES heads of neighbouring tokens, [LINES, D]; out is contiguous. Grid: (blocks of lines, batch)."""

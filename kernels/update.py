@@ -19,7 +19,7 @@ PROGRAMS = 256
 SEARCH = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "count", "share"])
 def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
                 D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """Sums over `share` tokens. Grid: (parts of the tokens, blocks of centroids, rows)."""
@@ -43,7 +43,7 @@ def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
     tl.store(sizes + at, size, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "count", "parts"])
 def means_kernel(x, ids, centroids, sums, sizes, means, tokens, count, x_row, x_token, parts,
                  D: tl.constexpr, SEARCH: tl.constexpr):
     """Add the parts up; a centroid without tokens searches its share of them. Grid: (centroids, rows)."""

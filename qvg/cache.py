@@ -126,7 +126,7 @@ class LayerCache:
 
     def __init__(self, owner: KVCache, number: int):
         settings = owner.settings
-        self.owner = owner
+        self.owner, self.number = owner, number
         self.entries: list[Entry] = []
         self.reader = None  # what the kernel that decodes keeps between reads
         self.sides = tuple(
@@ -163,7 +163,7 @@ class LayerCache:
             self._append_span([x[start:stop] for x in pair], first, count)
             start = stop
         self.next_frame += frames
-        self.owner._note_peak()
+        self.owner._note_peak(self)
 
     def _append_span(self, pair: list[Tensor], first: int, frames: int) -> None:
         settings, owner = self.owner.settings, self.owner
@@ -321,6 +321,7 @@ class KVCache:
             settings, chunk_frames, max_frames, self.limits.cap_frames))
         self.layers = [LayerCache(self, number) for number in range(layers)]
         self.peak_bytes = 0
+        self._held: dict[int, int] = {}  # bytes of each layer as counted last
 
     @property
     def frames(self) -> int:
@@ -331,18 +332,25 @@ class KVCache:
         group = self.workspace.group
         return [slice(start, start + group) for start in range(0, self.geometry.heads, group)]
 
-    def _note_peak(self) -> None:
-        held = sum(layer.nbytes for layer in self.layers) + self.workspace.nbytes
-        self.peak_bytes = max(self.peak_bytes, held)
+    def _note_peak(self, changed: LayerCache | None = None) -> None:
+        """Count again what every layer holds, or only the one that changed, and the peak with it."""
+        if changed is None:
+            self._held.clear()
+        for layer in self.layers:
+            if layer is changed or layer.number not in self._held:
+                self._held[layer.number] = layer.nbytes
+        self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + self.workspace.nbytes)
 
     def rewind(self, first: int) -> None:
         """Forget what was stored from latent frame `first` on. What older spans lost meanwhile does not come back."""
+        self._held.clear()
         for layer in self.layers:
             layer.rewind(first)
 
     def shrink(self) -> str | None:
         """Give up the next cheapest thing to need less memory and say what it was: half of the heads that are decoded at a time, then a
         plane of the widest spans, then the older half of the history. None when nothing is left to give."""
+        self._held.clear()
         if self.workspace.halve():
             return f"Memory did not suffice: heads are now decoded {self.workspace.group} at a time."
         if sum(layer.narrow() for layer in self.layers):
@@ -373,4 +381,5 @@ class KVCache:
     def free(self) -> None:
         """Give all memory back; the cache is empty and can be used again."""
         self.workspace.free()
+        self._held.clear()
         self.layers = [LayerCache(self, number) for number in range(self.geometry.layers)]

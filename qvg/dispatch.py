@@ -72,6 +72,8 @@ def _interprets() -> bool:
 
 def refusal(op: str, device: torch.device | str) -> str:
     """Why Triton does not do this op on this device as far as is known; empty when it does."""
+    if _forced.get() == "torch":
+        return "torch was asked for"
     device = torch.device(device)
     elsewhere = f"Triton kernels need a CUDA or ROCm device, not {device.type}"
     if device.type not in _DEVICES and _forced.get() != "triton":

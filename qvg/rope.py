@@ -32,9 +32,12 @@ class Rope:
 
     def angles(self, positions: Tensor, dim: int) -> Tensor:
         """[N] positions -> [N, dim / 2] angles, float64 where the device has it."""
-        exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
-        frequencies = (1.0 / self.theta**exponents).to(positions.device, _angle_dtype(positions.device))
-        return positions.to(frequencies.dtype)[:, None] * frequencies
+        dtype = _angle_dtype(positions.device)
+        # made on the device where it has float64, because a copy from the host would wait for all that the device has to do
+        place = positions.device if dtype == torch.float64 else "cpu"
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=place) / dim
+        frequencies = (1.0 / self.theta**exponents).to(positions.device, dtype)
+        return positions.to(dtype)[:, None] * frequencies
 
     def tables(self, first: int, frames: int, device) -> tuple[Tensor, Tensor]:
         """cos and sin, [frames * h * w, head_dim / 2] float32, of `frames` frames from absolute frame `first`."""

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import dispatch, e4m3
 
-# float32 distances of a slice of rows stay below this
+# float32 residuals, and distances where the twin makes them, of a slice of rows stay below this
 SCRATCH_BYTES = 64 << 20
+KERNEL_SCRATCH_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Codebook:
         return e4m3.decode(self.centroids[stage, rows]) * self.centroid_scale[stage, rows].float()
 
 
-def row_slices(rows: int, bytes_per_row: int) -> list[slice]:
-    """Slices of the row axis whose scratch stays under `SCRATCH_BYTES` (one row at least)."""
-    step = max(1, min(rows, SCRATCH_BYTES // max(1, bytes_per_row)))
+def row_slices(rows: int, bytes_per_row: int, limit: int = SCRATCH_BYTES) -> list[slice]:
+    """Slices of the row axis whose scratch stays under `limit` (one row at least)."""
+    step = max(1, min(rows, limit // max(1, bytes_per_row)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -104,8 +105,11 @@ def kmeans(x: Tensor, count: int, iterations: int, generator: torch.Generator, s
     generator, so that every device draws the same).
     """
     if start is None:
-        tokens = torch.randperm(x.shape[1], generator=generator)[:count].to(x.device)
-        start = x[:, tokens]
+        tokens = torch.randperm(x.shape[1], generator=generator)[:count]
+        if x.device.type == "cuda":
+            # from pinned memory the copy waits for nothing that the device still has to do
+            tokens = tokens.pin_memory()
+        start = x[:, tokens.to(x.device, non_blocking=True)]
     centroids = start
     for _ in range(iterations):
         centroids = update(x, assign(x, centroids), centroids)
@@ -125,7 +129,9 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
     channel = torch.empty(rows, dim, dtype=torch.bfloat16, device=x.device)
     # every slice of rows draws the same tokens, whatever the slices are
     state = generator.get_state()
-    for part in row_slices(rows, 4 * tokens * (2 * count + 3 * dim)):
+    # the kernels make no [tokens, centroids] matrix, and fewer slices are fewer launches
+    scratch = (3 * dim, KERNEL_SCRATCH_BYTES) if not dispatch.refusal("assign", x.device) else (2 * count + 3 * dim, SCRATCH_BYTES)
+    for part in row_slices(rows, 4 * tokens * scratch[0], scratch[1]):
         generator.set_state(state)
         residual = x[:, part].transpose(0, 1).float()
         for stage in range(stages):

