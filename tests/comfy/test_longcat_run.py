@@ -16,6 +16,8 @@ from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4
 PREFIX = "model."
+# of timesteps that bf16 holds, since the network rounds them to the type that it computes in
+EXACT_SIGMAS = torch.tensor([0.992, 0.752, 0.5, 0.25, 0.0])
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +108,7 @@ def test_computing_in_bf16_as_a_gpu_does(loaded, recorded, monkeypatch):
 
     from comfyui_qvg.nodes.adapters import longcat
 
-    # timesteps that bf16 holds, since the network rounds them to what it computes in
-    sigmas = torch.tensor([0.992, 0.752, 0.5, 0.25, 0.0])
-    expected = sample(loaded, recorded, sigmas=sigmas)
+    expected = sample(loaded, recorded, sigmas=EXACT_SIGMAS)
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: None)
     small = longcat.load(weights(recorded, torch.bfloat16), torch.bfloat16)
     network, seen = small.model.diffusion_model, set()
@@ -116,14 +116,17 @@ def test_computing_in_bf16_as_a_gpu_does(loaded, recorded, monkeypatch):
     for name, layer in network.named_modules():
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_hook(lambda _, given, made, name=name: seen.add((name, given[0].dtype, made.dtype)))
-    assert relative_error(sample(small, recorded, sigmas=sigmas), expected) < 0.05
+    assert relative_error(sample(small, recorded, sigmas=EXACT_SIGMAS), expected) < 0.05
     exact = {name for name, given, made in seen if given == made == torch.float32}
     assert len(seen) == len({name for name, *_ in seen}), "one type each"
     assert {name.split(".")[0] if "modulation" not in name else "modulation" for name in exact} == {"time_embedding", "modulation", "head"}
 
 
-def test_scaled_fp8_weights(comfy_modules, recorded):
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_scaled_fp8_weights(loaded, recorded, monkeypatch, compute):
     """The layout of files that circulate: bulk weights in E4M3 with a scale each."""
+    import comfy.model_management
+
     from comfyui_qvg.nodes.adapters import longcat
 
     state = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
@@ -133,4 +136,8 @@ def test_scaled_fp8_weights(comfy_modules, recorded):
             state |= {name: (tensor / scale).to(torch.float8_e4m3fn), name.replace(".weight", ".scale_weight"): scale}
         else:
             state[name] = tensor
-    assert relative_error(sample(longcat.load(state), recorded), recorded[0]["continued"]) < 0.1
+    monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: compute)
+    small = longcat.load(state)
+    assert small.model.get_dtype_inference() == compute
+    expected = sample(loaded, recorded, sigmas=EXACT_SIGMAS)
+    assert relative_error(sample(small, recorded, sigmas=EXACT_SIGMAS), expected) < 0.1
