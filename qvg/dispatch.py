@@ -95,6 +95,8 @@ def run(op: str, twin: Callable, *arguments) -> Any:
     if forced == "torch":
         return twin(*arguments)
     reason = refusal(op, device)
+    if not reason and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        reason = "Triton kernels have no gradients"
     if not reason:
         try:
             with _current(device):

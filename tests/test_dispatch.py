@@ -97,3 +97,13 @@ def test_info_prints_backends_and_reasons(capsys):
     text = capsys.readouterr().out
     assert all(op in text for op in dispatch.OPS)
     assert torch.cuda.is_available() or "not cpu" in text
+
+
+def test_gradients_take_the_twin():
+    from comfyui_qvg.qvg.rope import Rope
+
+    x = torch.randn(1, 4, 2, 128, requires_grad=True)
+    Rope(128, (2, 2)).apply(x, 0, 1).square().sum().backward()
+    assert torch.allclose(x.grad, 2 * x.detach(), atol=1e-5)
+    with dispatch.force("triton"), pytest.raises(dispatch.Unsupported, match="no gradients|need a CUDA|cannot be imported"):
+        Rope(128, (2, 2)).apply(x, 0, 1)

@@ -24,7 +24,7 @@ from ...qvg.models.wan import CausalWan, WanSizes
 from ...qvg.models.wan_vae import WanVAE, denormalize, normalize
 from .autoencoder import Scenes, fold_statistics, train_autoencoder
 from .clock import Clock
-from .diffusion import Pools, Trainer
+from .diffusion import Pool, Trainer
 from .rollout import generate
 
 LAYERS, WIDTH, FFN = 6, 256, 1024
@@ -59,18 +59,21 @@ def save(module: torch.nn.Module, path: Path, metadata: dict | None = None) -> i
 
 
 @torch.no_grad()
-def encode_pool(vae: WanVAE, minutes: float, frames: int, device) -> Pools:
-    """As many clips as the minutes allow, half of them for text, which begin where a description puts them."""
+def encode_pools(vae: WanVAE, minutes: float, frames: int, beginning: int, device) -> dict[str, Pool]:
+    """As many clips as the minutes allow: for text, which begin where a description puts them; for start images; and for
+    text, but only the beginnings, of which more are seen because they are all that the description decides alone."""
     generator = torch.Generator().manual_seed(3)
-    clock, pools = Clock(minutes), ([], [])
-    while not (pools[1] and clock.over()):
-        for free, pool in enumerate(pools):
-            scenes = [random_scene(generator) for _ in range(8)]
-            video = render(place(scenes, generator, bool(free)).to(device), 4 * frames - 3)
+    pools = {}
+    for kind, share, length in (("text", 0.3, frames), ("image", 0.3, frames), ("short", 0.4, beginning)):
+        clock, parts = Clock(minutes * share), []
+        while not (parts and clock.over()):
+            scenes = [random_scene(generator) for _ in range(16)]
+            video = render(place(scenes, generator, free=kind == "image").to(device), 4 * length - 3)
             with torch.autocast(device.type, torch.bfloat16):
                 latents = normalize(vae.encode(video).float()).bfloat16()
-            pool.append((latents, torch.cat([embed_scene(scene) for scene in scenes]).to(device)))
-    return tuple(tuple(map(torch.cat, zip(*pool))) for pool in pools)
+            parts.append((latents, torch.cat([embed_scene(scene) for scene in scenes]).to(device)))
+        pools[kind] = tuple(map(torch.cat, zip(*parts)))
+    return pools
 
 
 def contact_sheet(video: Tensor, path: Path, moments: int = 8) -> None:
@@ -142,10 +145,10 @@ def main() -> None:
 
     if not options.dit_minutes and not options.own_minutes:
         return
-    pools = encode_pool(vae, options.pool_minutes, long, device)
-    latents = pools[1][0]
+    pools = encode_pools(vae, options.pool_minutes, long, 6, device)
+    latents = pools["text"][0]
     std, mean = torch.std_mean(latents.float(), dim=(0, 2, 3, 4))
-    print(f"pools: {len(latents)} clips each, channel means to {mean.abs().max():.3f}, "
+    print(f"pools: {', '.join(f'{len(pool[0])} for {kind}' for kind, pool in pools.items())}; channel means to {mean.abs().max():.3f}, "
           f"deviations {std.min():.3f} to {std.max():.3f}", flush=True)
 
     trainer = Trainer(network, pools, device, fast=device.type == "cuda" and not options.no_compile)

@@ -27,8 +27,8 @@ from .clock import Clock, Log
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
 SHIFT = 5.0
 
-# clips for text and clips for start images: normalized latents [N, 16, F, H, W] and prompts [N, L, text_dim] of each
-Pools = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+# normalized latents [N, 16, F, H, W] and prompts [N, L, text_dim]
+Pool = tuple[Tensor, Tensor]
 
 
 class TeacherForcing:
@@ -65,12 +65,12 @@ class TeacherForcing:
 class Trainer:
     """A network under training, the pools that it sees, and its running average."""
 
-    def __init__(self, network: CausalWan, pools: Pools, device, fast: bool):
+    def __init__(self, network: CausalWan, pools: dict[str, Pool], device, fast: bool):
         self.network, self.pools, self.device = network, pools, device
         self.average = [p.detach().clone() for p in network.parameters()]
         if fast:
             for block in network.blocks:
-                block.compile()
+                block.compile(dynamic=True)
 
     def _flow(self, clean: Tensor, noisy: Tensor, sigma: Tensor, prompt: Tensor, attend: TeacherForcing) -> Tensor:
         """Flow of the noisy half. clean, noisy [B, C, F, H, W]; sigma [B, F]."""
@@ -107,7 +107,13 @@ class Trainer:
 
     def train(self, minutes: float, batch: int, frames: int, rate: float, own_context: bool, name: str) -> None:
         clock, log = Clock(minutes), Log(name, 50)
-        layouts = [TeacherForcing(frames, alone, self.device) for alone in (False, True)]
+        # what steps take turns with: clips, how many, of how many frames, and whether on the network's own context
+        turns = [("text", batch, frames, own_context), ("image", batch, frames, own_context)]
+        if own_context:
+            # to begin from text alone is the hardest thing to learn, so it keeps half of the steps, on beginnings only
+            short = self.pools["short"][0].shape[2]
+            turns = [turns[0], ("short", 8 * batch, short, False), turns[1], ("short", 8 * batch, short, False)]
+        layouts = {turn[0]: TeacherForcing(turn[2], turn[0] == "image", self.device) for turn in turns}
         parameters = list(self.network.parameters())
         matrices = [p for p in parameters if p.ndim > 1 and min(p.shape[:2]) > 1]
         rest = [p for p in parameters if not (p.ndim > 1 and min(p.shape[:2]) > 1)]
@@ -118,14 +124,15 @@ class Trainer:
         while not clock.over():
             for group in optimizer.param_groups:
                 group["lr"] = rate * clock.schedule()
-            attend = layouts[step % 2]
-            latents, prompts = self.pools[step % 2]
+            kind, batch, frames, on_own = turns[step % len(turns)]
+            attend = layouts[kind]
+            latents, prompts = self.pools[kind]
             pick = torch.randint(len(latents), (batch,), device=self.device)
             clip, prompt = latents[pick, :, :frames].float(), prompts[pick]
             context = clip
-            if own_context and step % 4 < 3:
+            if on_own:
                 own = self._own_context(clip, prompt, attend, depth=1 + step % 3)
-                trust = torch.rand(batch, 1, 1, 1, 1, device=self.device) < 0.8
+                trust = torch.rand(batch, 1, 1, 1, 1, device=self.device) < 0.6
                 context = torch.where(trust, own, clip)
             blur = 0.1 * torch.rand(batch, 1, 1, 1, 1, device=self.device).square()
             context = context + blur * torch.randn_like(clip)
