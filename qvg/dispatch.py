@@ -34,6 +34,7 @@ _DEVICES = ("cuda",)
 _forced: ContextVar[str | None] = ContextVar("qvg_backend", default=None)
 # what a kernel that had been chosen said when it ran: (op, device type) -> sentence
 _failures: dict[tuple[str, str], str] = {}
+_used: set[str] = set()
 
 
 class Unsupported(ValueError):
@@ -99,6 +100,9 @@ def run(op: str, twin: Callable, *arguments) -> Any:
         reason = "Triton kernels have no gradients"
     if not reason:
         try:
+            if op not in _used:
+                _used.add(op)
+                logging.info("QVG: the Triton kernel of %s is compiled where this machine has not yet done so, which takes seconds", op)
             with _current(device):
                 return _kernels()[0][op](*arguments)
         except Unsupported as error:

@@ -279,3 +279,32 @@ def test_overlap_changes_nothing(slow, monkeypatch):
         stats, planned = cache.stats(), forecast(QVG, cache.geometry, 12)
         assert (stats.stored_bytes, stats.peak_bytes) == (planned.stored_bytes, planned.peak_bytes)
     assert torch.equal(*outs)
+
+
+ROOM = torch.cuda.get_device_properties(0).total_memory if ON_GPU else 0
+
+
+@pytest.mark.skipif(ROOM < 36 << 30, reason="more than 2 ** 31 numbers need a GPU of 40 GB")
+def test_addresses_beyond_32_bits():
+    """A span, and a tensor to turn, of more than 2 ** 31 numbers: what lies at the end is right."""
+    grid, heads, dim = (1024, 1024), 9, 256
+    count = grid[0] * grid[1]
+    x = torch.randn(1, count, heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    cache = KVCache(PRESETS["off"], layers=1, heads=heads, head_dim=dim, grid=grid, device=DEVICE, dtype=x.dtype)
+    with dispatch.force("triton"):
+        cache.layers[0].append(x, x, 1)
+        keys, values = torch.full((2, 1, count, 1, dim), float("nan"), device=DEVICE, dtype=x.dtype)
+        cache.layers[0].read(slice(8, 9), keys, values)
+        cos, sin = (part[:, None] for part in cache.rope.tables(0, 1, DEVICE))
+        turned = rotate(x, cos, sin)
+        assert torch.equal(values, x[:, :, 8:])
+        assert_close([[turned[:, -99:, 8:]], [keys[:, -99:]]], x.dtype)
+        del turned, keys, values, cache
+        coder = codec.TensorCodec("qvg", TensorSettings(bits=4, stages=1, centroids=4), dim, 1)
+        book = coder.train(x[0, -2000:], torch.Generator().manual_seed(0))
+        span = coder.encode(x[0], 4, book)
+    last = codec.PlaneSpan([plane[-99:] for plane in span.planes], span.scales[-99:], span.exponents, span.ids[:, -99:], book, "mse")
+    error = last.decode(slice(8, 9), codec.LevelTables(DEVICE)) - x[0, -99:, 8:].float()
+    assert error.square().mean() < 0.03
