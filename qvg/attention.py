@@ -57,29 +57,33 @@ class CachedAttention:
         if not history.tokens:
             out = self.attention(q, turned, v)
         else:
-            out = torch.empty_like(q)
-            for heads, keys, values in self._decoded(history, k.shape[1]):
-                out[:, :, heads] = self._attend_group(q[:, :, heads], turned[:, :, heads], v[:, :, heads], keys, values)
+            groups = self._decoded(history, turned, v)
+            out = torch.cat([self._attend_group(heads, q, turned, v, keys, values) for heads, keys, values in groups], dim=2)
         if self.store:
             history.append(k, v, self.frames)
         return out
 
-    def _decoded(self, history, own: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Groups of heads in turn, their history decoded, with room for `own` tokens behind it.
+    def _decoded(self, history, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Groups of heads in turn: their history, decoded, and behind it the chunk's own tokens (of a CFG batch, the first condition's).
 
         With two buffers a second stream decodes a group while the one before attends, and waits for a buffer until what reads it is done.
         """
         workspace, past, slices = self.cache.workspace, history.tokens, self.cache.head_slices()
-        side = workspace.side
+        side, batch, tokens = workspace.side, self.cache.geometry.batch, history.tokens + k.shape[1]
+
+        def fill(heads: slice, keys: Tensor, values: Tensor) -> None:
+            history.read(heads, keys[:, :past], values[:, :past], self.shift)
+            keys[:, past:], values[:, past:] = k[:batch, :, heads], v[:batch, :, heads]
+
         if side is None:
             for heads in slices:
-                keys, values = workspace.views(past + own)
-                history.read(heads, keys[:, :past], values[:, :past], self.shift)
-                yield heads, keys, values
+                views = workspace.views(tokens)
+                fill(heads, *views)
+                yield heads, *views
             return
         main = torch.cuda.current_stream(workspace.device)
         buffers = self.cache.geometry.buffers
-        views = [workspace.views(past + own, buffer) for buffer in range(buffers)]
+        views = [workspace.views(tokens, buffer) for buffer in range(buffers)]
         ready, done = [], []
 
         def decode(number: int) -> None:
@@ -88,8 +92,7 @@ class CachedAttention:
                     side.wait_stream(main)
                 else:
                     side.wait_event(done[number - buffers])
-                keys, values = views[number % buffers]
-                history.read(slices[number], keys[:, :past], values[:, :past], self.shift)
+                fill(slices[number], *views[number % buffers])
                 ready.append(side.record_event())
 
         decode(0)
@@ -100,14 +103,13 @@ class CachedAttention:
             yield heads, *views[number % buffers]
             done.append(main.record_event())
 
-    def _attend_group(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Some heads of the chunk over their history, which keys and values hold with room for the chunk's own behind it."""
-        batch, past = self.cache.geometry.batch, keys.shape[1] - k.shape[1]
-        copies = q.shape[0] // batch
-        outs = []
+    def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Some heads of the chunk over what `_decoded` gave."""
+        batch, past, outs = self.cache.geometry.batch, keys.shape[1] - k.shape[1], []
         # the conditions of a CFG batch differ in their own tokens only, so they take turns behind the one history
-        for part in range(copies):
-            own = slice(part * batch, (part + 1) * batch)
-            keys[:, past:], values[:, past:] = k[own], v[own]
-            outs.append(self.attention(q[own], keys, values))
-        return outs[0] if copies == 1 else torch.cat(outs)
+        for start in range(0, q.shape[0], batch):
+            own = slice(start, start + batch)
+            if start:
+                keys[:, past:], values[:, past:] = k[own, :, heads], v[own, :, heads]
+            outs.append(self.attention(q[own, :, heads], keys, values))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
