@@ -10,9 +10,12 @@ from . import live
 from .compare import QVGCompare
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
+from .long_video import QVGARVideoSampler, QVGEmptyLongVideoLatent, QVGPromptAt, QVGPromptSchedule
 from .longcat import QVGLongCatContinue
 from .monitor import QVGMemoryMonitor
 from .plan import QVGPlanMemory
+from .session import QVGLoadVideoSession, QVGSaveVideoSession
+from .stream import QVGStreamVideo
 from .tiny_prompt import QVGDemoPrompt
 
 
@@ -30,4 +33,5 @@ class QuantVideoGenExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGPlanMemory, QVGCompare,
-                QVGDemoPrompt]
+                QVGDemoPrompt, QVGARVideoSampler, QVGEmptyLongVideoLatent, QVGPromptSchedule, QVGPromptAt, QVGSaveVideoSession,
+                QVGLoadVideoSession, QVGStreamVideo]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -42,13 +42,17 @@ SAMPLED_NUMBERS = 64
 DAMAGE = (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError, MemoryError)
 
 
-def fingerprint(network: nn.Module) -> str:
-    """A name of a network's weights: a hash of every tensor's name, shape and 64 of its numbers, so that billions take seconds."""
+def fingerprint(network: nn.Module, changing: Collection[str] = ()) -> str:
+    """A name of a network's weights: a hash of every tensor's name, shape and 64 of its numbers, so that billions take seconds.
+
+    changing: names of tensors whose numbers depend on the moment (such as those that a LoRA is added to while they are on the GPU).
+    """
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        flat = tensor.detach().flatten()
-        step = max(1, flat.numel() // SAMPLED_NUMBERS)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + _bytes(flat[::step][:SAMPLED_NUMBERS]))
+        digest.update(f"{name} {tuple(tensor.shape)} {name in changing}".encode())
+        if name not in changing:
+            flat = tensor.detach().flatten()
+            digest.update(_bytes(flat[::max(1, flat.numel() // SAMPLED_NUMBERS)][:SAMPLED_NUMBERS]))
     return digest.hexdigest()[:32]
 
 

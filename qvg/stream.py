@@ -154,10 +154,14 @@ class VideoWriter:
         self.frames += count
 
     def close(self) -> None:
-        """Cut, and give the file an index, so that players know its length and can seek."""
+        """Cut, and give the file an index, so that players know its length and can seek. A file without frames is removed."""
         self.cut()
-        if self._format is not None and self.frames:
+        if self._format is None:
+            return
+        if self.frames:
             self._rewrite(self._format.closed)
+        else:
+            self.path.unlink(missing_ok=True)
 
     def _rewrite(self, options: dict[str, str]) -> None:
         """The same encoded frames in a container with other options, in the place of the file."""

@@ -15,6 +15,8 @@ def is_autoregressive(sampler) -> bool:
 
 def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
     """Raises ValueError when a sampling run (arguments of `CFGGuider.outer_sample`) cannot use a KV cache."""
+    if getattr(sampler, "keeps_own_caches", False):
+        return
     _check_sampler(sampler, sigmas)
     if noise.ndim != 5:
         raise ValueError(f"The latent has {noise.ndim} axes; a video latent has 5. Connect Empty AR Video Latent.")

@@ -1,0 +1,155 @@
+"""Core's causal Wan as a `Model` of `qvg.sampler`: every condition of the guider has a cache and a cross-attention cache of its own.
+
+For the time of a run the network's forward and its self-attention are replaced on the instance, and put back in `finally`. So this works
+with any guider, any loader and any LoRA, with or without Quantize KV Cache (QVG) on the model. A pass of several conditions in one batch
+is taken apart by the ids that core gives them, and each part goes through core's own `forward_block`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+
+from ...qvg.attention import CachedAttention
+from ...qvg.cache import CacheStats, KVCache
+from .wan import _attention, compute_dtype
+
+# in a CONDITIONING entry: [(first latent frame, embedding [1, L, C], name), ...]
+SCHEDULE = "qvg_schedule"
+
+
+@dataclass
+class Slot:
+    """What belongs to one condition. cross: core's cross-attention caches, made anew for every prompt."""
+
+    cache: KVCache
+    schedule: list
+    cross: list | None = None
+    cross_name: str | None = None
+
+    def entry(self, frame: int) -> tuple:
+        """(first frame, embedding or None for what the condition holds itself, name) at a latent frame."""
+        return next((entry for entry in reversed(self.schedule) if entry[0] <= frame), (0, None, ""))
+
+
+class Handle:
+    """What core's block hands to its self-attention as the layer's cache."""
+
+    def __init__(self, attend: CachedAttention, layer: int):
+        self.attend, self.layer = attend, layer
+
+
+class CausalWan:
+    """The model, its guider, and the caches; see `qvg.sampler.Model` for the methods.
+
+    guider: core's CFGGuider or one of its kind during a run. make_cache: called once for each condition.
+    """
+
+    def __init__(self, guider, extra_args: dict, make_cache: Callable[[], KVCache], position_limit: int):
+        self.guider, self.extra_args, self.position_limit = guider, extra_args, position_limit
+        self.network = guider.inner_model.diffusion_model
+        self.slots = {cond["uuid"]: Slot(make_cache(), cond.get(SCHEDULE) or []) for cond in _evaluated(guider)}
+        self.caches = [slot.cache for slot in self.slots.values()]
+        self._now = (0, 0, False)
+        self._forwards, self._before = [], {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The network goes through these caches inside, and is as it was afterwards, whatever happens."""
+        self._forwards = [(self.network, self._forward), *((block.self_attn, self._self_attention(block.self_attn))
+                                                           for block in self.network.blocks)]
+        try:
+            yield
+        finally:
+            for module, forward in self._forwards:
+                if vars(module).get("forward") is forward:
+                    del module.forward
+                    if (before := self._before[module]) is not None:
+                        module.forward = before
+            for cache in self.caches:
+                cache.free()
+
+    def _install(self) -> None:
+        # for every pass, because core puts its patches anew where it has to move the network between two of them
+        for module, forward in self._forwards:
+            if (now := vars(module).get("forward")) is not forward:
+                self._before[module], module.forward = now, forward
+
+    # what the sampler asks for
+
+    def denoise(self, x: torch.Tensor, sigma: float, first: int, *, at: int, store: bool) -> torch.Tensor:
+        if not store:
+            # a chunk that is finished is still stored, so that it can be saved
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        self._now = first, at, store
+        self._install()
+        return self.guider(x, x.new_full([x.shape[0]], sigma), **self.extra_args)
+
+    def prompt(self, frame: int) -> str:
+        return "\n".join(slot.entry(frame)[2] for slot in self.slots.values())
+
+    def rewind(self, first: int) -> None:
+        for cache in self.caches:
+            cache.rewind(first)
+
+    def shrink(self) -> str | None:
+        comfy.model_management.soft_empty_cache()
+        return next((said for cache in self.caches if (said := cache.shrink()) is not None), None)
+
+    def stats(self) -> CacheStats:
+        return CacheStats.total([cache.stats() for cache in self.caches])
+
+    # what replaces the network's own
+
+    def _forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # noqa: B006
+        uuids = transformer_options["uuids"]
+        rows = x.shape[0] // len(uuids)
+        outs = []
+        for number, uuid in enumerate(uuids):
+            if uuid not in self.slots:
+                raise ValueError("A condition appeared that the run did not begin with. Connect the prompts to the guider alone.")
+            part = slice(number * rows, (number + 1) * rows)
+            outs.append(self._pass(self.slots[uuid], x[part], timestep[part], context[part], clip_fea))
+        return torch.cat(outs)
+
+    def _pass(self, slot: Slot, x, timestep, context, clip_fea):
+        first, at, store = self._now
+        frames, layers = x.shape[2], len(self.network.blocks)
+        _, embedding, name = slot.entry(at)
+        if embedding is not None:
+            context = embedding.to(context).expand(x.shape[0], -1, -1)
+        if slot.cross is None or slot.cross_name != name:
+            slot.cross, slot.cross_name = self.network.init_crossattn_caches(x.shape[0], x.device, x.dtype), name
+        attend = CachedAttention(slot.cache, start_frame=first, frames=frames, store=store, attention=_attention,
+                                 position_limit=self.position_limit)
+        return type(self.network).forward_block(
+            self.network, x, timestep.reshape(-1, 1).expand(-1, frames), context, first, [Handle(attend, layer) for layer in range(layers)],
+            slot.cross, clip_fea)
+
+    @staticmethod
+    def _self_attention(module):
+        def forward(x, freqs, kv_cache=None, transformer_options={}):  # noqa: B006 (core's signature)
+            if not isinstance(kv_cache, Handle):
+                return type(module).forward(module, x, freqs, kv_cache, transformer_options)
+            shape = *x.shape[:2], module.num_heads, module.head_dim
+            q, k, v = module.norm_q(module.q(x)).view(shape), module.norm_k(module.k(x)).view(shape), module.v(x).view(shape)
+            return module.o(kv_cache.attend(kv_cache.layer, q, k, v).flatten(2))
+
+        return forward
+
+
+def _evaluated(guider) -> list[dict]:
+    """The conditions that the guider asks the model for; at cfg 1 core leaves the negative ones out."""
+    skips = getattr(guider, "cfg", None) == 1.0 and not guider.model_options.get("disable_cfg1_optimization")
+    return [cond for name, conds in guider.conds.items() if not (skips and name == "negative") for cond in conds]
+
+
+def cache_shape(base, shape) -> dict:
+    """Arguments of `KVCache` for latents of `shape` (B, C, F, H, W) through a BaseModel."""
+    network = base.diffusion_model
+    return {"layers": network.num_layers, "heads": network.num_heads, "head_dim": network.head_dim, "batch": shape[0],
+            "grid": (-(-shape[3] // 2), -(-shape[4] // 2)), "dtype": compute_dtype(base)}

@@ -1,0 +1,308 @@
+"""Long video: a SAMPLER that streams, remembers, resumes and takes its prompts by the clock, and an empty latent of any length.
+
+    QVGARVideoSampler        knobs (+ start LATENT, + QVG_SESSION) -> SAMPLER for SamplerCustom and SamplerCustomAdvanced
+    QVGEmptyLongVideoLatent  seconds (+ VAE) -> LATENT
+    QVGPromptSchedule        CLIP, "0s: ...  6.5s: ..." -> CONDITIONING
+    QVGPromptAt              CONDITIONING, CONDITIONING, seconds -> CONDITIONING
+
+The loop is `qvg.sampler`; what a condition keeps is `adapters.causal`. Save Video Session and Stream Video to File put themselves into the
+SAMPLER.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+
+from ..qvg.budget import GIB, Geometry, forecast
+from ..qvg.cache import KVCache
+from ..qvg.chart import format_bytes
+from ..qvg.generate import MARGIN, Meter
+from ..qvg.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
+from ..qvg.schedule import Schedule, first_frame, latent_frames
+from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.storage import Session
+from .adapters.causal import SCHEDULE, CausalWan, cache_shape
+from .run_log import ATTACHMENT, send_text
+
+SessionType = io.Custom("QVG_SESSION")
+NOISES = {"Same on every device": "private", "As Sampler AR Video": "core"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the node and those that put themselves into its SAMPLER choose. save: a `session.SaveTo`; stream: a `stream.StreamTo`."""
+
+    chunk_frames: int = 3
+    first_alone: bool = False
+    noise: str = "private"
+    context_noise: float = 0.0
+    recache_frames: int = 0
+    position_limit: int = 0
+    auto_budget: bool = False
+    keep_partial: bool = True
+    start: torch.Tensor | None = None
+    session: Session | None = None
+    save: object | None = None
+    stream: object | None = None
+    node_id: str | None = None
+
+
+class ARSampler(comfy.samplers.Sampler):
+    """Core calls `sample`. keeps_own_caches tells the hook of Quantize KV Cache (QVG) that its own cache is not used in this run."""
+
+    keeps_own_caches = True
+
+    def __init__(self, options: Options):
+        self.options = options
+        # where the hook looks for the chunk size, for its forecast
+        self.extra_options = {"num_frame_per_block": options.chunk_frames}
+
+    def changed(self, **changes) -> ARSampler:
+        return ARSampler(replace(self.options, **changes))
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        """noise and latent_image [B, C, F, H, W]; returns the video, shorter when it was interrupted."""
+        base, options = model_wrap.inner_model, self.options
+        if denoise_mask is not None:
+            raise ValueError("The latent has a noise mask, which a video made chunk by chunk cannot follow. Remove Set Latent Noise Mask.")
+        if noise.ndim != 5 or not hasattr(base.diffusion_model, "init_kv_caches"):
+            raise ValueError(f"{type(base.diffusion_model).__name__} with a latent of {noise.ndim} axes is no autoregressive video. Load "
+                             "the model with Load AR Video Model (QVG) and connect Empty Long Video Latent (QVG).")
+        x = base.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
+        session, log = options.session, model_wrap.model_patcher.get_attachment(ATTACHMENT)
+        settings = session.settings[0] if session else log.settings if log else PRESETS["off"]
+        run = Run(frames=x.shape[2], chunk_frames=options.chunk_frames, sigmas=tuple(sigmas.tolist()), seed=extra_args.get("seed") or 0,
+                  first_alone=options.first_alone, context_noise=options.context_noise, recache_frames=options.recache_frames,
+                  noise=options.noise)
+        if options.auto_budget and session is None:
+            settings = replace(settings, budget_gib=comfy.model_management.get_free_memory(x.device) * (1 - MARGIN) / GIB)
+        check_positions(settings, run, options.position_limit)
+        shape = cache_shape(base, x.shape)
+        _check_memory(settings, shape, run, x.device)
+        model = CausalWan(model_wrap, extra_args, lambda: KVCache(
+            settings, **shape, device=x.device, max_frames=run.frames, chunk_frames=run.chunk_frames), options.position_limit)
+        # the frames that the graph drew are taken where they mean something: core's own noise, or latents that another pass began
+        given = options.noise == "core" or not noise.any() or not self.max_denoise(model_wrap, sigmas)
+        sampler = Sampler(model, run, (*x.shape[:2], *x.shape[3:]), device=x.device, noise=x if given else None,
+                          start=None if session else self._start(base, model_wrap, x))
+        with model.installed():
+            made = self._run(sampler, base, callback, log, x)
+        return base.model_sampling.inverse_noise_scaling(sigmas[-1], made)
+
+    def _start(self, base, guider, x) -> torch.Tensor | None:
+        """The latents to begin with, as the network reads them: this node's, or those of AR Video I2V."""
+        start = self.options.start
+        if start is None:
+            start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+        if start is None:
+            return None
+        start = base.process_latent_in(start).to(x)
+        return start.expand(x.shape[0], *start.shape[1:]) if start.shape[0] == 1 else start
+
+    def _run(self, sampler: Sampler, base, callback, log, x) -> torch.Tensor:
+        options, video, meter = self.options, torch.zeros_like(x), Meter()
+        if options.session is not None:
+            made = _resume(options.session, sampler, base)
+            video[:, :, :made.shape[2]] = made
+        recorders = [part.open(sampler, base) for part in (options.save, options.stream) if part is not None]
+        try:
+            for recorder in recorders if sampler.frames_done else ():
+                recorder.resume(video[:, :, :sampler.frames_done])
+            try:
+                for event in sampler:
+                    self._tell(event, sampler, meter, callback, video)
+                    if isinstance(event, ChunkDone):
+                        video[:, :, event.first:sampler.frames_done] = event.latents
+                        if log is not None:
+                            log.note(event.stats)
+                        for recorder in recorders:
+                            recorder.chunk(event, video[:, :, :sampler.frames_done])
+            except comfy.model_management.InterruptProcessingException:
+                if not options.keep_partial or not sampler.frames_done:
+                    raise
+        finally:
+            for recorder in recorders:
+                recorder.close(video[:, :, :sampler.frames_done])
+        return video[:, :, :sampler.frames_done]
+
+    def _tell(self, event, sampler: Sampler, meter: Meter, callback, video) -> None:
+        """Progress over all chunks and steps, a preview of the newest frames, and a line on the node."""
+        if isinstance(event, StepDone) and callback is not None:
+            total = event.chunks * event.steps
+            at = event.chunk * event.steps + event.step
+            shown = event.denoised
+            if at == total - 1:
+                # core gives out what the last call shows as denoised_output
+                shown = torch.cat([video[:, :, :event.first], shown], 2)
+            callback(at, shown, shown, total)
+        if self.options.node_id:
+            text = event.message if isinstance(event, Adapted) else meter.line(event, sampler) if event.chunk is not None else ""
+            send_text(text, self.options.node_id)
+
+
+def _resume(session: Session, sampler: Sampler, base) -> torch.Tensor:
+    """Restore the sampler; the latents made so far."""
+    session.restore(sampler, model_name(base))
+    return session.latents.to(sampler.device)
+
+
+def model_name(base) -> str:
+    """The fingerprint of a BaseModel's network, LoRAs left out where they are added to the weights."""
+    from ..qvg.storage import fingerprint
+
+    patched = {key.removeprefix("diffusion_model.") for key in getattr(base.current_patcher, "patches", {})}
+    return fingerprint(base.diffusion_model, patched)
+
+
+def _check_memory(settings: QVGSettings, shape: dict, run: Run, device) -> None:
+    """Raises ValueError before the first step where the cache cannot fit, with the presets that would."""
+    geometry = Geometry(**{name: value for name, value in shape.items() if name != "dtype"})
+    itemsize, free = shape["dtype"].itemsize, comfy.model_management.get_free_memory(device)
+
+    def peak(settings: QVGSettings) -> int:
+        return forecast(settings, geometry, run.frames, run.chunk_frames, itemsize=itemsize).peak_bytes
+
+    needed = peak(settings)
+    if needed <= free:
+        return
+    fitting = [name.capitalize() for name in PRESETS if peak(PRESETS[name]) <= free]
+    ways = f"the preset {' or '.join(fitting)} of Quantize KV Cache (QVG), " if fitting else ""
+    raise ValueError(f"The KV cache of {run.frames} latent frames needs {format_bytes(needed)}, but {format_bytes(free)} are free. Choose "
+                     f"{ways}auto_budget, a window, or a shorter or smaller video.")
+
+
+class QVGARVideoSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGARVideoSampler", display_name="AR Video Sampler (QVG)", category="model/sampling/samplers",
+            description="Makes long video chunk by chunk: any length, any cfg, prompts by the clock, from a start or a saved session.",
+            search_aliases=["qvg", "long video", "autoregressive", "self forcing", "causal forcing", "continue video", "resume"],
+            inputs=[
+                io.Int.Input("chunk_frames", default=3, min=1, max=64,
+                             tooltip="Latent frames made at a time. It must be what the model was trained for: 3 for Self-Forcing, 1 for "
+                                     "framewise models."),
+                io.Latent.Input("start", optional=True,
+                                tooltip="Latents of an image or a video to go on from. They are stored in causal chunks and are the "
+                                        "beginning of the result."),
+                SessionType.Input("session", optional=True, tooltip="A video to go on with, from Load Video Session (QVG)."),
+                io.Boolean.Input("auto_budget", default=False, optional=True,
+                                 tooltip="Let the KV cache take what memory is free now, less a margin: when it is full, the oldest frames "
+                                         "lose bits and then leave, instead of an error."),
+                io.Boolean.Input("keep_partial", default=True, optional=True,
+                                 tooltip="On interrupt, go on through the graph with the frames that are finished."),
+                io.Int.Input("recache_frames", default=0, min=0, max=1000, optional=True, advanced=True,
+                             tooltip="Newest latent frames that are stored anew when the prompt changes, so that the new prompt takes hold "
+                                     "at once. 0 keeps the history as it is."),
+                io.Boolean.Input("first_alone", default=False, optional=True, advanced=True,
+                                 tooltip="The first latent frame is a chunk by itself."),
+                io.Int.Input("position_limit", default=0, min=0, max=100000, optional=True, advanced=True,
+                             tooltip="Latent frames that the model was trained on (21 for Self-Forcing). Beyond it positions no longer "
+                                     "grow; needs a window in QVG Settings. 0 counts on."),
+                io.Float.Input("context_noise", default=0.0, min=0.0, max=0.99, step=0.01, optional=True, advanced=True,
+                               tooltip="Noise level at which finished chunks are stored. 0 for all released models."),
+                io.Combo.Input("noise", options=list(NOISES), default="Same on every device", optional=True, advanced=True,
+                               tooltip="'As Sampler AR Video' draws the same numbers as core's sampler for the same seed."),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, chunk_frames, start=None, session=None, auto_budget=False, keep_partial=True, recache_frames=0, first_alone=False,
+                position_limit=0, context_noise=0.0, noise="Same on every device") -> io.NodeOutput:
+        return io.NodeOutput(ARSampler(Options(
+            chunk_frames=chunk_frames, first_alone=first_alone, noise=NOISES[noise], context_noise=context_noise,
+            recache_frames=recache_frames, position_limit=position_limit, auto_budget=auto_budget, keep_partial=keep_partial,
+            start=None if start is None else start["samples"], session=session, node_id=cls.hidden.unique_id)))
+
+
+class QVGEmptyLongVideoLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGEmptyLongVideoLatent", display_name="Empty Long Video Latent (QVG)", category="model/latent/autoregressive",
+            description="An empty video latent by seconds, as long as you like.",
+            search_aliases=["qvg", "long video", "empty latent", "seconds"],
+            inputs=[
+                io.Float.Input("seconds", default=10.0, min=0.1, max=86400.0, step=0.1, tooltip="At least so long; whole latent frames."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model: 16 for Wan 2.1."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels."),
+                io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Videos made beside each other."),
+                io.Vae.Input("vae", optional=True, tooltip="Takes channels and strides from this VAE; without it they are Wan 2.1's."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For the sampler."),
+                     io.Int.Output(display_name="latent_frames", tooltip="How many latent frames there are.")])
+
+    @classmethod
+    def execute(cls, seconds, frame_rate, width, height, batch_size, vae=None) -> io.NodeOutput:
+        channels, space, stride = (16, 8, 4) if vae is None else (
+            vae.latent_channels, vae.spacial_compression_encode(), vae.temporal_compression_decode() or 1)
+        frames = latent_frames(seconds, frame_rate, stride)
+        samples = torch.zeros([batch_size, channels, frames, height // space, width // space],
+                              device=comfy.model_management.intermediate_device())
+        return io.NodeOutput({"samples": samples}, frames)
+
+
+def _scheduled(conditionings: list[tuple[float, list, str]], frame_rate: int) -> list:
+    """The first conditioning with the others in it, each at the latent frame of its time."""
+    entries = [(first_frame(seconds, frame_rate), conditioning[0][0], name) for seconds, conditioning, name in conditionings]
+    (embedding, extra), *more = conditionings[0][1]
+    return [[embedding, {**extra, SCHEDULE: entries}], *more]
+
+
+class QVGPromptSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGPromptSchedule", display_name="Prompt Schedule (QVG)", category="model/conditioning/autoregressive",
+            description="Prompts that change while the video is made.",
+            search_aliases=["qvg", "prompt travel", "timeline", "multi prompt", "storyboard"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.String.Input("text", multiline=True, default="0s: a calm sea\n6.5s: a storm comes up",
+                                tooltip="One prompt a line with the time at which it begins: '0s: ...', '6.5s: ...', '1:05: ...'. A line "
+                                        "without a time continues the one above."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model."),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers take the "
+                                                                                 "first prompt.")])
+
+    @classmethod
+    def execute(cls, clip, text, frame_rate) -> io.NodeOutput:
+        return io.NodeOutput(_scheduled([
+            (seconds, clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), prompt)
+            for seconds, prompt in Schedule.parse(text).entries], frame_rate))
+
+
+class QVGPromptAt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGPromptAt", display_name="Prompt at Time (QVG)", category="model/conditioning/autoregressive",
+            description="Adds a prompt, from any text encoder, that takes over at a time of the video.",
+            search_aliases=["qvg", "prompt travel", "timeline", "multi prompt"],
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="What holds until then; may come from another Prompt at Time."),
+                io.Conditioning.Input("next", tooltip="What holds from then on."),
+                io.Float.Input("seconds", default=5.0, min=0.0, max=86400.0, step=0.1, tooltip="When it takes over."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model."),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers take the "
+                                                                                 "first prompt.")])
+
+    @classmethod
+    def execute(cls, conditioning, next, seconds, frame_rate) -> io.NodeOutput:
+        (embedding, extra), *more = conditioning
+        entries = list(extra.get(SCHEDULE) or [(0, embedding, "0")])
+        at = first_frame(seconds, frame_rate)
+        if at <= entries[-1][0]:
+            raise ValueError(f"A prompt at {seconds:g}s does not come after the one before it; chain the nodes in the order of time.")
+        # the name tells prompts apart in a session, so it must follow from what the prompt is
+        name = f"{at} {float(next[0][0].float().sum()):.6g}"
+        return io.NodeOutput([[embedding, {**extra, SCHEDULE: [*entries, (at, next[0][0], name)]}], *more])

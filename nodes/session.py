@@ -1,0 +1,125 @@
+"""Sessions: a video saved while it is made, and gone on with later.
+
+    QVGSaveVideoSession  SAMPLER -> SAMPLER that writes a session every few chunks and at the end
+    QVGLoadVideoSession  file -> QVG_SESSION, LATENT made so far
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+from comfy.latent_formats import Wan21
+from comfy_api.latest import io
+
+from ..qvg import storage
+from .long_video import ARSampler, SessionType, model_name
+
+FOLDER = "video_sessions"
+ENDING = ".safetensors"
+
+
+def folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / FOLDER
+
+
+def path_of(name: str) -> Path:
+    """Where a session of this name lies. Raises ValueError for a name that leads out of the folder of sessions."""
+    path = (folder() / name).resolve()
+    if not path.is_relative_to(folder().resolve()) or not name:
+        raise ValueError(f"The session name {name!r} leads out of {folder()}. Use a plain name.")
+    return path if path.suffix == ENDING else path.with_name(path.name + ENDING)
+
+
+@dataclass(frozen=True)
+class SaveTo:
+    """Part of an `ARSampler`."""
+
+    path: Path
+    every: int
+
+    def open(self, sampler, base) -> Saver:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return Saver(self, sampler, model_name(base))
+
+
+class Saver:
+    def __init__(self, place: SaveTo, sampler, fingerprint: str):
+        self.place, self.sampler, self.fingerprint = place, sampler, fingerprint
+        self.saved_frames = 0
+
+    def resume(self, video) -> None:
+        self.saved_frames = video.shape[2]
+
+    def chunk(self, event, video) -> None:
+        if event.chunk is not None and (event.chunk + 1) % self.place.every == 0:
+            self._save(video)
+
+    def close(self, video) -> None:
+        given = 0 if self.sampler.start is None else self.sampler.start.shape[2]
+        if self.sampler.settled and self.sampler.frames_done > max(given, self.saved_frames):
+            self._save(video)
+
+    def _save(self, video) -> None:
+        storage.save(self.place.path, self.sampler, fingerprint=self.fingerprint, latents=video)
+        self.saved_frames = video.shape[2]
+        logging.info("QVG: %d latent frames are saved in %s", self.saved_frames, self.place.path)
+
+
+class QVGSaveVideoSession(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGSaveVideoSession", display_name="Save Video Session (QVG)", category="model/sampling/samplers",
+            description="Writes what a video needs to go on (cache, latents, position) while it is made, so that a crash loses little.",
+            search_aliases=["qvg", "checkpoint", "resume", "autosave", "crash"],
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG)."),
+                io.String.Input("name", default="my video", tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save."),
+                io.Int.Input("every_chunks", default=4, min=1, max=10000,
+                             tooltip="Chunks between saves. The end and an interrupt save, too."),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, saving.")])
+
+    @classmethod
+    def execute(cls, sampler, name, every_chunks) -> io.NodeOutput:
+        return io.NodeOutput(own(sampler).changed(save=SaveTo(path_of(name), every_chunks)))
+
+
+def own(sampler) -> ARSampler:
+    """Raises ValueError for a sampler that is not of this pack."""
+    if not isinstance(sampler, ARSampler):
+        raise ValueError("This SAMPLER cannot be watched chunk by chunk. Connect AR Video Sampler (QVG).")
+    return sampler
+
+
+class QVGLoadVideoSession(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGLoadVideoSession", display_name="Load Video Session (QVG)", category="model/sampling/samplers",
+            description="Opens a saved video to go on with. Damaged files and those of another release are refused.",
+            search_aliases=["qvg", "checkpoint", "resume", "continue video"],
+            inputs=[io.String.Input("name", default="my video",
+                                    tooltip=f"A file below output/{FOLDER}, as Save Video Session (QVG) named it.")],
+            outputs=[
+                SessionType.Output(display_name="session",
+                                   tooltip="For AR Video Sampler (QVG), whose latent says how long the whole video shall be."),
+                io.Latent.Output(display_name="latent", tooltip="The latent frames made so far, for VAE Decode."),
+                io.Int.Output(display_name="latent_frames", tooltip="How many there are."),
+            ])
+
+    @classmethod
+    def fingerprint_inputs(cls, name):
+        path = path_of(name)
+        return path.stat().st_mtime_ns if path.is_file() else ""
+
+    @classmethod
+    def execute(cls, name) -> io.NodeOutput:
+        session = storage.load(path_of(name))
+        if session.latents is None:
+            raise ValueError(f"{session.path.name} was saved without its latents, by `qvg generate`; it goes on on the command line alone.")
+        # every causal model that core knows has Wan 2.1's latents
+        return io.NodeOutput(session, {"samples": Wan21().process_out(session.latents)}, session.frames_done)

@@ -1,0 +1,124 @@
+"""Stream Video to File (QVG): frames are decoded and written while the video is made.
+
+    QVGStreamVideo  SAMPLER, VAE -> SAMPLER that writes a file as the chunks come
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy.ldm.wan.vae import WanVAE, count_cache_layers
+from comfy_api.latest import io
+
+from ..qvg.stream import VideoWriter, to_bytes
+from .session import own
+
+AT_A_TIME = 12  # latent frames between cuts, of a video that is there already
+FORMATS = {"MP4 (H.264)": ".mp4", "WebM (VP9)": ".webm", "PNG images": ".png"}
+
+
+class CoreDecoder:
+    """Core's Wan VAE with what its causal convolutions saw last; the frames of one decode of the whole.
+
+    Core's decoder remembers the frames of one call, and reaches back two: so after the first frame it must be given two at a time, and
+    an odd one waits for the next chunk, or for `last`.
+    """
+
+    def __init__(self, vae, patcher):
+        self.vae, self.patcher = vae, patcher
+        self.memory = [None] * count_cache_layers(vae.first_stage_model.decoder)
+        self.begun = False
+        self.waiting: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, latents: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
+        """[1, C, f, H, W] as VAE Decode takes them -> parts [1, 3, n, 8H, 8W] of the video, -1..1."""
+        if self.waiting is not None:
+            latents = torch.cat([self.waiting, latents], 2)
+        parts, self.waiting = [], latents
+        while (left := self.waiting.shape[2]) and (left > 1 or last or not self.begun):
+            count = min(left, 2) if self.begun else 1
+            parts += self._decode(self.waiting[:, :, :count])
+            self.waiting, self.begun = self.waiting[:, :, count:], True
+        return parts
+
+    def _decode(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        vae = self.vae
+        # both are named, so that the network is not sent away to make room for the VAE
+        comfy.model_management.load_models_gpu([self.patcher, vae.patcher],
+                                               memory_required=vae.memory_used_decode(latents.shape, vae.vae_dtype))
+        z = vae.first_stage_model.conv2(latents.to(vae.device, vae.vae_dtype))
+        return vae.first_stage_model.decoder(z, feat_cache=self.memory, feat_idx=[0])
+
+
+@dataclass(frozen=True)
+class StreamTo:
+    """Part of an `ARSampler`."""
+
+    vae: object
+    path: Path
+    frame_rate: int
+
+    def open(self, sampler, base) -> Streamer:
+        return Streamer(self, base)
+
+
+class Streamer:
+    def __init__(self, place: StreamTo, base):
+        self.base, self.place = base, place
+        self.decode = CoreDecoder(place.vae, base.current_patcher)
+        self.writer = VideoWriter(place.path, place.frame_rate)
+        self.done = 0
+
+    def resume(self, video) -> None:
+        for first in range(0, video.shape[2], AT_A_TIME):
+            self._write(video[:, :, :first + AT_A_TIME])
+
+    def chunk(self, event, video) -> None:
+        self._write(video)
+
+    def close(self, video) -> None:
+        # an interrupt may have come between a chunk and its frames
+        self._write(video, last=True)
+        self.writer.close()
+        logging.info("QVG: %d frames are in %s", self.writer.frames, self.place.path)
+
+    def _write(self, video, last: bool = False) -> None:
+        """Bring the file up to the end of the latents [B, C, F, H, W]; of a batch, the first video."""
+        new, self.done = video[:1, :, self.done:], video.shape[2]
+        for part in self.decode(self.base.process_latent_out(new), last):
+            self.writer.write(to_bytes(part[0]))
+        self.writer.cut()
+
+
+class QVGStreamVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QVGStreamVideo", display_name="Stream Video to File (QVG)", category="model/sampling/samplers",
+            description="Writes the video while it is made: it can be watched as it grows, and an interrupt keeps what is there.",
+            search_aliases=["qvg", "save video", "live", "mp4", "webm", "preview"],
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG)."),
+                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE; frames are decoded chunk by chunk with its temporal memory."),
+                io.String.Input("filename_prefix", default="video/qvg", tooltip="Below the output folder; a number is added."),
+                io.Combo.Input("format", options=list(FORMATS), default="MP4 (H.264)", tooltip="MP4 plays everywhere. PNG loses nothing."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second: 16 for Wan 2.1."),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, writing."),
+                     io.String.Output(display_name="path", tooltip="The file that grows.")])
+
+    @classmethod
+    def execute(cls, sampler, vae, filename_prefix, format, frame_rate) -> io.NodeOutput:
+        own(sampler)
+        if not isinstance(vae.first_stage_model, WanVAE):
+            raise ValueError(f"{type(vae.first_stage_model).__name__} cannot decode chunk by chunk. Load a Wan 2.1 VAE, or decode the "
+                             "whole video with VAE Decode.")
+        place, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+        path = Path(place) / f"{name}_{number:05}_{FORMATS[format]}"
+        return io.NodeOutput(sampler.changed(stream=StreamTo(vae, path, frame_rate)), str(path))
