@@ -1,5 +1,7 @@
 """What an installation and the registry's archive hold: every package, every dependency, nothing else."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +34,13 @@ def tracked(*flags: str) -> list[Path]:
     return [Path(line) for line in listing.stdout.splitlines()]
 
 
-def archive() -> list[Path]:
-    """What `comfy node pack` puts into the registry's archive: tracked files that .comfyignore does not name."""
-    left_out = set(tracked("--cached", "--ignored", "--exclude-from=.comfyignore"))
-    return [path for path in tracked() if path not in left_out]
+def archive(*others: str) -> list[Path]:
+    """What `comfy node pack` puts into the registry's archive: tracked files that .comfyignore does not name.
+
+    others: flags of `git ls-files` for files that shall be taken as tracked.
+    """
+    left_out = {path for kind in ("--cached", "--others") for path in tracked(kind, "--ignored", "--exclude-from=.comfyignore")}
+    return [path for path in tracked("--cached", *others) if path not in left_out and (ROOT / path).is_file()]
 
 
 def test_requirements_are_the_project_dependencies(project):
@@ -51,6 +56,53 @@ def test_every_package_is_installed(project):
 
 def test_archive_holds_no_surprises():
     assert [path for path in archive() if path.parts[0] not in SHIPPED or path.suffix not in SHIPPED_SUFFIXES] == []
+
+
+def test_archive_is_small():
+    """The registry takes more, but people wait for it."""
+    assert sum((ROOT / path).stat().st_size for path in archive()) < 20_000_000
+
+
+# what the registry's scanner has flagged in other packs, and what a pack has no business to do
+FORBIDDEN = {
+    "subprocess", "os.system", "os.popen", "os.environ", "os.getenv", "eval", "exec", "compile", "__import__", "pickle", "marshal",
+    "shelve", "requests", "urllib", "http.client", "socket", "aiohttp.ClientSession", "httpx", "ctypes", "torch.cuda.empty_cache"}
+# the error of a refused file is caught by its name
+HARMLESS = {"pickle", "pickle.UnpicklingError"}
+
+
+def names_used(source: str) -> set[str]:
+    """Modules imported, and names and dotted names used, in a source text."""
+    used = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            used |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, (ast.Name, ast.Attribute)):
+            used.add(ast.unparse(node))
+    return used
+
+
+def test_archive_does_nothing_that_scanners_flag():
+    for path in archive():
+        if path.suffix == ".py":
+            found = {name for name in names_used((ROOT / path).read_text()) - HARMLESS if any(
+                name == word or name.startswith(f"{word}.") for word in FORBIDDEN)}
+            assert found == set(), path
+        if path.suffix == ".js":
+            source = (ROOT / path).read_text()
+            assert not re.search(r"\beval\(|new Function|innerHTML|XMLHttpRequest|WebSocket|document\.write", source), path
+            # a link that a person may follow is not a request
+            assert not re.search(r"(?:import|fetch|fetchApi)\(?\s*[\"'`]https?:", source), path
+
+
+def test_pickles_are_read_as_weights_only():
+    for path in archive():
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse((ROOT / path).read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    assert any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords), path
 
 
 def test_python_source_is_ascii():

@@ -32,9 +32,11 @@ class ComfyServer:
     """A running server between `start()` and `stop()`; `base` keeps its files, `client` talks to it.
 
     flags: further command line arguments of main.py, for example "--preview-method", "latent2rgb".
+    pack: the folder that is linked as the pack; name: what custom_nodes calls it.
     """
 
-    def __init__(self, base: Path, *flags: str, comfyui: Path | None = None):
+    def __init__(self, base: Path, *flags: str, comfyui: Path | None = None, pack: Path = REPOSITORY, name: str = PACK):
+        self.pack, self.name = pack, name
         self.base = Path(base)
         self.comfyui = comfyui or find_comfyui()
         self.flags = flags
@@ -57,9 +59,9 @@ class ComfyServer:
         return path
 
     def start(self) -> ComfyServer:
-        link = self.folder("custom_nodes") / PACK
+        link = self.folder("custom_nodes") / self.name
         if not link.is_symlink():
-            link.symlink_to(REPOSITORY, target_is_directory=True)
+            link.symlink_to(self.pack, target_is_directory=True)
         self.port = free_port()
         path = os.pathsep.join(filter(None, [str(SHIMS), os.environ.get("PYTHONPATH")]))
         with open(self.base / "server.log", "w") as log:
@@ -109,14 +111,14 @@ class ComfyServer:
     def complaints(self) -> list[str]:
         """What the log says against the pack: tracebacks through its files, and the loader's own refusals."""
         lines = self.log.splitlines()
-        found = [line for line in lines if PACK in line and any(words in line for words in LOADER_COMPLAINTS)]
+        found = [line for line in lines if self.name in line and any(words in line for words in LOADER_COMPLAINTS)]
         for start, line in enumerate(lines):
             if "Traceback (most recent call last)" in line:
                 end = start + 1
                 while end < len(lines) and lines[end].startswith(" "):
                     end += 1
                 found.append("\n".join(lines[start : end + 1]))
-        return [text for text in found if PACK in text]
+        return [text for text in found if self.name in text]
 
     def _arguments(self) -> list[str]:
         return [
