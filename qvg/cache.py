@@ -9,6 +9,7 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -64,7 +65,8 @@ class CacheStats:
         counts = {name: sum(getattr(part, name) for part in parts)
                   for name in ("numbers", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes")}
         return replace(first, **counts, by_kind={kind: sum(part.by_kind[kind] for part in parts) for kind in first.by_kind},
-                       by_layer=tuple(map(sum, zip(*(part.by_layer for part in parts)))))
+                       by_layer=tuple(map(sum, zip(*(part.by_layer for part in parts)))),
+                       by_bits=dict(sum((Counter(part.by_bits) for part in parts), Counter())))
 
     def as_dict(self) -> dict:
         return asdict(self) | {"ratio": self.ratio, "peak_ratio": self.peak_ratio, "bits_per_number": self.bits_per_number}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg.attention import sdpa
-from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.cache import CacheStats, KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided
 from comfyui_qvg.qvg.settings import QVGSettings
@@ -142,6 +142,9 @@ def test_guidance_keeps_a_cache_for_each_prompt(network):
     strong = video(Sampler(CachedNetwork(network, guided(context(network), caches[0], negative, caches[1], 3.0)), run, SHAPE))
     assert (strong - plain).abs().mean() > 1e-3
     assert caches[0].frames == caches[1].frames == 6
+    both, parts = CacheStats.total([one.stats() for one in caches]), [one.stats() for one in caches]
+    assert both.stored_bytes == sum(part.stored_bytes for part in parts) == sum(both.by_kind.values()) == sum(both.by_layer)
+    assert sum(both.by_bits.values()) == both.stored_bytes - both.by_kind["codebooks"]
 
 
 def test_conditions_that_cannot_be(network):
