@@ -10,8 +10,6 @@ from comfy_paths import REPOSITORY
 
 LANGUAGES = ("zh", "ja", "ko", "ru", "de", "fr", "es")
 LOCALES = REPOSITORY / "locales"
-# words that are the same everywhere
-SAME = {"vae", "VAE", "cfg", "CFG"}
 
 
 def read(language, name):
