@@ -53,11 +53,7 @@ def small_model():
 def tiny_model():
     from ..qvg.demo import LATENT, embed_prompt, load_tiny
 
-    def embed(text: str):
-        embedding = embed_prompt(text)
-        return embedding if embedding.ndim == 3 else embedding[None]
-
-    return *load_tiny(), embed, LATENT
+    return *load_tiny(), embed_prompt, LATENT
 
 
 MODELS = {"small": small_model, "tiny": tiny_model}

@@ -18,7 +18,7 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..qvg.budget import GIB, Geometry, forecast
+from ..qvg.budget import GIB, Geometry, buffers_on, forecast
 from ..qvg.cache import KVCache
 from ..qvg.chart import format_bytes
 from ..qvg.generate import MARGIN, Meter
@@ -26,7 +26,7 @@ from ..qvg.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_posi
 from ..qvg.schedule import Schedule, first_frame, latent_frames
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.storage import Session
-from .adapters.causal import SCHEDULE, CausalWan, cache_shape
+from .adapters.causal import SCHEDULE, CausalWan, cache_shape, evaluated
 from .run_log import ATTACHMENT, send_text
 
 SessionType = io.Custom("QVG_SESSION")
@@ -79,11 +79,13 @@ class ARSampler(comfy.samplers.Sampler):
         run = Run(frames=x.shape[2], chunk_frames=options.chunk_frames, sigmas=tuple(sigmas.tolist()), seed=extra_args.get("seed") or 0,
                   first_alone=options.first_alone, context_noise=options.context_noise, recache_frames=options.recache_frames,
                   noise=options.noise)
+        # what each prompt that the guider weighs may have
+        free = comfy.model_management.get_free_memory(x.device) // len(evaluated(model_wrap))
         if options.auto_budget and session is None:
-            settings = replace(settings, budget_gib=comfy.model_management.get_free_memory(x.device) * (1 - MARGIN) / GIB)
+            settings = replace(settings, budget_gib=free * (1 - MARGIN) / GIB)
         check_positions(settings, run, options.position_limit)
         shape = cache_shape(base, x.shape)
-        _check_memory(settings, shape, run, x.device)
+        _check_memory(settings, shape, run, x.device, free)
         model = CausalWan(model_wrap, extra_args, lambda: KVCache(
             settings, **shape, device=x.device, max_frames=run.frames, chunk_frames=run.chunk_frames), options.position_limit)
         # the frames that the graph drew are taken where they mean something: core's own noise, or latents that another pass began
@@ -159,10 +161,10 @@ def model_name(base) -> str:
     return fingerprint(base.diffusion_model, patched)
 
 
-def _check_memory(settings: QVGSettings, shape: dict, run: Run, device) -> None:
-    """Raises ValueError before the first step where the cache cannot fit, with the presets that would."""
-    geometry = Geometry(**{name: value for name, value in shape.items() if name != "dtype"})
-    itemsize, free = shape["dtype"].itemsize, comfy.model_management.get_free_memory(device)
+def _check_memory(settings: QVGSettings, shape: dict, run: Run, device, free: int) -> None:
+    """Raises ValueError before the first step where a cache cannot fit into `free` bytes, with the presets that would."""
+    shape = dict(shape, buffers=buffers_on(device.type, shape["heads"]))
+    itemsize, geometry = shape.pop("dtype").itemsize, Geometry(**shape)
 
     def peak(settings: QVGSettings) -> int:
         return forecast(settings, geometry, run.frames, run.chunk_frames, itemsize=itemsize).peak_bytes
@@ -172,8 +174,8 @@ def _check_memory(settings: QVGSettings, shape: dict, run: Run, device) -> None:
         return
     fitting = [name.capitalize() for name in PRESETS if peak(PRESETS[name]) <= free]
     ways = f"the preset {' or '.join(fitting)} of Quantize KV Cache (QVG), " if fitting else ""
-    raise ValueError(f"The KV cache of {run.frames} latent frames needs {format_bytes(needed)}, but {format_bytes(free)} are free. Choose "
-                     f"{ways}auto_budget, a window, or a shorter or smaller video.")
+    raise ValueError(f"The KV cache of {run.frames} latent frames needs {format_bytes(needed)}, but it can have {format_bytes(free)}. "
+                     f"Choose {ways}auto_budget, a window, or a shorter or smaller video.")
 
 
 class QVGARVideoSampler(io.ComfyNode):

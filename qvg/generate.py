@@ -225,10 +225,6 @@ def _job(arguments, latent: tuple[int, int]) -> tuple[Job, Session | None]:
 def main(arguments) -> None:
     from .demo import HEIGHT, LATENT, WIDTH, embed_prompt, load_tiny
 
-    def embed(text: str) -> Tensor:
-        embedding = embed_prompt(text)
-        return embedding if embedding.ndim == 3 else embedding[None]
-
     job, session = _job(arguments, LATENT)
     network, vae = (part.to(arguments.device) for part in load_tiny())
     start = None
@@ -237,7 +233,7 @@ def main(arguments) -> None:
     meter = Meter()
     try:
         # closed here, not when it is collected: an interrupt between two events must save as well
-        with closing(generate(network, vae, embed, job, start=start, resume=session)) as events:
+        with closing(generate(network, vae, embed_prompt, job, start=start, resume=session)) as events:
             for event, sampler in events:
                 if isinstance(event, Adapted):
                     print(event.message, file=sys.stderr)

@@ -11,6 +11,7 @@ from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided
 from comfyui_qvg.qvg.settings import QVGSettings
 
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 GRID = (2, 3)
 SHAPE = (1, 16, 4, 6)
 SMALL = replace(QVGSettings.preset("balanced").both(centroids=8, stages=1), sink_frames=1, iterations=2)
@@ -258,3 +259,38 @@ def test_start_and_noise_must_fit(network):
         make(network, Run(frames=3), start=torch.zeros(1, 16, 4, 4, 6))
     with pytest.raises(ValueError, match="The noise has shape"):
         make(network, Run(frames=3), noise=torch.zeros(1, 16, 2, 4, 6))
+
+
+class TestOnGPU:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("step", ["start", 0, 3])
+    def test_noise_is_that_of_the_cpu(self, network, step):
+        cpu, gpu = (Sampler(CachedNetwork(network, [Condition(context(network), cache())]), Run(frames=3), SHAPE, device=device)
+                    for device in ("cpu", "cuda"))
+        assert torch.equal(cpu._draw(3, step), gpu._draw(3, step).cpu())
+
+    def test_a_full_gpu_is_survived(self):
+        """The same run with 60 % of the memory that it took before: something is given up, and the video is finished."""
+        network = CausalWan(WanSizes(dim=1024, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval().cuda()
+        prompt = network.project_context(torch.randn(1, 3, 8, device="cuda"))
+
+        def made():
+            store = KVCache(QVGSettings.preset("quality"), layers=2, heads=8, head_dim=128, grid=(16, 24), device="cuda",
+                            dtype=torch.float32, max_frames=90)
+            return list(Sampler(CachedNetwork(network, [Condition(prompt, store)]), Run(frames=90, sigmas=(1, 0)), (1, 16, 32, 48),
+                                device="cuda"))
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        assert not any(isinstance(event, Adapted) for event in made())
+        limit = before + 0.6 * (torch.cuda.max_memory_allocated() - before)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+        try:
+            events = made()
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert any(isinstance(event, Adapted) for event in events)
+        assert sum(event.latents.shape[2] for event in events if isinstance(event, ChunkDone)) == 90

@@ -52,7 +52,7 @@ class CausalWan:
     def __init__(self, guider, extra_args: dict, make_cache: Callable[[], KVCache], position_limit: int):
         self.guider, self.extra_args, self.position_limit = guider, extra_args, position_limit
         self.network = guider.inner_model.diffusion_model
-        self.slots = {cond["uuid"]: Slot(make_cache(), cond.get(SCHEDULE) or []) for cond in _evaluated(guider)}
+        self.slots = {cond["uuid"]: Slot(make_cache(), cond.get(SCHEDULE) or []) for cond in evaluated(guider)}
         self.caches = [slot.cache for slot in self.slots.values()]
         self._now = (0, 0, False)
         self._forwards, self._before = [], {}
@@ -142,7 +142,7 @@ class CausalWan:
         return forward
 
 
-def _evaluated(guider) -> list[dict]:
+def evaluated(guider) -> list[dict]:
     """The conditions that the guider asks the model for; at cfg 1 core leaves the negative ones out."""
     skips = getattr(guider, "cfg", None) == 1.0 and not guider.model_options.get("disable_cfg1_optimization")
     return [cond for name, conds in guider.conds.items() if not (skips and name == "negative") for cond in conds]

@@ -214,6 +214,20 @@ def test_budget_of_what_is_free(comfy):
     assert torch.equal(latents(comfy, build(own={"auto_budget": True})), latents(comfy, build(own={"auto_budget": False})))
 
 
+def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules):
+    """Self-Forcing's 480p for a minute in 24 GiB: with the presets that do fit."""
+    from comfyui_qvg.nodes.long_video import _check_memory
+    from comfyui_qvg.qvg.budget import GIB
+    from comfyui_qvg.qvg.sampler import Run
+    from comfyui_qvg.qvg.settings import PRESETS
+
+    shape = {"layers": 30, "heads": 12, "head_dim": 128, "batch": 1, "grid": (30, 52), "dtype": torch.bfloat16}
+    run, device = Run(frames=240), torch.device("cpu")
+    with pytest.raises(ValueError, match=r"needs 6\d\.\d+ GiB, but it can have 24\.0+ GiB.*Balanced or Smallest"):
+        _check_memory(PRESETS["off"], shape, run, device, 24 * GIB)
+    _check_memory(PRESETS["balanced"], shape, run, device, 24 * GIB)
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"own": None, "save": "x"}, "Connect AR Video Sampler"), ({"own": {}, "load": "nowhere"}, "There is no session file"),
     ({"own": {}, "load": "../../up"}, "leads out of"), ({"own": {}, "save": "../up"}, "leads out of")])
