@@ -68,7 +68,9 @@ class CausalConv3d(nn.Conv3d):
                 # all that the other taps see is zero
                 x, weight = x[:, :, -1:], weight[:, :, -1:]
             else:
-                x = torch.cat([x[:, :, tap:tap + frames] for tap in range(self.reach + 1)], dim=1)
+                # [B, F, H, W, C] as it lies in memory: predecessors stand beside a frame's channels in one pass
+                last = x.permute(0, 2, 3, 4, 1).contiguous()
+                x = torch.cat([last[:, tap:tap + frames] for tap in range(self.reach + 1)], dim=-1).permute(0, 4, 1, 2, 3)
         # [O, I, taps, h, w] -> [O, taps * I, h, w]
         weight = weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
         return each_frame(lambda image: F.conv2d(image, weight, self.bias, padding=self.padding[1:]), x)
