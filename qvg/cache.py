@@ -10,18 +10,22 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import budget, dispatch
+from . import budget, codec, dispatch
 from .budget import Geometry, Limits
 from .codec import LevelTables, Span, TensorCodec
 from .rope import Rope, rotate
 from .settings import PLAIN_BITS, QVGSettings
 
 KINDS = ("planes", "scales", "ids", "codebooks", "plain")
+
+# tokens decoded in one go, in float32; a span of the released models has as many
+READ_TOKENS = 4680
 
 
 @dataclass(frozen=True)
@@ -223,17 +227,33 @@ class LayerCache:
         dispatch.run("decode", LayerCache._read, self, heads, keys, values, shift)
 
     def _read(self, heads: slice, keys: Tensor, values: Tensor, shift: int) -> None:
-        geometry = self.owner.geometry
+        geometry, tables = self.owner.geometry, self.owner.tables
         start = 0
-        for entry in self.entries:
-            stop = start + entry.frames * geometry.frame_tokens
-            cos, sin = self.owner.rope.tables(entry.first - (0 if entry.sink else shift), entry.frames, keys.device)
+        for entries in self._alike():
+            frames = sum(entry.frames for entry in entries)
+            stop = start + frames * geometry.frame_tokens
+            cos, sin = self.owner.rope.tables(entries[0].first - (0 if entries[0].sink else shift), frames, keys.device)
             for batch in range(geometry.batch):
                 rows = slice(batch * geometry.heads + heads.start, batch * geometry.heads + heads.stop)
-                key, value = (span.decode(rows, self.owner.tables) for span in entry.spans)
+                key, value = (codec.decode([entry.spans[side] for entry in entries], rows, tables) for side in range(2))
                 keys[batch, start:stop] = rotate(key, cos[:, None], sin[:, None])
                 values[batch, start:stop] = value
             start = stop
+
+    def _alike(self) -> Iterator[list[Entry]]:
+        """Entries that follow each other and can be decoded in one go, as many as fit into `READ_TOKENS`."""
+        most = READ_TOKENS // self.owner.geometry.frame_tokens
+        group: list[Entry] = []
+        for entry in self.entries:
+            fits = group and group[-1].last + 1 == entry.first and entry.last - group[0].first < most and group[0].sink == entry.sink
+            if fits and all(codec.like(a, b) for a, b in zip(group[0].spans, entry.spans)):
+                group.append(entry)
+                continue
+            if group:
+                yield group
+            group = [entry]
+        if group:
+            yield group
 
     @property
     def nbytes(self) -> int:

@@ -69,13 +69,7 @@ class PlaneSpan:
 
     def decode(self, rows: slice, tables: LevelTables) -> Tensor:
         """float32 [T, r, D]"""
-        x = tables(self.bits, self.gain)([plane[:, rows] for plane in self.planes])
-        scale = torch.ldexp(e4m3.decode(self.scales[:, rows]), self.exponents[rows, None].int())
-        x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
-        x.mul_(self.codebook.channel_scale[rows].float())
-        for stage in range(self.codebook.stages):
-            x.add_(gather_centroids(self.codebook.values(stage, rows), self.ids[stage, :, rows]))
-        return x
+        return _decode_planes([self], rows, tables)
 
 
 @dataclass
@@ -142,11 +136,39 @@ class PaperCodebook:
 Span = PlaneSpan | PlainSpan | PaperSpan
 
 
-def gather_centroids(values: Tensor, ids: Tensor) -> Tensor:
-    """values [r, C, D], ids uint8 [T, r] -> [T, r, D]"""
-    rows, count, dim = values.shape
-    index = ids.long() + torch.arange(rows, device=ids.device) * count
-    return values.reshape(rows * count, dim).index_select(0, index.flatten()).view(*ids.shape, dim)
+def like(a: Span, b: Span) -> bool:
+    """Whether `decode` can take two spans in one go."""
+    if type(a) is not type(b) or a.bits != b.bits or a.codebook is not b.codebook:
+        return False
+    if isinstance(a, PlaneSpan):
+        return a.scales.shape == b.scales.shape and a.gain == b.gain
+    return isinstance(a, PlainSpan) and a.bits == 16
+
+
+def decode(spans: list[Span], rows: slice, tables: LevelTables) -> Tensor:
+    """Spans that are all `like` the first, one after the other: float32 [T of all, r, D].
+
+    Short spans cost more in calls than in arithmetic, so on a CPU this is several times faster than one after the other.
+    """
+    if len(spans) == 1:
+        return spans[0].decode(rows, tables)
+    if isinstance(spans[0], PlainSpan):
+        return torch.cat([span.data[:, rows] for span in spans]).float()
+    return _decode_planes(spans, rows, tables)
+
+
+def _decode_planes(spans: list[PlaneSpan], rows: slice, tables: LevelTables) -> Tensor:
+    first, count = spans[0], len(spans)
+
+    def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+        return parts[0] if count == 1 else torch.cat(parts, dim)
+
+    x = tables(first.bits, first.gain)([joined([span.planes[plane][:, rows] for span in spans]) for plane in range(first.bits)])
+    exponents = torch.stack([span.exponents[rows] for span in spans])[:, None, :, None].int()
+    scale = e4m3.decode(joined([span.scales[:, rows] for span in spans])).unflatten(0, (count, -1))
+    scale = torch.ldexp(scale, exponents).flatten(0, 1)
+    x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
+    return first.codebook.restore(x, joined([span.ids[:, :, rows] for span in spans], 1), rows)
 
 
 class TensorCodec:

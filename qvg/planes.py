@@ -106,8 +106,7 @@ class LevelTable:
 
     def __call__(self, planes: list[Tensor]) -> Tensor:
         """uint8 [..., D / 8] a plane -> float32 [..., D]."""
-        parts = [(0, 0xFF)] if self.width == 8 else [(0, 0x0F), (4, 0x0F)]
-        index = torch.stack([
-            sum(((plane.int() >> shift) & mask) << (number * self.width) for number, plane in enumerate(planes[: self.planes]))
-            for shift, mask in parts], dim=-1)
+        whole = [plane.int() for plane in planes[: self.planes]]
+        parts = [whole] if self.width == 8 else [[plane & 0x0F for plane in whole], [plane >> 4 for plane in whole]]
+        index = torch.stack([sum(part << (number * self.width) for number, part in enumerate(planes)) for planes in parts], dim=-1)
         return self.values.index_select(0, index.flatten()).view(*index.shape[:-2], -1)
