@@ -2,28 +2,35 @@
 
     QVGLongCatContinue  MODEL, CONDITIONING, VAE (+ IMAGE) -> IMAGE, LATENT
 
-A segment's new frames continue the last frames before it, which one pass stores in the KV cache (`adapters.longcat`).
+A segment's new frames continue the last frames before it, which one pass stores in the KV cache (`adapters.longcat`). With `stream_to`,
+segments go into a file as they are done, and a run that was stopped goes on behind them (`qvg.segments`).
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import folder_paths
 import latent_preview
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
+from ..qvg.segments import SegmentFile
 from .adapters import longcat
 from .run_log import send_text
 
 SCHEDULES = ("base", "distilled")
 CARRIES = ("pixels", "latents")
-CHANNELS, STRIDE = 16, 8
+CHANNELS, STRIDE, FRAME_RATE = 16, 8, 15
 
 
 def latent_frames(frames: int) -> int:
@@ -38,9 +45,10 @@ def whole_frames(frames: int) -> int:
 
 @dataclass
 class LongVideo:
-    """Segments of one video. length, given_frames: video frames of a segment, and those of them that it continues.
+    """Segments of one video. length, given_frames: video frames of a segment, and those of them that it continues. file: where the video
+    goes as it grows, or None.
 
-    Raises ValueError where a segment would have nothing new.
+    Raises ValueError where a segment would have nothing new, or a video that is decoded at its end should go into a file before.
     """
 
     vae: object
@@ -51,6 +59,7 @@ class LongVideo:
     segments: int
     carry: str
     node_id: str | None = None
+    file: SegmentFile | None = None
 
     def __post_init__(self):
         if latent_frames(self.given_frames) >= latent_frames(self.length):
@@ -58,36 +67,49 @@ class LongVideo:
                              "raise length, or lower given_frames.")
 
     def make(self, sampler, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames [n, H, W, 3] and latents [1, C, F, H, W] of the video, what it starts with included.
+        """Frames [n, H, W, 3] and latents [1, C, F, H, W] of the video, what it starts with included; of the last segment alone where
+        the video goes into a file.
 
         sampler: called with (segment, given latents or None, new latent frames) -> new latents.
         """
-        pixels, latents, given, shown = [], [], None, 0
-        if start is not None:
+        pixels, latents, given, shown, first = [], [], None, 0, 0
+        if self.file is not None and self.file.done:
+            first, given, shown = self.file.done, self.file.given, self.file.shown
+        elif start is not None:
             start = self._resized(start)
-            pixels.append(start)
             shown = whole_frames(min(self.given_frames, len(start)))
             given = self.vae.encode(start[-shown:])
-        for segment in range(self.segments):
+            self._show(pixels, start)
+        for segment in range(first, self.segments):
             comfy.model_management.throw_exception_if_processing_interrupted()
             known = 0 if given is None else given.shape[2]
             frames = latent_frames(self.length)
             send_text(f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given", self.node_id)
             new = sampler(segment, given, frames - known)
             whole = new if given is None else torch.cat([given.to(new), new], dim=2)
+            if self.file is not None:
+                latents.clear()
             latents.append(new if latents else whole)
             if self.carry == "latents":
                 given = whole[:, :, -latent_frames(self.given_frames):]
                 continue
             decoded = self._decode(whole)
-            pixels.append(decoded[shown:])
+            self._show(pixels, decoded[shown:])
+            shown = whole_frames(self.given_frames)
             if segment + 1 < self.segments:
-                shown = whole_frames(self.given_frames)
                 given = self.vae.encode(decoded[-shown:])
+            if self.file is not None:
+                self.file.save(segment + 1, given, shown)
         video = torch.cat(latents, dim=2)
         if self.carry == "latents":
-            pixels.append(self._decode(video)[shown:])
+            self._show(pixels, self._decode(video)[shown:])
         return torch.cat(pixels), video
+
+    def _show(self, pixels: list[torch.Tensor], frames: torch.Tensor) -> None:
+        if self.file is not None:
+            self.file.add(frames)
+            pixels.clear()
+        pixels.append(frames)
 
     def _resized(self, images: torch.Tensor) -> torch.Tensor:
         images = images[..., :3].movedim(-1, 1)
@@ -111,15 +133,15 @@ class QVGLongCatContinue(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From CLIPTextEncode with umt5_xxl, CLIP type wan."),
                 io.Conditioning.Input("negative", tooltip="Not used at cfg 1."),
                 io.Vae.Input("vae", tooltip="The VAE of Wan 2.1."),
-                io.Int.Input("width", default=832, min=16, max=4096, step=16),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Pixels of the video, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels of the video, a multiple of 16."),
                 io.Int.Input("length", default=93, min=5, max=393, step=4,
                              tooltip="Video frames of a segment, those that it continues included. The model was trained with 93."),
                 io.Int.Input("given_frames", default=13, min=1, max=389, step=4,
                              tooltip="Frames that a segment continues. 13 is quick; 73 remembers more, and then each segment adds 20."),
                 io.Int.Input("segments", default=1, min=1, max=1000,
                              tooltip="How many. Of 93 frames that continue 13, each adds 80, which is 5.3 s at 15 frames a second."),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the sampler's noise."),
                 io.Int.Input("steps", default=STEPS, min=1, max=1000, tooltip="50 for the base model, 16 with the distillation LoRA."),
                 io.Float.Input("cfg", default=GUIDANCE, min=1.0, max=100.0, step=0.1, round=0.01,
                                tooltip="4 for the base model (CFG-Zero*), 1 with the distillation LoRA."),
@@ -130,6 +152,10 @@ class QVGLongCatContinue(io.ComfyNode):
                                        "published, or as latents, which is quicker and loses nothing on the way."),
                 io.Boolean.Input("fine_tail", default=True, advanced=True, optional=True,
                                  tooltip="Ten equal steps below half of the noise, for fine detail. Only where the base model continues."),
+                io.String.Input("stream_to", default="", advanced=True, optional=True,
+                                tooltip="Prefix of an MP4 in the output folder, such as video/cat. It grows segment by segment and plays "
+                                        "at any moment; a run that was stopped goes on behind the last whole segment. Outputs are then "
+                                        "of the last segment alone, so that memory does not grow with length. Needs carry pixels."),
                 io.Image.Input("start", optional=True,
                                tooltip="One image to start from, or a video to continue. Without it, the first segment comes from text."),
             ],
@@ -141,14 +167,25 @@ class QVGLongCatContinue(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, vae, width, height, length, given_frames, segments, seed, steps, cfg, schedule,
-                carry=CARRIES[0], fine_tail=True, start=None) -> io.NodeOutput:
+                carry=CARRIES[0], fine_tail=True, stream_to="", start=None) -> io.NodeOutput:
         longcat.check(model)
         video = LongVideo(vae, width, height, length, given_frames, segments, carry, cls.hidden.unique_id)
         shift = model.get_model_object("model_sampling").shift
         plain, tailed = (noise_levels(steps, distilled=schedule == "distilled", tail=tail, shift=shift) for tail in (False, fine_tail))
         # what starts from text or from one image has no tail
         levels = [plain if not segment and (start is None or len(start) == 1) else tailed for segment in range(segments)]
+        if stream_to:
+            if carry != "pixels":
+                raise ValueError("stream_to writes frames as segments are done, but segments carried as latents are decoded at the end. "
+                                 "Set carry to pixels, or leave stream_to empty.")
+            key = run_key(model, positive, negative, start, [
+                width, height, length, given_frames, seed, cfg, schedule, [level.tolist() for level in (plain, tailed)]])
+            video.file, shown = open_file(stream_to, key, width, height)
+            if video.file.done >= segments:
+                raise ValueError(f"{video.file.path.name} has {video.file.done} segments already. Raise segments to go on, or change "
+                                 "stream_to to begin anew.")
         progress = Progress(model, sum(map(len, levels)) - segments)
+        progress.done = sum(len(level) - 1 for level in levels[:video.file.done]) if stream_to else 0
 
         def sample(segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
             if given is None:
@@ -164,7 +201,33 @@ class QVGLongCatContinue(io.ComfyNode):
             return samples.to(device)
 
         images, latents = video.make(sample, start)
-        return io.NodeOutput(images, {"samples": latents})
+        if not stream_to:
+            return io.NodeOutput(images, {"samples": latents})
+        video.file.finish()
+        return io.NodeOutput(images, {"samples": latents}, ui=ui.PreviewVideo([shown]))
+
+
+def run_key(model, positive, negative, start, settings: list) -> str:
+    """A name of what a video is made from; how many segments it shall have is left out, so that a stopped one can be made longer."""
+    loras = sorted((str(name), [[patch[0], *_numbers(patch[1])] for patch in patches]) for name, patches in model.patches.items())
+    source = (model.cached_patcher_init or (None, ()))[1]
+    digest = hashlib.blake2b(json.dumps([settings, source, longcat.settings_of(model).to_json(), loras]).encode(), digest_size=16)
+    for tensor in [condition[0] for condition in (*positive, *negative)] + ([] if start is None else [start]):
+        digest.update(str(tuple(tensor.shape)).encode() + tensor.float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _numbers(patch) -> list[float]:
+    """A few numbers of a weight patch, to tell LoRAs apart."""
+    weights = getattr(patch, "weights", None) or [None]
+    return weights[0].flatten()[:8].tolist() if isinstance(weights[0], torch.Tensor) else []
+
+
+def open_file(prefix: str, key: str, width: int, height: int) -> tuple[SegmentFile, ui.SavedResult]:
+    """The unfinished video under this prefix that was made from the same, or a new one; and what the frontend shows of it."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory(), width, height)
+    path = SegmentFile.find(folder, f"{glob.escape(name)}_*_.mp4", key) or Path(folder) / f"{name}_{counter:05}_.mp4"
+    return SegmentFile(path, key, FRAME_RATE), ui.SavedResult(path.name, subfolder, io.FolderType.output)
 
 
 class Progress:

@@ -243,6 +243,12 @@ def check(model) -> None:
                          "with Load AR Video Model (QVG).")
 
 
+def settings_of(model) -> QVGSettings:
+    """How `quantize` said that given frames are stored; unquantized where it did not."""
+    log: RunLog | None = model.get_attachment(ATTACHMENT)
+    return QVGSettings.preset("off") if log is None else log.settings
+
+
 def note_nothing(model) -> None:
     """Write down that a run of this model continues nothing, so that it holds no cache."""
     log: RunLog | None = model.get_attachment(ATTACHMENT)
@@ -255,6 +261,6 @@ def note_nothing(model) -> None:
 def continue_from(model, latents: torch.Tensor):
     """A clone of LongCat-Video whose sampling runs continue `latents` [B or 1, C, F, H, W], stored as `quantize` said, or unquantized."""
     patched = model.clone()
-    log = model.get_attachment(ATTACHMENT) or RunLog(QVGSettings.preset("off"), None)
-    Hook(latents, log.settings, log).install(patched)
+    settings = settings_of(model)
+    Hook(latents, settings, model.get_attachment(ATTACHMENT) or RunLog(settings, None)).install(patched)
     return patched

@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,6 +213,45 @@ def test_interrupt_then_again(comfy):
     assert torch.equal(run(comfy, graph)[0], before)
 
 
+def video_frames(path):
+    with av.open(str(path)) as file:
+        return [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+
+
+def streamed(comfy, graph):
+    """The video that the node says it wrote, and how many frames came out of it."""
+    outputs = comfy.run(graph, timeout=180)
+    path = comfy.output_path(outputs["continue"]["images"][0])
+    return path, int(outputs["count"]["text"][0])
+
+
+def test_a_stopped_stream_goes_on_where_it_was(comfy):
+    """The same video, to the last frame, as a run that was never stopped; and only the last segment is held in memory."""
+    whole, count = streamed(comfy, build(segments=6, steps=6, stream_to="video/whole"))
+    frames = video_frames(whole)
+    assert (len(frames), count) == (17 + 5 * 8, 8)
+    assert not whole.with_suffix(".safetensors").exists()
+
+    comfy.messages.clear()
+    graph = build(segments=6, steps=6, stream_to="video/stopped")
+    prompt = comfy.submit(graph)
+    comfy.wait_for("progress", lambda data: data["node"] == "continue" and data["value"] > 14)
+    comfy.interrupt()
+    with pytest.raises(ComfyError) as ended:
+        comfy.wait(prompt)
+    assert ended.value.interrupted
+    (stopped,) = (comfy.output / "video").glob("stopped_*_.mp4")
+    so_far = len(video_frames(stopped))
+    assert 17 <= so_far < len(frames) and (so_far - 17) % 8 == 0
+
+    comfy.messages.clear()
+    path, _ = streamed(comfy, graph)
+    assert path == stopped and not path.with_suffix(".safetensors").exists()
+    assert comfy.of_type("progress")[0]["value"] > 6, "progress begins where the run was stopped"
+    gone_on = video_frames(path)
+    assert len(gone_on) == len(frames) and all((a == b).all() for a, b in zip(gone_on, frames))
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name.startswith("LongCat")])
 def test_templates_run_with_small_files_in_place_of_theirs(comfy, name):
     """The text encoder alone is replaced by a node, because core opens no small one."""
@@ -233,6 +273,7 @@ def test_templates_run_with_small_files_in_place_of_theirs(comfy, name):
 
 WRONG = {
     "nothing new": ({"given_frames": 17}, "17 frames that continue 17 frames have nothing new"),
+    "latents into a file": ({"stream_to": "video/x", "carry": "latents"}, "Set carry to pixels, or leave stream_to empty"),
     "too many steps": ({"schedule": "distilled", "steps": 60}, "60 steps cannot be; choose 1 to 50"),
 }
 
