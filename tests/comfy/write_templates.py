@@ -4,6 +4,7 @@
     python tests/comfy/write_templates.py --thumbnails     runs those that can run, and draws the pictures beside them
     python tests/comfy/write_templates.py --screens DIR    and a screenshot of each
     python tests/comfy/write_templates.py --only LongCat   some of them
+    python tests/comfy/write_templates.py --blueprint      the subgraph of subgraphs/, made from the Self-Forcing template
 
 Needs what the tests of this folder need: a ComfyUI, its requirements in this Python, playwright and chromium.
 """
@@ -107,6 +108,35 @@ def build(page, template: Template, core_version: str) -> dict:
     return workflow
 
 
+BLUEPRINT = "Long AR video (2-bit KV)"
+INSIDE = {"QVGSettings", "QVGQuantizeKVCache", "EmptyARVideoLatent", "RandomNoise", "BasicGuider", "SamplerARVideo", "BasicScheduler",
+          "SamplerCustomAdvanced", "VAEDecode", "QVGMemoryMonitor"}
+# widgets that the subgraph shows, in its order
+PROMOTED = [("EmptyARVideoLatent", "width"), ("EmptyARVideoLatent", "height"), ("EmptyARVideoLatent", "length"), ("QVGSettings", "preset"),
+            ("SamplerARVideo", "num_frame_per_block"), ("BasicScheduler", "steps"), ("RandomNoise", "noise_seed")]
+FOLD = """
+({name, inside}) => {
+  const chosen = app.graph.nodes.filter(node => inside.includes(node.type))
+  const {node} = app.graph.convertToSubgraph(new Set(chosen))
+  node.title = name
+  node.subgraph.name = name
+  for (const other of [...app.graph.nodes]) if (other !== node) app.graph.remove(other)
+  for (const group of [...app.graph.groups]) app.graph.remove(group)
+  node.pos = [0, 0]
+  return JSON.stringify(app.graph.serialize())
+}
+"""
+
+
+def build_blueprint(page) -> dict:
+    """The middle of the Self-Forcing template as one node: model, prompt and VAE in, frames out."""
+    open_template(page, json.loads((FOLDER / "Self-Forcing - text to video.json").read_text()))
+    folded = json.loads(page.evaluate(FOLD, {"name": BLUEPRINT, "inside": sorted(INSIDE)}))
+    numbers = {node["type"]: str(node["id"]) for node in folded["definitions"]["subgraphs"][0]["nodes"]}
+    folded["nodes"][0]["properties"]["proxyWidgets"] = [[numbers[kind], widget] for kind, widget in PROMOTED]
+    return folded | {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_ID}/{BLUEPRINT}")), "extra": {}}
+
+
 def _note(item):
     if isinstance(item, str):
         return item
@@ -177,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--thumbnails", action="store_true")
     parser.add_argument("--screens", type=Path)
+    parser.add_argument("--blueprint", action="store_true")
     parser.add_argument("--only", default="", help="templates whose names contain this")
     parser.add_argument("--weights", type=Path, help="a models folder with the tiny model, instead of the one that ships")
     options = parser.parse_args()
@@ -189,6 +220,11 @@ def main() -> None:
         shutil.copy(server.comfyui / "input" / "example.png", server.folder("input"))
         with open_page(browser, server.url, viewport={"width": 2600, "height": 1300}) as page:
             core = page.evaluate("fetch('/system_stats').then(r => r.json())")["system"]["comfyui_version"]
+            if options.blueprint:
+                FOLDER.with_name("subgraphs").mkdir(exist_ok=True)
+                file = FOLDER.with_name("subgraphs") / f"{BLUEPRINT}.json"
+                file.write_text(json.dumps(build_blueprint(page), indent=1, ensure_ascii=False) + "\n")
+                return
             for template in (template for name, template in TEMPLATES.items() if options.only in name):
                 workflow = build(page, template, core)
                 (FOLDER / f"{template.name}.json").write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n")
