@@ -78,7 +78,7 @@ class QVGQuantizeKVCache(io.ComfyNode):
             description="Keeps the KV cache of an autoregressive video model in about two bits a number while it samples.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg", "self forcing", "causal forcing"],
             inputs=[
-                io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), for Sampler AR Video."),
+                io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), or LongCat-Video."),
                 Settings.Input("settings", optional=True, tooltip="From QVG Settings; without it, the Balanced preset."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same weights with a quantized cache.")],

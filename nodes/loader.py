@@ -44,9 +44,9 @@ class QVGLoadARVideoModel(io.ComfyNode):
         files = [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIXES)]
         return io.Schema(
             node_id="QVGLoadARVideoModel", display_name="Load AR Video Model (QVG)", category="model/loaders",
-            description="Opens Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 checkpoints as published (.pt) "
-                        "or repackaged (.safetensors), and says on the node what it found.",
-            search_aliases=["self forcing", "causal forcing", "longlive", "krea", "autoregressive", "unet loader", "qvg"],
+            description="Opens Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 checkpoints, and LongCat-Video, as "
+                        "published (.pt, or parts) or repackaged (.safetensors), and says on the node what it found.",
+            search_aliases=["self forcing", "causal forcing", "longlive", "krea", "longcat", "autoregressive", "unet loader", "qvg"],
             inputs=[
                 io.Combo.Input("model_name", options=files,
                                tooltip="A file in models/diffusion_models. Training checkpoints are unwrapped, generator_ema before "
@@ -55,7 +55,8 @@ class QVGLoadARVideoModel(io.ComfyNode):
                                tooltip="Type in which the weights are kept. default: as in the file, if the device can. fp8_e4m3fn: "
                                        "half the memory of bf16, slightly less exact; take it when the model does not fit."),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="A causal model for Sampler AR Video.")],
+            outputs=[io.Model.Output(display_name="model",
+                                     tooltip="A causal model for Sampler AR Video, or LongCat-Video for Continue Video (LongCat, QVG).")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod

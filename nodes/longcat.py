@@ -195,9 +195,10 @@ class QVGLongCatContinue(io.ComfyNode):
             guider.set_cfg(cfg)
             device = comfy.model_management.intermediate_device()
             empty = torch.zeros(1, CHANNELS, frames, height // STRIDE, width // STRIDE, device=device)
-            noise = comfy.sample.prepare_noise(empty, seed + segment)
+            own_seed = (seed + segment) % 2**64
+            noise = comfy.sample.prepare_noise(empty, own_seed)
             samples = guider.sample(noise, empty, comfy.samplers.sampler_object("euler"), levels[segment], callback=progress.step,
-                                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + segment)
+                                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=own_seed)
             return samples.to(device)
 
         images, latents = video.make(sample, start)
