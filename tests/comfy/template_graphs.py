@@ -53,9 +53,9 @@ class Template:
     runs: bool = False
     bars: tuple[str, dict] | None = None
 
-    def add(self, name: str, kind: str, **inputs) -> list:
-        self.graph[name] = {"class_type": kind, "inputs": inputs}
-        return [name, 0]
+    def add(self, node: str, kind: str, /, **inputs) -> list:
+        self.graph[node] = {"class_type": kind, "inputs": inputs}
+        return [node, 0]
 
 
 def _sampling(template: Template, model, conditioning, latent, vae, block: int, prefix: str) -> None:
@@ -103,7 +103,7 @@ def tiny(image: bool) -> Template:
     frames = 46 if image else 45
     model = template.add("load", "UNETLoader", unet_name=NETWORK_FILE, weight_dtype="default")
     vae = template.add("vae", "VAELoader", vae_name=VAE_FILE)
-    prompt = template.add("prompt", "QVGDemoPrompt", text=PROMPTS[1] if image else PROMPTS[0], seed=3)
+    prompt = template.add("prompt", "QVGDemoPrompt", text=PROMPTS[6 if image else 0], seed=18)
     size = {"width": WIDTH, "height": HEIGHT, "length": 4 * frames - 3, "batch_size": 1}
     model = _quantize(template, model)
     describe = ["prompt"]
@@ -237,6 +237,88 @@ def longcat(use: str, *, image: bool = False, segments: int = 1, given_frames: i
     return template
 
 
+LONG_NOTE = """\
+**AR Video Sampler (QVG)** makes video of any length, chunk by chunk.
+
+- **Stream Video to File (QVG)** writes it while it is made: open the file below output/video and watch it grow.
+- **Save Video Session (QVG)** saves every few chunks. After a crash, an interrupt, or to go on later: *Load Video Session (QVG)*.
+- Interrupt whenever you like: what is finished is decoded and saved.
+- Every prompt has its time. **recache_frames** lets a new one take hold at once."""
+LONG_WINDOW = """\
+
+The model was trained on 21 latent frames. With **window_frames** 12, the sink's 3 and **position_limit** 21 it never sees more, so memory \
+and time a chunk stay the same however long the video is."""
+LONG_PROMPTS = (
+    "0s: A corgi runs along a wet beach at sunrise, ears flapping, paws splashing through shallow water. Golden light, cinematic, sharp.\n"
+    "10s: The corgi stops, shakes the water out of its fur and looks out to sea. Golden light, cinematic, sharp.\n"
+    "20s: The corgi digs a hole in the wet sand, sand flies behind it. Golden light, cinematic, sharp.")
+SESSION = "corgi"
+
+
+def long_video(use: str) -> Template:
+    """use: "prompt schedule" or "resume" or "continue a video" with Self-Forcing, or "tiny" for the model that comes along."""
+    tiny = use == "tiny"
+    template = Template("Tiny model - long video with two prompts" if tiny else f"Self-Forcing - {use}", runs=tiny)
+    if tiny:
+        network = template.add("load", "UNETLoader", unet_name=NETWORK_FILE, weight_dtype="default")
+        vae = template.add("vae", "VAELoader", vae_name=VAE_FILE)
+        load, width, height, seconds = ["load", "vae"], WIDTH, HEIGHT, 12.0
+        first = template.add("prompt", "QVGDemoPrompt", text=PROMPTS[0], seed=18)
+        second = template.add("prompt2", "QVGDemoPrompt", text=PROMPTS[3], seed=18)
+        prompt = template.add("at", "QVGPromptAt", conditioning=first, next=second, seconds=6.0, frame_rate=16)
+        describe = ["prompt", "prompt2", "at"]
+        template.heights |= {"prompt": 170, "prompt2": 170}
+    else:
+        template.files = {"load": SELF_FORCING, "clip": TEXT_ENCODER, "vae": VAE}
+        template.bars = "KV cache of one minute", {"model": "self-forcing", "seconds": 60}
+        network = template.add("load", "QVGLoadARVideoModel", model_name=SELF_FORCING[0], weight_dtype="default")
+        clip = template.add("clip", "CLIPLoader", clip_name=TEXT_ENCODER[0], type="wan", device="default")
+        vae = template.add("vae", "VAELoader", vae_name=VAE[0])
+        load, width, height, seconds = ["load", "clip", "vae"], 832, 480, 60.0 if use == "resume" else 30.0
+        prompt = template.add("prompt", "QVGPromptSchedule", clip=clip, text=LONG_PROMPTS, frame_rate=16)
+        describe = ["prompt"]
+        template.heights |= {"prompt": 330}
+    settings = template.add("settings", "QVGSettings", preset="Balanced", window_frames=-1 if tiny else 12)
+    network = template.add("quantize", "QVGQuantizeKVCache", model=network, settings=settings)
+    latent = template.add("latent", "QVGEmptyLongVideoLatent", seconds=seconds, frame_rate=16, width=width, height=height, batch_size=1)
+    describe.append("latent")
+    inputs = {}
+    if use == "resume":
+        inputs["session"] = template.add("session", "QVGLoadVideoSession", name=SESSION)
+        describe.append("session")
+    if use == "continue a video":
+        template.add("file", "LoadVideo", file="clip.mp4")
+        template.add("parts", "GetVideoComponents", video=["file", 0])
+        scaled = template.add("scale", "ImageScale", image=["parts", 0], upscale_method="bilinear", width=width, height=height,
+                              crop="center")
+        inputs["start"] = template.add("encode", "VAEEncode", pixels=scaled, vae=vae)
+        describe += ["file", "parts", "scale", "encode"]
+    sampler = template.add("sampler", "QVGARVideoSampler", chunk_frames=3, recache_frames=9, position_limit=0 if tiny else 21, **inputs)
+    sampler = template.add("keep", "QVGSaveVideoSession", sampler=sampler, name="tiny" if tiny else SESSION, every_chunks=4)
+    sampler = template.add("stream", "QVGStreamVideo", sampler=sampler, vae=vae, filename_prefix="video/qvg_stream", format="MP4 (H.264)",
+                           frame_rate=16)
+    noise = template.add("noise", "RandomNoise", noise_seed=0, control_after_generate="fixed")
+    guider = template.add("guider", "BasicGuider", model=network, conditioning=prompt)
+    sigmas = template.add("sigmas", "BasicScheduler", model=network, scheduler="simple", steps=4, denoise=1.0)
+    samples = template.add("sample", "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
+                           latent_image=latent)
+    images = template.add("decode", "VAEDecode", samples=samples, vae=vae)
+    video = template.add("video", "CreateVideo", images=images, fps=16.0)
+    template.add("save", "SaveVideo", video=video, filename_prefix="video/qvg_long", format="auto", codec="auto")
+    template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=samples)
+    template.heights |= {"quantize": 150, "save": 430, "monitor": 560}
+    note = LONG_NOTE if tiny else LONG_NOTE + LONG_WINDOW + "\n\n" + _memory_note("self-forcing", list(template.files.values()))
+    template.columns = [
+        [Group("Read me", [("Long video", note)], 360)],
+        [Group("1  Load", load, 380), Group("2  Quantize the KV cache", ["settings", "quantize"], 380)],
+        [Group("3  Describe", describe, 380)],
+        [Group("4  Sample", ["sampler", "keep", "stream"], 360)],
+        [Group("5  Run", ["noise", "guider", "sigmas", "sample"], 320)],
+        [Group("6  Video", ["decode", "video", "save"], 460)],
+        [Group("7  What the cache held", ["monitor"], 560)]]
+    return template
+
+
 TEMPLATES = {template.name: template for template in (
     tiny(image=False), tiny(image=True),
     published("Self-Forcing", "self-forcing", SELF_FORCING, 3, image=False),
@@ -244,4 +326,5 @@ TEMPLATES = {template.name: template for template in (
     published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING, 3, image=False),
     published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING_FRAMES, 1, image=True),
     longcat("text to video"), longcat("image to video", image=True),
-    longcat("long video", segments=8, given_frames=33, lora=True))}
+    longcat("long video", segments=8, given_frames=33, lora=True),
+    long_video("tiny"), long_video("prompt schedule"), long_video("resume"), long_video("continue a video"))}
