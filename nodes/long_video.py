@@ -26,7 +26,8 @@ from ..qvg.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_posi
 from ..qvg.schedule import Schedule, first_frame, latent_frames
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.storage import Session
-from .adapters.causal import SCHEDULE, CausalWan, cache_shape, evaluated
+from .adapters.causal import SCHEDULE, CausalWan, cache_shape
+from .adapters.checks import evaluated
 from .run_log import ATTACHMENT, send_text
 
 SessionType = io.Custom("QVG_SESSION")
@@ -79,10 +80,12 @@ class ARSampler(comfy.samplers.Sampler):
         run = Run(frames=x.shape[2], chunk_frames=options.chunk_frames, sigmas=tuple(sigmas.tolist()), seed=extra_args.get("seed") or 0,
                   first_alone=options.first_alone, context_noise=options.context_noise, recache_frames=options.recache_frames,
                   noise=options.noise)
-        # what each prompt that the guider weighs may have
-        free = comfy.model_management.get_free_memory(x.device) // len(evaluated(model_wrap))
-        if options.auto_budget and session is None:
-            settings = replace(settings, budget_gib=free * (1 - MARGIN) / GIB)
+        # each prompt that the guider weighs has its share
+        count = len(evaluated(model_wrap))
+        free = comfy.model_management.get_free_memory(x.device) // count
+        if session is None:
+            budget = free * (1 - MARGIN) / GIB if options.auto_budget else settings.budget_gib / count
+            settings = replace(settings, budget_gib=budget)
         check_positions(settings, run, options.position_limit)
         shape = cache_shape(base, x.shape)
         _check_memory(settings, shape, run, x.device, free)

@@ -16,6 +16,7 @@ import torch
 
 from ...qvg.attention import CachedAttention
 from ...qvg.cache import CacheStats, KVCache
+from .checks import evaluated
 from .wan import _attention, compute_dtype
 
 # in a CONDITIONING entry: [(first latent frame, embedding [1, L, C], name), ...]
@@ -140,12 +141,6 @@ class CausalWan:
             return module.o(kv_cache.attend(kv_cache.layer, q, k, v).flatten(2))
 
         return forward
-
-
-def evaluated(guider) -> list[dict]:
-    """The conditions that the guider asks the model for; at cfg 1 core leaves the negative ones out."""
-    skips = getattr(guider, "cfg", None) == 1.0 and not guider.model_options.get("disable_cfg1_optimization")
-    return [cond for name, conds in guider.conds.items() if not (skips and name == "negative") for cond in conds]
 
 
 def cache_shape(base, shape) -> dict:

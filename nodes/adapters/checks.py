@@ -13,6 +13,12 @@ def is_autoregressive(sampler) -> bool:
     return getattr(getattr(sampler, "sampler_function", None), "__name__", "") == "sample_ar_video"
 
 
+def evaluated(guider) -> list[dict]:
+    """The conditions that the guider asks the model for; at cfg 1 core leaves the negative ones out."""
+    skips = getattr(guider, "cfg", None) == 1.0 and not guider.model_options.get("disable_cfg1_optimization")
+    return [cond for name, conds in guider.conds.items() if not (skips and name == "negative") for cond in conds]
+
+
 def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
     """Raises ValueError when a sampling run (arguments of `CFGGuider.outer_sample`) cannot use a KV cache."""
     if getattr(sampler, "keeps_own_caches", False):

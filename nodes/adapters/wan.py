@@ -20,7 +20,7 @@ from ...qvg.cache import KVCache
 from ...qvg.chart import format_bytes
 from ...qvg.settings import QVGSettings
 from ..run_log import ATTACHMENT, RunLog, plain_stats
-from .checks import check_run, is_autoregressive
+from .checks import check_run, evaluated, is_autoregressive
 
 KEY = "quantvideogen"
 PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward_block", "get_dtype")
@@ -179,7 +179,8 @@ class Hook:
         itemsize = comfy.model_management.dtype_size(self.get_dtype())
         forecast = budget.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)
-        self.reserved = forecast.peak_bytes
+        # a sampler with caches of its own has one for each condition
+        self.reserved = forecast.peak_bytes * (len(evaluated(guider)) if getattr(sampler, "keeps_own_caches", False) else 1)
         self.log.start(self.frames, forecast)
         logging.info("QVG: the KV cache of %d latent frames will take %s, %s at its peak (bf16: %s), preset %s", self.frames,
                      *map(format_bytes, (forecast.stored_bytes, forecast.peak_bytes, forecast.bf16_bytes)), self.settings.name)
