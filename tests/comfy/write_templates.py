@@ -30,7 +30,8 @@ from comfyui_qvg.qvg.plan import plan
 from template_graphs import TEMPLATES, Template
 
 FOLDER = REPOSITORY / "workflows"
-SIZE = (480, 320)
+# the template browser shows squares
+SIZE = (480, 480)
 PACK_ID = "quantvideogen"
 
 BUILD = """
@@ -171,13 +172,13 @@ def run_in_frontend(page, client) -> dict:
 
 
 def draw_run(video: Path) -> Image.Image:
-    """Four moments of a generated video."""
+    """Six moments of a generated video."""
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     picture = Image.new("RGB", SIZE)
-    tile = SIZE[0] // 2, SIZE[1] // 2
-    for number in range(4):
-        frame = frames[number * (len(frames) - 1) // 3].resize(tile, Image.Resampling.LANCZOS)
+    tile = SIZE[0] // 2, SIZE[1] // 3
+    for number in range(6):
+        frame = frames[number * (len(frames) - 1) // 5].resize(tile, Image.Resampling.LANCZOS)
         picture.paste(frame, (tile[0] * (number % 2), tile[1] * (number // 2)))
     return picture
 
@@ -191,10 +192,10 @@ def draw_memory(template: Template) -> Image.Image:
             ("Balanced", presets["balanced"]["peak_bytes"], "#4c8dff"), ("Smallest", presets["smallest"]["peak_bytes"], "#37b6a5")]
     picture = Image.new("RGB", (2 * SIZE[0], 2 * SIZE[1]), "#17181c")
     draw = ImageDraw.Draw(picture)
-    draw.text((48, 40), title, font=ImageFont.load_default(68), fill="#e8e8ea")
-    draw.text((48, 124), f"{use}, {caption}", font=ImageFont.load_default(34), fill="#9a9ca6")
+    draw.text((48, 70), title, font=ImageFont.load_default(76), fill="#e8e8ea")
+    draw.text((48, 175), f"{use}\n{caption}", font=ImageFont.load_default(40), fill="#9a9ca6")
     for number, (name, count, colour) in enumerate(rows):
-        y = 220 + 98 * number
+        y = 350 + 140 * number
         draw.text((48, y + 32), name, font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
         length = 480 * count / rows[0][1]
         draw.rounded_rectangle((230, y, 230 + length, y + 64), 8, fill=colour)
