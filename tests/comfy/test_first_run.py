@@ -1,0 +1,90 @@
+"""What a person does first: Browse Templates, the pack, a template, Run. And help, and both themes, on the way."""
+
+import re
+
+import pytest
+
+from comfy_server import PACK
+from template_graphs import TEMPLATES
+
+FIRST = "Tiny model - text to video"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(tiny_model):
+    pass
+
+
+def test_from_browse_templates_to_a_video(page, comfy, tmp_path_factory):
+    shots = tmp_path_factory.getbasetemp()
+    page.get_by_text("Templates", exact=True).first.click()
+    page.get_by_text(PACK, exact=True).first.click()
+    page.wait_for_timeout(2000)
+    page.screenshot(path=shots / "templates.png")
+    shown = page.inner_text("body")
+    missing = [name for name in TEMPLATES if name not in shown]
+    assert missing == []
+    # the browser loads the pictures that are in sight
+    pictures = page.evaluate("[...document.images].filter(image => image.naturalWidth === 480 && image.naturalHeight === 480).length")
+    assert pictures >= 4
+    page.get_by_text(FIRST, exact=True).first.click()
+    page.wait_for_function("app.graph.nodes.some(node => node.type === 'QVGMemoryMonitor')", timeout=20_000)
+    page.wait_for_timeout(1000)
+    before = set(comfy.get(comfy.url + "/history"))
+    page.get_by_role("button", name=re.compile("^Run")).first.click()
+    (prompt,) = comfy.wait_until(lambda: set(comfy.get(comfy.url + "/history")) - before, 300, "the run to end")
+    assert comfy.history(prompt)["status"]["status_str"] == "success"
+    page.wait_for_timeout(1500)
+    page.screenshot(path=shots / "first run.png")
+    errors = [text for kind, text in page.console if kind in ("error", "pageerror")]
+    assert [text for text in errors if PACK in text or "qvg" in text.lower()] == []
+
+
+def test_help_opens_beside_the_node(page, tmp_path_factory):
+    page.evaluate("""() => {
+      app.graph.clear()
+      const node = LiteGraph.createNode('QVGSettings')
+      app.graph.add(node)
+      app.canvas.selectNode(node)
+    }""")
+    page.wait_for_timeout(800)
+    page.locator('[data-testid="info-button"]').first.click()
+    page.get_by_text("Expert knobs").first.wait_for(timeout=15_000)
+    page.wait_for_timeout(1000)
+    widths = page.evaluate("[...document.images].filter(image => image.src.includes('/docs/images/')).map(image => image.naturalWidth)")
+    assert widths and min(widths) > 300
+    page.screenshot(path=tmp_path_factory.getbasetemp() / "help.png")
+
+
+def test_the_widget_follows_the_theme(page, tmp_path_factory):
+    page.evaluate("app.graph.clear(); app.graph.add(LiteGraph.createNode('QVGMemoryMonitor'))")
+    page.wait_for_selector(".qvg-monitor", state="attached")
+    colours = {}
+    for theme in ("dark", "light"):
+        page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
+        page.wait_for_timeout(1000)
+        colours[theme] = page.evaluate("(() => { const s = getComputedStyle(document.querySelector('.qvg-monitor'));"
+                                       " return [s.color, s.backgroundColor] })()")
+    page.screenshot(path=tmp_path_factory.getbasetemp() / "light.png")
+    page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    assert colours["dark"][0] != colours["light"][0] and colours["dark"][1] != colours["light"][1]
+
+
+def test_a_warning_only_under_pressure(page):
+    """The forecast of a run against free memory: too much brings one toast, enough none, and the setting turns it off."""
+    def toasts(need, free):
+        page.evaluate("""({need, free}) => app.api.dispatchCustomEvent('qvg.memory', {
+          nodes: [], workflow: '', run: 'x', points: [], now: null, ended: false, free_bytes: free, forecast: {peak_bytes: need}})""",
+                      {"need": need, "free": free})
+        page.wait_for_timeout(600)
+        return page.get_by_text("KV cache may not fit").count()
+
+    gib = 2**30
+    assert toasts(4 * gib, 8 * gib) == 0
+    assert toasts(12 * gib, 8 * gib) == 1
+    assert "12.0 GiB" in page.inner_text("body") and "8.0 GiB" in page.inner_text("body")
+    page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Toasts', false)")
+    try:
+        assert toasts(12 * gib, 8 * gib) == 1
+    finally:
+        page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Toasts', true)")
