@@ -221,8 +221,6 @@ def _encode_int8(x: Tensor, groups: int) -> PlainSpan:
 
 def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> PlaneSpan:
     """x [T, R, D] -> a span with `bits` planes."""
-    """x [T, R, D] -> a span with `bits` planes."""
-    """x [T, R, D] -> a span with `bits` planes."""
     tokens, rows, dim = x.shape
     span = PlaneSpan(
         planes=[torch.empty(tokens, rows, dim // 8, dtype=torch.uint8, device=x.device) for _ in range(bits)],

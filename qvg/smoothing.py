@@ -82,14 +82,6 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _assign(x: Tensor, centroids: Tensor) -> Tensor:
-    return dispatch.run("assign", _assign, x, centroids)
-
-
-def _assign(x: Tensor, centroids: Tensor) -> Tensor:
-    return dispatch.run("assign", _assign, x, centroids)
-
-
-def _assign(x: Tensor, centroids: Tensor) -> Tensor:
     # |x|^2 is the same for every centroid and is left out
     half_norms = 0.5 * centroids.square().sum(-1)
     return torch.baddbmm(half_norms[:, None], x, centroids.transpose(1, 2), alpha=-1.0).argmin(-1)
