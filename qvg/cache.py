@@ -386,8 +386,9 @@ class KVCache:
         return "Memory did not suffice: the older half of the history left the KV cache."
 
     def stats(self) -> CacheStats:
-        self._note_peak()
         layers = [layer.bytes_by_kind() for layer in self.layers]
+        self._held = {layer.number: sum(counts.values()) for layer, counts in zip(self.layers, layers)}
+        self._note_peak(self.layers[-1])
         by_kind = {kind: sum(layer[kind] for layer in layers) for kind in KINDS}
         by_bits = {}
         for layer in self.layers:
