@@ -1,5 +1,6 @@
 """The `qvg` command: the same ideas without ComfyUI.
 
+    qvg demo
     qvg plan --model self-forcing --seconds 30 --vram 24
     qvg generate --prompt "red circle moving right, over green dots still" --seconds 30 --out ball.mp4
     qvg bench kernels
@@ -17,6 +18,7 @@ import torch
 
 from . import dispatch, generate
 from . import plan as planning
+from .demo import run as demonstration
 from .models.catalogue import MODELS
 from .settings import PRESETS
 
@@ -49,6 +51,10 @@ def _bench(arguments) -> None:
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="qvg", description="A KV cache of about two bits a number for autoregressive video models.")
     commands = root.add_subparsers(required=True)
+
+    command = commands.add_parser("demo", help="one video with a bf16 and a quantized cache, side by side")
+    demonstration.add_arguments(command)
+    command.set_defaults(run=demonstration.main)
 
     command = commands.add_parser("plan", help="what a model, size and length will need")
     command.add_argument("--model", required=True, choices=MODELS)

@@ -106,7 +106,14 @@ class LevelTable:
 
     def __call__(self, planes: list[Tensor]) -> Tensor:
         """uint8 [..., D / 8] a plane -> float32 [..., D]."""
-        whole = [plane.int() for plane in planes[: self.planes]]
-        parts = [whole] if self.width == 8 else [[plane & 0x0F for plane in whole], [plane >> 4 for plane in whole]]
-        index = torch.stack([sum(part << (number * self.width) for number, part in enumerate(planes)) for planes in parts], dim=-1)
-        return self.values.index_select(0, index.flatten()).view(*index.shape[:-2], -1)
+        index = planes[0].int()
+        if self.width == 8:
+            for number, plane in enumerate(planes[1:self.planes], 1):
+                index = torch.add(index, plane, alpha=1 << (8 * number))
+        else:
+            low, high = index & 0x0F, index >> 4
+            for number, plane in enumerate(planes[1:self.planes], 1):
+                low = torch.add(low, plane & 0x0F, alpha=1 << (4 * number))
+                high = torch.add(high, plane >> 4, alpha=1 << (4 * number))
+            index = torch.stack([low, high], dim=-1).flatten(-2)
+        return self.values.index_select(0, index.flatten()).view(*index.shape[:-1], -1)

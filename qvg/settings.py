@@ -93,7 +93,7 @@ class QVGSettings:
     key: TensorSettings = field(default_factory=TensorSettings)
     value: TensorSettings = field(default_factory=TensorSettings)
     sink_frames: int = 3
-    sink_bits: int = 8
+    sink_bits: int = 4
     recent_frames: int = 3
     recent_bits: int = 4
     window_frames: int = 0

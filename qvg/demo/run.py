@@ -1,0 +1,245 @@
+"""`qvg demo`: the same seeded video with a bf16 cache and with quantized ones, measured and written side by side.
+
+    qvg demo [--out DIR] [--latent-frames N] [--seed N] [--prompt TEXT] [--compare]
+
+Every run makes the video from the same noise with the tiny model; only its cache differs, so every difference of the pictures is the
+cache's doing. Two controls say what a difference means: `bf16-repeat` is the bf16 run once more, and in `bf16-noise` every number of the
+cache is off by 1e-3 of its tensor's root mean square. Videos of an autoregressive model diverge however small the first difference is,
+so the first chunk that reads the cache says most about a cache, and late windows least.
+
+The figures are those of one tiny model and one video. Many seeds and methods: `qvg bench quality`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .. import metrics
+from ..cache import CacheStats, KVCache
+from ..chart import format_bytes
+from ..models.wan import HEAD_DIM
+from ..sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
+from ..settings import PRESETS
+from ..storage import write_atomically
+from ..stream import ChunkDecoder, VideoWriter, to_bytes
+from . import CHUNK_FRAMES, GRID, LATENT, PROMPTS, embed_prompt, load_tiny
+
+FRAME_RATE = 16
+NOISE = 1e-3
+MOMENTS = 6  # columns of the picture
+CAPTION = 22  # pixels above each of its rows
+# name of a run -> preset
+DEFAULT = {"bf16": "off", "bf16-repeat": "off", "bf16-noise": "off", "balanced": "balanced"}
+COMPARED = {"paper-int2": "paper", "quality": "quality", "smallest": "smallest"}
+
+
+@dataclass
+class Made:
+    """What a run made. latents [1, 16, F, h, w]; seconds: of sampling, the VAE's not counted."""
+
+    latents: Tensor
+    stats: CacheStats
+    seconds: float
+
+
+class Demo:
+    """The tiny model with one prompt. progress(done, of_all) is called after every pass of the network."""
+
+    def __init__(self, prompt: str, run: Run, device: str = "cpu"):
+        network, vae = load_tiny()
+        # bf16 as the released models, so that a cache at 16 bits is a bf16 cache
+        self.network, self.vae = network.to(device, torch.bfloat16), vae.to(device)
+        self.run, self.device = run, device
+        with torch.no_grad():
+            self.context = self.network.project_context(embed_prompt(prompt).to(device))
+
+    def make(self, preset: str, noise: float = 0.0, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Made:
+        """The video with a cache as the preset says; noise: what each number of a 16-bit cache is off by, in parts of its tensor's
+        root mean square."""
+        sizes = self.network.sizes
+        cache = KVCache(PRESETS[preset], layers=sizes.layers, heads=sizes.heads, head_dim=HEAD_DIM, grid=GRID, device=self.device,
+                        dtype=self.network.dtype, max_frames=self.run.frames, chunk_frames=self.run.chunk_frames)
+        sampler = Sampler(CachedNetwork(self.network, [Condition(self.context, cache)]), self.run, (1, 16, *LATENT), device=self.device)
+        generator = torch.Generator().manual_seed(self.run.seed)
+        chunks, done, start = [], 0, time.perf_counter()
+        try:
+            for event in sampler:
+                done += 1
+                if isinstance(event, ChunkDone):
+                    chunks.append(event.latents)
+                    if noise:
+                        disturb(cache, noise, generator)
+                progress(done, event.chunks * (self.run.steps + 1))
+            if self.device != "cpu":
+                chunks = [chunk.cpu() for chunk in chunks]
+            return Made(torch.cat(chunks, dim=2), cache.stats(), time.perf_counter() - start)
+        finally:
+            cache.free()
+
+    def pictures(self, latents: Tensor, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Tensor:
+        """uint8 [F, H, W, 3]"""
+        decode, frames = ChunkDecoder(self.vae), []
+        pieces = latents.to(self.device).split(CHUNK_FRAMES, dim=2)
+        for number, piece in enumerate(pieces):
+            frames.append(to_bytes(decode(piece)[0]))
+            progress(number + 1, len(pieces))
+        return torch.cat(frames)
+
+
+def disturb(cache: KVCache, noise: float, generator: torch.Generator) -> None:
+    """Add noise to the newest keys and values of every layer of a plain cache."""
+    for layer in cache.layers:
+        for span in layer.entries[-1].spans:
+            data = span.data.float()
+            drawn = torch.randn(data.shape, generator=generator).to(data.device)
+            span.data.copy_(data + noise * data.square().mean().sqrt() * drawn)
+
+
+def windows(frames: int, chunk_frames: int) -> list[tuple[int, int]]:
+    """First and last picture of each chunk that reads a cache. A latent frame is four pictures, the very first is one."""
+    size = 4 * chunk_frames
+    return [(start, min(start + size, frames) - 1) for start in range(size - 3, frames, size)]
+
+
+def figures(name: str, made: Made, pictures: Tensor, exact: Tensor, chunk_frames: int) -> dict:
+    """The report's entry of a run."""
+    stats = made.stats
+    db, index = metrics.psnr(pictures / 255, exact / 255), metrics.ssim(pictures / 255, exact / 255)
+    parts = [{"frames": [first, last], "psnr": float(db[first:last + 1].mean()), "ssim": float(index[first:last + 1].mean())}
+             for first, last in windows(len(db), chunk_frames)]
+    # a bf16 cache is attended to where it lies, so what stands beside it here is not counted against it
+    peak = stats.stored_bytes if name.startswith("bf16") else stats.peak_bytes
+    begun = parts[0] if parts else {"psnr": float(db.mean()), "ssim": float(index.mean())}
+    return {
+        "stored_bytes": stats.stored_bytes, "peak_bytes": peak,
+        "stored_ratio": stats.bf16_bytes / stats.stored_bytes, "peak_ratio": stats.bf16_bytes / peak,
+        "bits_per_number": stats.bits_per_number, "seconds": made.seconds,
+        "psnr_first_chunk": begun["psnr"], "ssim_first_chunk": begun["ssim"],
+        "psnr": float(db.mean()), "ssim": float(index.mean()), "windows": parts}
+
+
+def hardware(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        name = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads" if device == "cpu" else f"{device} of {name}"
+
+
+def draw(rows: dict[str, Tensor]) -> Image.Image:
+    """A row a run: a caption, and some moments of its video uint8 [F, H, W, 3]."""
+    font = ImageFont.load_default(13)
+    frames, height, width, _ = next(iter(rows.values())).shape
+    moments = torch.linspace(0, frames - 1, MOMENTS).round().long()
+    picture = Image.new("RGB", (MOMENTS * width, len(rows) * (height + CAPTION)), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, (caption, video) in enumerate(rows.items()):
+        top = row * (height + CAPTION)
+        pen.text((4, top + 3), caption, "black", font)
+        strip = video[moments].permute(1, 0, 2, 3).reshape(height, MOMENTS * width, 3)
+        picture.paste(Image.fromarray(strip.numpy()), (0, top + CAPTION))
+    return picture
+
+
+def write_video(path: Path, pictures: Tensor) -> None:
+    writer = VideoWriter(path, FRAME_RATE)
+    try:
+        writer.write(pictures)
+    finally:
+        writer.close()
+
+
+def render(report: dict) -> str:
+    """The report as two tables."""
+    runs = report["runs"]
+    lines = [f"{report['frames']} frames ({report['latent_frames']} latent) of {report['size'][0]} x {report['size'][1]}, seed "
+             f"{report['seed']}: {report['prompt']}", f"{report['hardware']}, torch {report['torch']}", "",
+             f"{'cache':<12}{'stored':>10}{'peak':>10}{'ratio':>7}{'at peak':>8}{'bits':>7}{'seconds':>9}"
+             f"{'first chunk':>17}{'whole clip':>17}"]
+    for name, run in runs.items():
+        lines.append(
+            f"{name:<12}{format_bytes(run['stored_bytes']):>10}{format_bytes(run['peak_bytes']):>10}{run['stored_ratio']:>6.2f}x"
+            f"{run['peak_ratio']:>7.2f}x{run['bits_per_number']:>7.2f}{run['seconds']:>9.1f}"
+            f"{run['psnr_first_chunk']:>8.1f} dB {run['ssim_first_chunk']:.3f}{run['psnr']:>8.1f} dB {run['ssim']:.3f}")
+    lines += ["", "PSNR and SSIM against bf16, chunk by chunk", f"{'frames':<10}" + "".join(f"{name:>16}" for name in runs)]
+    for number, part in enumerate(runs["bf16"]["windows"]):
+        span = "-".join(map(str, part["frames"]))
+        cells = (run["windows"][number] for run in runs.values())
+        lines.append(f"{span:<10}" + "".join(f"{cell['psnr']:>10.1f} {cell['ssim']:.3f}" for cell in cells))
+    more = runs["balanced"]["seconds"] - runs["bf16"]["seconds"]
+    whole = runs["bf16"]["seconds"] + report["decode_seconds"]
+    return "\n".join([*lines, "", f"Balanced took {more:+.1f} s, {more / whole:+.0%} of the {whole:.1f} s that sampling and decoding the video "
+                                  f"took with bf16. {metrics.MOST_DB:g} dB means equal. Figures of one tiny model, made for tests."])
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal's line; in a file, one line when it is done."""
+    start, live = time.perf_counter(), sys.stderr.isatty()
+
+    def show(done: int, of_all: int) -> None:
+        if live:
+            filled = 30 * done // of_all
+            print(f"\r\x1b[K{title:<22}[{'#' * filled}{'.' * (30 - filled)}] {done}/{of_all}", end="", file=sys.stderr, flush=True)
+
+    yield show
+    print(f"{chr(13) + chr(27) + '[K' if live else ''}{title:<22}{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def add_arguments(command) -> None:
+    command.add_argument("--out", type=Path, default=Path("qvg-demo"), help="folder for the videos, the picture and report.json")
+    command.add_argument("--latent-frames", type=int, default=21, metavar="N", help="length; a latent frame is four frames (default 21)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--prompt", default=PROMPTS[0])
+    command.add_argument("--compare", action="store_true", help="also QVG as released (int2), and the presets Quality and Smallest")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(arguments) -> None:
+    """Raises ValueError for a prompt with unknown words or a length below one frame."""
+    run = Run(frames=arguments.latent_frames, chunk_frames=min(CHUNK_FRAMES, max(1, arguments.latent_frames)), seed=arguments.seed)
+    demo = Demo(arguments.prompt, run, arguments.device)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    demo_runs = DEFAULT | (COMPARED if arguments.compare else {})
+    with bar("warm-up") as progress:
+        warm = Demo(arguments.prompt, Run(frames=2 * CHUNK_FRAMES), arguments.device)
+        warm.pictures(warm.make("balanced").latents[:, :, :CHUNK_FRAMES], progress)
+    videos, runs, exact, decode_seconds = {}, {}, None, 0.0
+    for name, preset in demo_runs.items():
+        with bar(f"{name}: sampling") as progress:
+            made = demo.make(preset, NOISE if name == "bf16-noise" else 0.0, progress)
+        if exact is not None and torch.equal(made.latents, exact):
+            videos[name] = videos["bf16"]
+        else:
+            start = time.perf_counter()
+            with bar(f"{name}: decoding") as progress:
+                videos[name] = demo.pictures(made.latents, progress)
+            decode_seconds = decode_seconds or time.perf_counter() - start
+        exact = made.latents if exact is None else exact
+        runs[name] = figures(name, made, videos[name], videos["bf16"], run.chunk_frames)
+    frames, height, width, _ = videos["bf16"].shape
+    report = {
+        "hardware": hardware(arguments.device), "torch": torch.__version__, "frames": frames, "latent_frames": run.frames,
+        "size": [width, height], "prompt": arguments.prompt, "seed": run.seed, "decode_seconds": decode_seconds,
+        "runs": runs}
+    write_video(arguments.out / "bf16.mp4", videos["bf16"])
+    write_video(arguments.out / "qvg.mp4", videos["balanced"])
+    rows = {f"{name}: {run['bits_per_number']:.2f} bits a number, {format_bytes(run['stored_bytes'])}, first chunk "
+            f"{run['psnr_first_chunk']:.1f} dB": videos[name] for name, run in runs.items() if not name.startswith("bf16-")}
+    write_atomically(arguments.out / "side_by_side.png", lambda place: draw(rows).save(place, "png"))
+    write_atomically(arguments.out / "report.json", lambda place: place.write_text(json.dumps(report, indent=2), encoding="utf-8"))
+    print(render(report))
+    print(f"\n{arguments.out}: bf16.mp4, qvg.mp4, side_by_side.png, report.json")
