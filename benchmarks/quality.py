@@ -1,6 +1,6 @@
 """The closed loop on the tiny model: how far a video drifts from the one with an exact cache, against true bits a number.
 
-    qvg bench quality [--small] [--out DIR]
+    qvg bench quality [--small] [--frames N] [--videos N] [--only METHOD ...] [--out DIR]
 
 Every method makes the same videos from the same noise: once free-running (its own frames are its history) and once teacher-forced (the
 history is the exact video's, encoded once, so a chunk shows what a method injects and not what it propagates). Figures are PSNR and SSIM of
@@ -161,12 +161,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--small", action="store_true", help="a few chunks of two videos and few methods, to see that it runs")
     parser.add_argument("--frames", type=int, help="latent frames of a video")
     parser.add_argument("--videos", type=int)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="rows by name, such as balanced 'paper int2'")
     parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     loop = Loop(torch.device(options.device), options.frames or (9 if options.small else 30), options.videos or (1 if options.small else 8))
+    found = ways(options.small)
+    unknown = set(options.only or ()) - {way.label for way in found}
+    if unknown:
+        parser.error(f"there is no method {', '.join(sorted(unknown))}; choose from {', '.join(way.label for way in found)}")
     rows = []
-    for way in ways(options.small):
+    for way in found:
+        if options.only and way.label not in options.only:
+            continue
         latents, bits = loop.make(way)
         free, forced = loop.compare(latents), loop.compare(loop.make(way, loop.truth)[0])
         row = {"family": way.family, "method": way.label, "bits": bits, "free": free, "forced": forced}

@@ -181,8 +181,8 @@ def render(report: dict) -> str:
         lines.append(f"{span:<10}" + "".join(f"{cell['psnr']:>10.1f} {cell['ssim']:.3f}" for cell in cells))
     more = runs["balanced"]["seconds"] - runs["bf16"]["seconds"]
     whole = runs["bf16"]["seconds"] + report["decode_seconds"]
-    return "\n".join([*lines, "", f"Balanced took {more:+.1f} s, {more / whole:+.0%} of the {whole:.1f} s that sampling and decoding the video "
-                                  f"took with bf16. {metrics.MOST_DB:g} dB means equal. Figures of one tiny model, made for tests."])
+    return "\n".join([*lines, "", f"Balanced took {more:+.1f} s, {more / whole:+.0%} of the {whole:.1f} s that sampling and decoding the "
+                                  f"video took with bf16. {metrics.MOST_DB:g} dB means equal. Figures of one tiny model, made for tests."])
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def add_arguments(command) -> None:
     command.add_argument("--out", type=Path, default=Path("qvg-demo"), help="folder for the videos, the picture and report.json")
-    command.add_argument("--latent-frames", type=int, default=21, metavar="N", help="length; a latent frame is four frames (default 21)")
+    command.add_argument("--latent-frames", type=int, default=24, metavar="N", help="length; a latent frame is four frames (default 24)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--prompt", default=PROMPTS[0])
     command.add_argument("--compare", action="store_true", help="also QVG as released (int2), and the presets Quality and Smallest")
