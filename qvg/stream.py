@@ -199,7 +199,8 @@ class _Mp4:
     container, codec, quality = "mp4", "libx264", 18
     growing = {"movflags": "empty_moov+default_base_moof+frag_keyframe"}
     closed = {"movflags": "faststart"}
-    encoder = {"preset": "medium", "bf": "0"}
+    # one thread: the bytes must not depend on how many cores there are or how busy they are
+    encoder = {"preset": "medium", "bf": "0", "threads": "1"}
 
     @staticmethod
     def part(data: bytes, first: int) -> bytes:
