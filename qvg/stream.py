@@ -10,7 +10,7 @@
 
 `VideoWriter` encodes from cut to cut, each part with an encoder of its own, and appends the parts to one file: fragmented MP4 and live
 WebM are made of a head and parts that follow each other. So the file plays at any moment, and a run that was killed goes on behind the
-frames that its session remembers, with the bytes of a run that never stopped. `close` writes a copy with an index, which players need to
+frames that its session remembers, with the pictures of a run that never stopped. `close` writes a copy with an index, which players need to
 seek, and puts it in the file's place.
 """
 
