@@ -200,3 +200,11 @@ def _refusal_text(details: dict) -> str:
         for item in refusal["errors"]:
             lines.append(f"{refusal['class_type']} (node {node}): {item['message']}: {item['details']}")
     return "\n".join(lines)
+
+
+class Graph(dict):
+    """A graph in API format that grows node by node; `add` returns the link to the node's first output."""
+
+    def add(self, node, kind, /, **inputs):
+        self[node] = {"class_type": kind, "inputs": inputs}
+        return [node, 0]

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from comfy_client import ComfyError
-from comfyui_qvg.qvg.demo import METADATA, PROMPTS, TEXT_DIM
-from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.models.wan_vae import WanVAE
+from comfy_client import ComfyError, Graph
+from comfyui_qvg.qvg.demo import PROMPTS
+from random_models import write_random_models
 
 NODES = ("QVGARVideoSampler", "QVGEmptyLongVideoLatent", "QVGPromptSchedule", "QVGPromptAt", "QVGSaveVideoSession", "QVGLoadVideoSession",
          "QVGStreamVideo")
@@ -18,22 +17,7 @@ NODES = ("QVGARVideoSampler", "QVGEmptyLongVideoLatent", "QVGPromptSchedule", "Q
 
 @pytest.fixture(scope="module", autouse=True)
 def files(comfy_server):
-    draw = torch.Generator().manual_seed(7)
-
-    def noise(state, scale):
-        return {name: scale * torch.randn(tensor.shape, generator=draw) for name, tensor in state.items()}
-
-    network = CausalWan(WanSizes(dim=256, ffn_dim=256, layers=2, text_dim=TEXT_DIM)).state_dict()
-    save_file(noise(network, 0.05), comfy_server.folder("models", "diffusion_models") / "long.safetensors", metadata=METADATA)
-    save_file(noise(WanVAE(8).state_dict(), 0.1), comfy_server.folder("models", "vae") / "long_vae.safetensors")
-
-
-class Graph(dict):
-    """A graph in API format that grows node by node; `add` returns the link to the node's first output."""
-
-    def add(self, node, kind, /, **inputs):
-        self[node] = {"class_type": kind, "inputs": inputs}
-        return [node, 0]
+    write_random_models(comfy_server, "long", 7)
 
 
 def build(seconds=2.0, own=None, preset="Balanced", cfg=1.0, batch=1, seed=3, prompts=((0, 0),), save=None, load=None, stream=None,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_client import ComfyError
+from comfy_client import ComfyError, Graph
 from comfy_paths import find_comfyui
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, official_name
 from comfyui_qvg.qvg.models.wan_vae import WanVAE
@@ -56,12 +56,6 @@ def files(comfy_server):
         key = f"diffusion_model.blocks.1.self_attn.{part}"
         named |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": rows.contiguous(), f"{key}.alpha": torch.tensor(1.0)}
     save_file(named, loras / "longcat_named.safetensors")
-
-
-class Graph(dict):
-    def add(self, name, kind, **inputs):
-        self[name] = {"class_type": kind, "inputs": inputs}
-        return [name, 0]
 
 
 def build(file="longcat.safetensors", dtype="default", preset="Balanced", lora=None, start=0, **settings):

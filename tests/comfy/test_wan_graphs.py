@@ -6,36 +6,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_client import ComfyError
-from comfyui_qvg.qvg.demo import METADATA, PROMPTS, TEXT_DIM
-from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.models.wan_vae import WanVAE
+from comfy_client import ComfyError, Graph
+from comfyui_qvg.qvg.demo import PROMPTS
+from random_models import write_random_models
 
 
 @pytest.fixture(scope="module", autouse=True)
 def files(comfy_server):
-    draw = torch.Generator().manual_seed(6)
-
-    def noise(state, scale):
-        return {name: scale * torch.randn(tensor.shape, generator=draw) for name, tensor in state.items()}
-
-    network = CausalWan(WanSizes(dim=256, ffn_dim=256, layers=2, text_dim=TEXT_DIM)).state_dict()
-    save_file(noise(network, 0.05), comfy_server.folder("models", "diffusion_models") / "graphs.safetensors", metadata=METADATA)
-    save_file(noise(WanVAE(8).state_dict(), 0.1), comfy_server.folder("models", "vae") / "graphs_vae.safetensors")
+    draw = write_random_models(comfy_server, "graphs", 6)
     lora = {}
     for part in ("q", "k", "v"):
         for side, shape in (("down", (4, 256)), ("up", (256, 4))):
             name = f"diffusion_model.blocks.0.self_attn.{part}.lora_{side}.weight"
             lora[name] = 0.3 * torch.randn(shape, generator=draw)
     save_file(lora, comfy_server.folder("models", "loras") / "graphs_lora.safetensors")
-
-
-class Graph(dict):
-    """A graph in API format that grows node by node; `add` returns the link to the node's first output."""
-
-    def add(self, name, kind, **inputs):
-        self[name] = {"class_type": kind, "inputs": inputs}
-        return [name, 0]
 
 
 def build(seed=1, frames=9, block=3, preset="Balanced", dtype="default", image=False, batch=1, lora=None, steps=4, order="quantize first",
