@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..qvg.cache import KVCache
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
-from ..qvg.models.wan import HEAD_DIM
+from ..qvg.generate import cache_of
+from ..qvg.metrics import similarity
 from ..qvg.models.wan_vae import denormalize
 from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..qvg.settings import PRESETS, QVGSettings
@@ -94,9 +94,7 @@ class Loop:
         self.pictures = self.decode(self.truth)
 
     def cache(self, way: Way) -> KVCache:
-        sizes = self.network.sizes
-        cache = KVCache(way.settings, layers=sizes.layers, heads=sizes.heads, head_dim=HEAD_DIM, grid=GRID, batch=self.shape[0],
-                        device=self.device, dtype=torch.float32, max_frames=self.run.frames, chunk_frames=self.run.chunk_frames)
+        cache = cache_of(self.network, way.settings, self.run, GRID, batch=self.shape[0], device=self.device)
         for number, layer in enumerate(cache.layers):
             for index, side in enumerate(layer.sides):
                 if way.codecs == "noise":
@@ -138,18 +136,7 @@ def psnr(a: Tensor, b: Tensor) -> list[float]:
 def ssim(a: Tensor, b: Tensor, every: int = 4) -> list[float]:
     """Structural similarity of each video, mean over every fourth frame: Wang et al. 2004 on grey pictures, Gaussian window of 11."""
     grey = [(x[:, :, ::every].mean(1) + 1) / 2 for x in (a, b)]
-    line = torch.exp(-((torch.arange(11, device=a.device) - 5.0) ** 2) / (2 * 1.5**2))
-    window = (line[:, None] * line / line.sum() ** 2)[None, None]
-
-    def blur(x: Tensor) -> Tensor:
-        return F.conv2d(x.flatten(0, 1)[:, None], window).unflatten(0, x.shape[:2])
-
-    mean_a, mean_b = map(blur, grey)
-    var_a, var_b = (blur(x * x) - mean * mean for x, mean in zip(grey, (mean_a, mean_b)))
-    both = blur(grey[0] * grey[1]) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    value = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return value.flatten(1).mean(1).tolist()
+    return [float(similarity(x, y).mean()) for x, y in zip(*grey)]
 
 
 def error_of_mean(values: list[float]) -> float:

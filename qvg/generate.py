@@ -88,17 +88,22 @@ def auto_budget(device: str) -> float:
     return free_bytes(device) * (1 - MARGIN) / GIB
 
 
+def cache_of(network: CausalWan, settings: QVGSettings, run: Run, grid: tuple[int, int], *, batch: int = 1, device="cpu") -> KVCache:
+    """A cache for a run of a network; grid: tokens (height, width) of a latent frame."""
+    return KVCache(settings, layers=network.sizes.layers, heads=network.sizes.heads, head_dim=HEAD_DIM, grid=grid, batch=batch,
+                   device=device, dtype=network.dtype, max_frames=run.frames, chunk_frames=run.chunk_frames)
+
+
 def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start: Tensor | None = None) -> Sampler:
     """A sampler with its caches. Raises ValueError where settings, budget or positions do not fit the network and the run."""
-    sizes, run = network.sizes, job.run
+    run = job.run
     check_positions(job.settings, run, job.position_limit)
 
     def project(text: str):
         return network.project_context(embed(text).to(job.device))
 
     def cache() -> KVCache:
-        return KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=HEAD_DIM, device=job.device, dtype=network.dtype,
-                       grid=(job.latent[0] // PATCH[1], job.latent[1] // PATCH[2]), max_frames=run.frames, chunk_frames=run.chunk_frames)
+        return cache_of(network, settings, run, (job.latent[0] // PATCH[1], job.latent[1] // PATCH[2]), device=job.device)
 
     prompt = PromptTrack(job.schedule, project, job.frame_rate)
     guides = job.cfg != 1
@@ -108,7 +113,7 @@ def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start:
     else:
         conditions = [Condition(prompt, cache())]
     model = CachedNetwork(network, conditions, position_limit=job.position_limit)
-    return Sampler(model, run, (1, sizes.channels, *job.latent), start=start, device=job.device)
+    return Sampler(model, run, (1, network.sizes.channels, *job.latent), start=start, device=job.device)
 
 
 def generate(network: CausalWan, vae: WanVAE, embed: Callable[[str], Tensor], job: Job, *, start: Tensor | None = None,

@@ -34,7 +34,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """[F], of the luma, with a Gaussian window of 11 pixels; a smaller one where a side is shorter."""
     check_alike(a, b)
-    return torch.cat([_ssim(x, y) for x, y in _parts(a, b)])
+    luma = torch.tensor(LUMA, device=a.device)
+    return torch.cat([similarity(x[..., :3].float() @ luma, y[..., :3].float() @ luma) for x, y in _parts(a, b)])
 
 
 def heat(a: Tensor, b: Tensor, most: float = 0.25) -> Tensor:
@@ -51,8 +52,8 @@ def _parts(a: Tensor, b: Tensor):
     return zip(a.split(FRAMES_AT_ONCE), b.split(FRAMES_AT_ONCE))
 
 
-def _ssim(a: Tensor, b: Tensor) -> Tensor:
-    x, y = (video[..., :3].float() @ torch.tensor(LUMA, device=video.device) for video in (a, b))
+def similarity(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of grey pictures [F, H, W] in 0..1 -> [F]."""
     size = min(WINDOW, *x.shape[1:])
     offset = torch.arange(size, device=x.device) - (size - 1) / 2
     window = torch.exp(-offset.square() / (2 * SIGMA**2))

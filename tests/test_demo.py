@@ -52,8 +52,8 @@ def centre(video, colour):
 ])
 def test_things_have_their_colour_and_move_where_they_are_said_to(prompt, colour, axis, sign):
     parse_prompt(prompt)
-    demo = run.Demo(prompt, Run(frames=6, seed=3))
-    video = demo.pictures(demo.make("off").latents)
+    demo = run.Demo(prompt)
+    video = demo.pictures(demo.make("off", Run(frames=6, seed=3)).latents)
     *place_of, count = centre(video, colour)
     assert count.min() > 300, "the thing is there in every frame"
     moved = float(place_of[axis][-1] - place_of[axis][0])

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import metrics
 from ..cache import CacheStats, KVCache
 from ..chart import format_bytes
-from ..models.wan import HEAD_DIM
+from ..generate import cache_of
 from ..sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..settings import PRESETS
 from ..storage import write_atomically
@@ -56,22 +56,20 @@ class Made:
 class Demo:
     """The tiny model with one prompt. progress(done, of_all) is called after every pass of the network."""
 
-    def __init__(self, prompt: str, run: Run, device: str = "cpu"):
+    def __init__(self, prompt: str, device: str = "cpu"):
         network, vae = load_tiny()
         # bf16 as the released models, so that a cache at 16 bits is a bf16 cache
         self.network, self.vae = network.to(device, torch.bfloat16), vae.to(device)
-        self.run, self.device = run, device
+        self.device = device
         with torch.no_grad():
             self.context = self.network.project_context(embed_prompt(prompt).to(device))
 
-    def make(self, preset: str, noise: float = 0.0, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Made:
+    def make(self, preset: str, run: Run, noise: float = 0.0, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Made:
         """The video with a cache as the preset says; noise: what each number of a 16-bit cache is off by, in parts of its tensor's
         root mean square."""
-        sizes = self.network.sizes
-        cache = KVCache(PRESETS[preset], layers=sizes.layers, heads=sizes.heads, head_dim=HEAD_DIM, grid=GRID, device=self.device,
-                        dtype=self.network.dtype, max_frames=self.run.frames, chunk_frames=self.run.chunk_frames)
-        sampler = Sampler(CachedNetwork(self.network, [Condition(self.context, cache)]), self.run, (1, 16, *LATENT), device=self.device)
-        generator = torch.Generator().manual_seed(self.run.seed)
+        cache = cache_of(self.network, PRESETS[preset], run, GRID, device=self.device)
+        sampler = Sampler(CachedNetwork(self.network, [Condition(self.context, cache)]), run, (1, 16, *LATENT), device=self.device)
+        generator = torch.Generator().manual_seed(run.seed)
         chunks, done, start = [], 0, time.perf_counter()
         try:
             for event in sampler:
@@ -80,7 +78,7 @@ class Demo:
                     chunks.append(event.latents)
                     if noise:
                         disturb(cache, noise, generator)
-                progress(done, event.chunks * (self.run.steps + 1))
+                progress(done, event.chunks * (run.steps + 1))
             if self.device != "cpu":
                 chunks = [chunk.cpu() for chunk in chunks]
             return Made(torch.cat(chunks, dim=2), cache.stats(), time.perf_counter() - start)
@@ -115,7 +113,8 @@ def windows(frames: int, chunk_frames: int) -> list[tuple[int, int]]:
 def figures(name: str, made: Made, pictures: Tensor, exact: Tensor, chunk_frames: int) -> dict:
     """The report's entry of a run."""
     stats = made.stats
-    db, index = metrics.psnr(pictures / 255, exact / 255), metrics.ssim(pictures / 255, exact / 255)
+    pair = pictures / 255, exact / 255
+    db, index = metrics.psnr(*pair), metrics.ssim(*pair)
     parts = [{"frames": [first, last], "psnr": float(db[first:last + 1].mean()), "ssim": float(index[first:last + 1].mean())}
              for first, last in windows(len(db), chunk_frames)]
     # a bf16 cache is attended to where it lies, so what stands beside it here is not counted against it
@@ -211,16 +210,15 @@ def add_arguments(command) -> None:
 def main(arguments) -> None:
     """Raises ValueError for a prompt with unknown words or a length below one frame."""
     run = Run(frames=arguments.latent_frames, chunk_frames=min(CHUNK_FRAMES, max(1, arguments.latent_frames)), seed=arguments.seed)
-    demo = Demo(arguments.prompt, run, arguments.device)
+    demo = Demo(arguments.prompt, arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     demo_runs = DEFAULT | (COMPARED if arguments.compare else {})
     with bar("warm-up") as progress:
-        warm = Demo(arguments.prompt, Run(frames=2 * CHUNK_FRAMES), arguments.device)
-        warm.pictures(warm.make("balanced").latents[:, :, :CHUNK_FRAMES], progress)
+        demo.pictures(demo.make("balanced", Run(frames=2 * CHUNK_FRAMES)).latents[:, :, :CHUNK_FRAMES], progress)
     videos, runs, exact, decode_seconds = {}, {}, None, 0.0
     for name, preset in demo_runs.items():
         with bar(f"{name}: sampling") as progress:
-            made = demo.make(preset, NOISE if name == "bf16-noise" else 0.0, progress)
+            made = demo.make(preset, run, NOISE if name == "bf16-noise" else 0.0, progress)
         if exact is not None and torch.equal(made.latents, exact):
             videos[name] = videos["bf16"]
         else:
