@@ -36,8 +36,8 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 65_536,
     GPUTarget("hip", "gfx1100", 32): 65_536,
 }
-# pairs of channels that turn with time, and with each axis of space
-TURNS = {64: (12, 10), 128: (22, 21), 256: (44, 42)}
+# pairs of channels that turn with time
+TURNS = {64: 12, 128: 22, 256: 44}
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Variant:
     pointers: dict[str, str]
     constants: dict
     warps: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
     heads of 128."""
     nvidia = target.backend == "cuda"
     native_e4m3 = nvidia and target.arch >= 89
+    name = "cuda" if nvidia else "cdna" if target.arch.startswith("gfx9") else "rdna"
     kinds = [decode.Kind(decode.PLANES.value, 2, 2, 1), decode.Kind(decode.INT8.value, groups=1)]
     if not few:
         kinds += [decode.Kind(decode.PLANES.value, bits, stages, groups)
@@ -81,10 +83,9 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
     yield from _ones(nvidia)
     for dim in (128,) if few else TURNS:
         for kind in kinds if dim == 128 else kinds[:1]:
-            yield _decode(kind, dim, native_e4m3)
+            yield _decode(kind, dim, name, native_e4m3)
         yield Variant(f"rotate-d{dim}", rotate.rotate_kernel, {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"},
                       {"D": dim, "LINES": 2048 // dim}, 4)
-        name = "cuda" if nvidia else "cdna" if target.arch.startswith("gfx9") else "rdna"
         try:
             cut = Product.on(name, dim)
         except Unsupported:
@@ -93,7 +94,8 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         matrix = {"PRODUCT": cut.dtype}
         for dtype in ("*bf16", "*fp32"):
             yield Variant(f"assign-d{dim}-{dtype[1:]}", assign.assign_kernel, {
-                "x": dtype, "centroids": "*fp32", "ids": "*i64"}, {"D": dim, **product, **matrix}, cut.warps)
+                "x": dtype, "centroids": "*fp32", "ids": "*i64"},
+                {"D": dim, **product, **matrix, "TOKENS": Product.on(name, dim, assign.TOKENS).tokens}, cut.warps)
             yield Variant(f"update-d{dim}-{dtype[1:]}", update.sums_kernel, {
                 "x": dtype, "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"},
                 {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps)
@@ -110,7 +112,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             bytes_ = dict.fromkeys(("scales", "plane0", "plane1", "plane2", "plane3"), "*u8")
             borders = {f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}
             yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {
-                **book, **bytes_, **borders, "exponents": "*i8"}, {**shape, "BITS": bits, "TOKENS": 4096 // dim}, 4)
+                **book, **bytes_, **borders, "exponents": "*i8"}, {**shape, "BITS": bits, "TOKENS": 4096 // dim}, 8)
 
 
 def _ones(nvidia: bool) -> Iterator[Variant]:
@@ -122,7 +124,7 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
     planes = {**dict.fromkeys(("scales", "plane0", "plane1", "plane2", "plane3"), "*u8"),
               **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}, "exponents": "*i8"}
     sums = {"x": "*fp32", "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"}
-    decoded = _decode(decode.Kind(decode.PLANES.value, 2, 1, 1), 64, False)
+    decoded = _decode(decode.Kind(decode.PLANES.value, 2, 1, 1), 64, "rdna", False)
     found = [
         ("assign", assign.assign_kernel, {"x": "*bf16", "centroids": "*fp32", "ids": "*i64"}, {"D": 64, **product, "PRODUCT": cut.dtype}),
         ("update", update.sums_kernel, sums, {"D": 64, **product, "PRECISION": cut.precision}),
@@ -134,17 +136,17 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
     ]
     for name, kernel, arguments, constants in found:
         numbers = {argument: 1 for argument in kernel.arg_names if argument not in {**arguments, **constants}}
-        yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4 if name != "decode" else 8)
+        yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4)
 
 
-def _decode(kind: decode.Kind, dim: int, native_e4m3: bool) -> Variant:
-    tile, (time, space) = decode.Tiling.of(dim), TURNS[dim]
+def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool) -> Variant:
+    tile = decode.Tiling.of(dim, name, kind.bits)
     pointers = {"jobs": "*i64", "levels": "*fp32", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
-    name = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
-    return Variant(name, decode.decode_kernel, pointers, {
+    label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
+    return Variant(label, decode.decode_kernel, pointers, {
         "KIND": kind.code, "BITS": kind.bits, "STAGES": kind.stages, "GROUPS": kind.groups, "HAS_ZEROS": kind.zeros,
-        "D": dim, "TIME": time, "SPACE": space, "TOKENS": tile.tokens, "STEPS": tile.steps,
-        "NATIVE_E4M3": native_e4m3}, tile.warps)
+        "D": dim, "TIME": TURNS[dim], "TOKENS": tile.tokens, "STEPS": tile.steps,
+        "NATIVE_E4M3": native_e4m3, "PREFETCH": native_e4m3 and kind.code == decode.PLANES.value}, tile.warps, tile.registers)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:
@@ -154,7 +156,10 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in variant.constants
                and (variant.pointers.get(name, "").startswith("*") or name.endswith(("_stride", "_stage", "_token", "_row")))}
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
-    compiled = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": 2})
+    options = {"num_warps": variant.warps, "num_stages": 2}
+    if variant.registers is not None:
+        options["maxnreg"] = variant.registers
+    compiled = triton.compile(source, target=target, options=options)
     registers, spilled = (_amd if target.backend == "hip" else _nvidia)(compiled)
     return Report(variant.name, f"{target.backend}:{target.arch}", registers, spilled, compiled.metadata.shared,
                   TARGETS[target])

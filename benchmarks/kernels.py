@@ -226,8 +226,8 @@ def released(bench: Bench, found: list[Case]) -> None:
 def tilings() -> Iterator:
     from ..kernels.decode import Tiling
 
-    for tile, steps, warps in itertools.product((8, 16, 32), (2, 4, 8, 16), (4, 8)):
-        yield Tiling(tile, steps, warps)
+    for (tile, warps), steps, registers in itertools.product(((16, 8), (8, 4), (4, 2)), (4, 8, 16), (None, 96, 64)):
+        yield Tiling(tile, steps, warps, registers)
 
 
 def tune(bench: Bench, found: list[Case]) -> None:
@@ -239,7 +239,7 @@ def tune(bench: Bench, found: list[Case]) -> None:
     from ..kernels.decode import Tiling
 
     for tiling in tilings():
-        with mock.patch.object(Tiling, "of", staticmethod(lambda head_dim: tiling)):  # noqa: B023
+        with mock.patch.object(Tiling, "of", staticmethod(lambda head_dim, name, bits=2: tiling)):  # noqa: B023
             cache = filled(case, BARE, bench.device)
             bench.add("decode", "triton", case.label, *reading(cache), note=f"{tiling}", repeats=10)
 

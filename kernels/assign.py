@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .tiles import Product, e4m3_to_float32, require_channels_last
 
+# tokens of a program; fewer on cards whose registers do not hold them
+TOKENS = 128
+
 
 @triton.jit
 def nearest(x, centroids, scale, count, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -60,7 +63,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     require_channels_last(x)
     rows, tokens, dim = x.shape
     ids = torch.empty(rows, tokens, dtype=torch.int64, device=x.device)
-    product = Product.of(dim, x.device)
+    product = Product.of(dim, x.device, TOKENS)
     assign_kernel[(triton.cdiv(tokens, product.tokens), rows)](
         x, centroids.contiguous(), ids, tokens, centroids.shape[1], x.stride(0), x.stride(1),
         D=dim, TOKENS=product.tokens, BLOCK=product.block, PRODUCT=product.dtype,

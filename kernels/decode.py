@@ -25,12 +25,14 @@ from ..qvg.dispatch import Unsupported
 from .tiles import (
     HEAD_DIMS,
     converts_e4m3,
+    e4m3_octet,
     e4m3_to_float32,
     no_kernel_for,
+    platform,
     power_of_two,
+    prefetch,
     repeat2,
     repeat4,
-    repeat8,
     round_to_bfloat16,
 )
 
@@ -73,15 +75,27 @@ class Kind:
 
 @dataclass(frozen=True)
 class Tiling:
-    """tokens: of a tile, chosen so that a thread holds eight channels; steps: tiles of a program."""
+    """tokens: of a tile, chosen so that a thread holds eight channels; steps: tiles of a program; registers: of a thread at most.
+
+    Few registers and so many threads under way are worth more here than anything else: what limits the kernel is how long a read
+    waits behind the stores. Measured on an H100 with `qvg bench kernels --only tune`.
+    """
 
     tokens: int
     steps: int
     warps: int
+    registers: int | None = None
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {} if self.registers is None else {"maxnreg": self.registers}
 
     @staticmethod
-    def of(head_dim: int) -> Tiling:
-        return Tiling(tokens=2048 // head_dim, steps=8, warps=8)
+    def of(head_dim: int, name: str, bits: int = 2) -> Tiling:
+        """For a platform by its name, see `tiles.platform`."""
+        if name == "interpreter":
+            return Tiling(tokens=4096 // head_dim, steps=2, warps=8)
+        return Tiling(tokens=1024 // head_dim, steps=8, warps=4, registers=64 if name == "cuda" and bits <= 2 else None)
 
 
 @triton.jit
@@ -91,43 +105,88 @@ def _address(job, COLUMN: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _bits(plane, offsets, mask, ROWS: tl.constexpr, COLS: tl.constexpr, GROUPS: tl.constexpr):
-    """One plane as bool [ROWS, GROUPS, channels of a group]."""
-    packed = tl.load(plane + offsets, mask=mask, other=0).to(tl.int32)
-    bits = ((repeat8(packed, ROWS, COLS // 8) >> (tl.arange(0, COLS) % 8)[None, :]) & 1) != 0
-    return tl.reshape(bits, (ROWS, GROUPS, COLS // GROUPS))
+def _octets(x, ROWS: tl.constexpr, D: tl.constexpr):
+    """[ROWS, D] as eight tiles [ROWS, D / 8]: the first channels of all octets, the second ones, and so on."""
+    low, high = tl.split(tl.reshape(x, (ROWS, D // 8, 4, 2)))
+    x02, x13 = tl.split(tl.reshape(low, (ROWS, D // 8, 2, 2)))
+    x46, x57 = tl.split(tl.reshape(high, (ROWS, D // 8, 2, 2)))
+    x0, x4 = tl.split(x02)
+    x2, x6 = tl.split(x13)
+    x1, x5 = tl.split(x46)
+    x3, x7 = tl.split(x57)
+    return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit
-def _pair(angles, pair, frame, line, column, mask, PAIRS: tl.constexpr, TIME: tl.constexpr, SPACE: tl.constexpr):
-    row = tl.where(pair < TIME, frame, tl.where(pair < TIME + SPACE, line, column))
-    return tl.load(angles + row * PAIRS + pair, mask=mask, other=0)
+def _bfloat16_octet(pointers):
+    """Eight neighbouring bf16 numbers, which `pointers` to int32 begin, as float32."""
+    w0, w1, w2, w3 = tl.load(pointers), tl.load(pointers + 1), tl.load(pointers + 2), tl.load(pointers + 3)
+    return (_low(w0), _high(w0), _low(w1), _high(w1), _low(w2), _high(w2), _low(w3), _high(w3))
 
 
 @triton.jit
-def _turns(angles, frame, line, column, mask, ROWS: tl.constexpr, PAIRS: tl.constexpr, TIME: tl.constexpr,
-           SPACE: tl.constexpr):
-    """cos and sin [ROWS, PAIRS] from a table of pairs (cos, sin) held as one int64 each.
+def _low(word):
+    return (word << 16).to(tl.float32, bitcast=True)
 
-    frame, line and column [ROWS, 1] are the table's rows for channel pairs that turn with that axis.
-    """
-    pair = 4 * tl.arange(0, PAIRS // 4)[None, :]
-    p0 = _pair(angles, pair, frame, line, column, mask, PAIRS, TIME, SPACE)
-    p1 = _pair(angles, pair + 1, frame, line, column, mask, PAIRS, TIME, SPACE)
-    p2 = _pair(angles, pair + 2, frame, line, column, mask, PAIRS, TIME, SPACE)
-    p3 = _pair(angles, pair + 3, frame, line, column, mask, PAIRS, TIME, SPACE)
-    both = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (ROWS, PAIRS))
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+@triton.jit
+def _high(word):
+    return (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _has(byte, CHANNEL: tl.constexpr):
+    return (byte & (1 << CHANNEL)) != 0
+
+
+@triton.jit
+def _fetch(local, octet, data, plane1, plane2, plane3, scales, ids, data_token, scale_token, id_token, id_stage,
+           BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, OCTETS: tl.constexpr):
+    """What is read of a tile's tokens before the centroids: bytes of the planes, codes of the scales, ids of every stage."""
+    at = local * data_token + octet
+    p0 = tl.load(data + at)
+    p1 = tl.load(plane1 + at) if BITS > 1 else p0
+    p2 = tl.load(plane2 + at) if BITS > 2 else p0
+    p3 = tl.load(plane3 + at) if BITS > 3 else p0
+    scale = tl.load(scales + local * scale_token)
+    for group in tl.static_range(1, GROUPS):
+        scale = tl.where(octet >= group * (OCTETS // GROUPS), tl.load(scales + local * scale_token + group), scale)
+    chosen = ()
+    for stage in tl.static_range(STAGES):
+        chosen = chosen + (tl.load(ids + stage * id_stage + local * id_token),)
+    return p0, p1, p2, p3, scale, chosen
+
+
+@triton.jit
+def _level(p0, p1, p2, p3, CHANNEL: tl.constexpr, BITS: tl.constexpr, l0, l1, l2, l3, l4, l5, l6, l7):
+    """One channel of an octet from the bytes of its planes and the levels of its token."""
+    size = l0
+    if BITS == 2:
+        size = tl.where(_has(p1, CHANNEL), l1, l0)
+    if BITS == 3:
+        size = tl.where(_has(p1, CHANNEL), tl.where(_has(p2, CHANNEL), l3, l2), tl.where(_has(p2, CHANNEL), l1, l0))
+    if BITS == 4:
+        high = tl.where(_has(p2, CHANNEL), tl.where(_has(p3, CHANNEL), l7, l6), tl.where(_has(p3, CHANNEL), l5, l4))
+        low = tl.where(_has(p2, CHANNEL), tl.where(_has(p3, CHANNEL), l3, l2), tl.where(_has(p3, CHANNEL), l1, l0))
+        size = tl.where(_has(p1, CHANNEL), high, low)
+    return tl.where(_has(p0, CHANNEL), size, -size)
+
+
+@triton.jit
+def _turn(even, odd, turns):
+    """A channel pair turned by (cos, sin), held in the halves of an int64."""
+    cos = turns.to(tl.int32).to(tl.float32, bitcast=True)
+    sin = (turns >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return even * cos - odd * sin, even * sin + odd * cos
 
 
 # numbers that change during a video would each be compiled for anew
-@triton.jit(do_not_specialize=["first_job", "first_head", "all_heads", "heads", "rows", "origin", "frames", "height", "width"])
+@triton.jit(do_not_specialize=["first_job", "first_head", "all_heads", "heads", "rows", "origin", "frames", "places"])
 def decode_kernel(
     jobs, levels, angles, keys, values,
-    first_job, first_head, all_heads, heads, rows, batch_stride, token_stride, head_stride, origin, frames, height, width,
+    first_job, first_head, all_heads, heads, rows, batch_stride, token_stride, head_stride, origin, frames, places,
     KIND: tl.constexpr, BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-    D: tl.constexpr, TIME: tl.constexpr, SPACE: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
-    NATIVE_E4M3: tl.constexpr,
+    D: tl.constexpr, TIME: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr, NATIVE_E4M3: tl.constexpr, PREFETCH: tl.constexpr,
 ):
     """One head of TOKENS * STEPS tokens of one span. Grid: (blocks of tokens of the longest span, batch * heads, spans)."""
     number = first_job + tl.program_id(2)
@@ -141,7 +200,7 @@ def decode_kernel(
     head = tl.program_id(1) % heads
     row = (batch * all_heads + first_head + head).to(tl.int64)
     channel = tl.arange(0, D)[None, :]
-    across = tl.zeros((TOKENS, 1), tl.int32) + channel
+    octet = tl.arange(0, D // 8)[None, :]
     dtype: tl.constexpr = keys.dtype.element_ty
 
     is_value = tl.load(job + IS_VALUE) != 0
@@ -161,118 +220,137 @@ def decode_kernel(
         data = _address(job, DATA, tl.int8) + data_row
     else:
         data = _address(job, DATA, tl.uint8) + data_row
-    if KIND == PLANES:
-        plane1 = _address(job, DATA + (1 if BITS > 1 else 0), tl.uint8) + data_row
-        plane2 = _address(job, DATA + (2 if BITS > 2 else 0), tl.uint8) + data_row
-        plane3 = _address(job, DATA + (3 if BITS > 3 else 0), tl.uint8) + data_row
-        level = levels + number * 8
-        l0, l1, l2, l3 = tl.load(level), tl.load(level + 1), tl.load(level + 2), tl.load(level + 3)
-        l4, l5, l6, l7 = tl.load(level + 4), tl.load(level + 5), tl.load(level + 6), tl.load(level + 7)
-        unit = power_of_two(tl.load(_address(job, EXPONENTS, tl.int8) + row))
-        channels = tl.load(_address(job, CHANNEL_SCALE, tl.bfloat16) + row * D + across).to(tl.float32) * unit
     if KIND != PLAIN:
         scale_token = tl.load(job + SCALE_STRIDES)
-        scales = _address(job, SCALES, tl.bfloat16 if KIND == INT8 else tl.uint8)
         scale_row = row * tl.load(job + SCALE_STRIDES + 1) + first64 * scale_token
+        scales = _address(job, SCALES, tl.bfloat16 if KIND == INT8 else tl.uint8) + scale_row
         scale_token = scale_token.to(tl.int32)
-        scales += scale_row
         group = tl.arange(0, GROUPS)[None, :]
         if HAS_ZEROS:
             zeros = _address(job, ZEROS, tl.uint8) + scale_row
+    ids, id_token, id_stage = data, 0, 0
     if STAGES > 0:
         id_token = tl.load(job + ID_STRIDES + 1)
         id_stage = tl.load(job + ID_STRIDES)
         ids = _address(job, IDS, tl.uint8) + row * tl.load(job + ID_STRIDES + 2) + first64 * id_token
         id_token = id_token.to(tl.int32)
-        centroids = _address(job, CENTROIDS, tl.bfloat16 if KIND == PAPER else tl.uint8)
         centroid_stage = tl.multiple_of(tl.load(job + CENTROID_STRIDES), 16)
-        centroids += row * tl.multiple_of(tl.load(job + CENTROID_STRIDES + 1), 16)
+        centroid_row = row * tl.multiple_of(tl.load(job + CENTROID_STRIDES + 1), 16)
+        centroids = _address(job, CENTROIDS, tl.bfloat16 if KIND == PAPER else tl.uint8) + centroid_row
+    if KIND == PLANES:
+        plane1 = _address(job, DATA + (1 if BITS > 1 else 0), tl.uint8) + data_row
+        plane2 = _address(job, DATA + (2 if BITS > 2 else 0), tl.uint8) + data_row
+        plane3 = _address(job, DATA + (3 if BITS > 3 else 0), tl.uint8) + data_row
+        level = levels + number * 8
+        unit = power_of_two(tl.load(_address(job, EXPONENTS, tl.int8) + row))
+        l0, l1, l2, l3 = tl.load(level) * unit, tl.load(level + 1) * unit, tl.load(level + 2) * unit, tl.load(level + 3) * unit
+        l4, l5, l6, l7 = tl.load(level + 4) * unit, tl.load(level + 5) * unit, tl.load(level + 6) * unit, tl.load(level + 7) * unit
+        # octets are read as words: of bf16 two channels, of E4M3 four
+        channels = _bfloat16_octet(_address(job, CHANNEL_SCALE, tl.int32) + row * (D // 2) + 4 * octet)
         units = ()
-        if KIND == PLANES:
-            for stage in tl.static_range(STAGES):
-                unit_at = (stage * rows + row) * D + across
-                units = units + (tl.load(_address(job, CENTROID_SCALE, tl.bfloat16) + unit_at).to(tl.float32),)
-    first_frame = tl.load(job + FRAME).to(tl.int32) + origin
-
-    for step in range(STEPS):
-        local = step * TOKENS + tl.arange(0, TOKENS)
-        index = first + local
-        inside = index < count
-        mask = inside[:, None]
-
-        if KIND != PLAIN:
-            scale = tl.load(scales + local[:, None] * scale_token + group, mask=mask, other=0)
-            scale = scale.to(tl.float32) if KIND == INT8 else e4m3_to_float32(scale, NATIVE_E4M3)
-            scale = scale[:, :, None]
-        if KIND == PLANES:
-            at = local[:, None] * data_token + tl.arange(0, D // 8)[None, :]
-            positive = _bits(data, at, mask, TOKENS, D, GROUPS)
-            size = l0 * scale
-            if BITS > 1:
-                bit1 = _bits(plane1, at, mask, TOKENS, D, GROUPS)
-                if BITS == 2:
-                    size = tl.where(bit1, l1 * scale, size)
-                else:
-                    bit2 = _bits(plane2, at, mask, TOKENS, D, GROUPS)
-                    if BITS == 3:
-                        high = tl.where(bit2, l3 * scale, l2 * scale)
-                        size = tl.where(bit1, high, tl.where(bit2, l1 * scale, size))
-                    else:
-                        bit3 = _bits(plane3, at, mask, TOKENS, D, GROUPS)
-                        high = tl.where(bit2, tl.where(bit3, l7 * scale, l6 * scale), tl.where(bit3, l5 * scale, l4 * scale))
-                        low = tl.where(bit2, tl.where(bit3, l3 * scale, l2 * scale), tl.where(bit3, l1 * scale, size))
-                        size = tl.where(bit1, high, low)
-            x = tl.reshape(tl.where(positive, size, -size), (TOKENS, D)) * channels
-        elif KIND == PAPER:
-            packed = tl.load(data + local[:, None] * data_token + tl.arange(0, D * BITS // 8)[None, :], mask=mask, other=0)
-            if BITS == 2:
-                codes = (repeat4(packed.to(tl.int32), TOKENS, D // 4) >> (6 - 2 * (channel % 4))) & 3
-            else:
-                codes = (repeat2(packed.to(tl.int32), TOKENS, D // 2) >> (4 - 4 * (channel % 2))) & 15
-            x = codes.to(tl.float32)
-            if not HAS_ZEROS:
-                x -= 2 ** (BITS - 1) - 1
-        else:
-            x = tl.load(data + local[:, None] * data_token + channel, mask=mask, other=0).to(tl.float32)
-
-        if KIND == PAPER or KIND == INT8:
-            x = tl.reshape(x, (TOKENS, GROUPS, D // GROUPS)) * scale
-            if HAS_ZEROS:
-                zero = tl.load(zeros + local[:, None] * scale_token + group, mask=mask, other=0)
-                x += e4m3_to_float32(zero, NATIVE_E4M3)[:, :, None]
-            x = tl.reshape(x, (TOKENS, D))
-
         for stage in tl.static_range(STAGES):
-            chosen = tl.load(ids + stage * id_stage + local * id_token, mask=inside, other=0).to(tl.int32)
-            codes = tl.load(centroids + stage * centroid_stage + chosen[:, None] * D + channel)
+            unit_at = (stage * rows + row) * (D // 2) + 4 * octet
+            units = units + (_bfloat16_octet(_address(job, CENTROID_SCALE, tl.int32) + unit_at),)
+    first_frame = tl.load(job + FRAME).to(tl.int32) + origin
+    per_place = 1.0 / places
+
+    last = count - first - 1
+    if PREFETCH:
+        # the planes come from memory while stores keep it busy, later than the next tile can wait
+        line = 128 * tl.arange(0, TOKENS * STEPS * D // 1024)
+        line = tl.minimum(line, last * data_token)
+        prefetch(data + line)
+        if BITS > 1:
+            prefetch(plane1 + line)
+    if KIND == PLANES:
+        n0, n1, n2, n3, next_scale, next_ids = _fetch(
+            tl.minimum(tl.arange(0, TOKENS)[:, None], last), octet, data, plane1, plane2, plane3, scales, ids,
+            data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
+    for step in range(STEPS):
+        token = step * TOKENS + tl.arange(0, TOKENS)[:, None]
+        mask = token <= last
+        # loads beyond the end read the last token again, which is cheaper than a mask on each
+        local = tl.minimum(token, last)
+
+        if KIND == PLANES:
+            p0, p1, p2, p3 = n0.to(tl.int32), n1.to(tl.int32), n2.to(tl.int32), n3.to(tl.int32)
+            scale = e4m3_to_float32(next_scale, NATIVE_E4M3)
+            words = ()
+            for stage in tl.static_range(STAGES):
+                codes = centroids.to(tl.pointer_type(tl.int64)) + stage * (centroid_stage // 8)
+                words = words + (tl.load(codes + next_ids[stage].to(tl.int32) * (D // 8) + octet),)
+            # the next tile's bytes are on their way while this one is computed
+            n0, n1, n2, n3, next_scale, next_ids = _fetch(
+                tl.minimum(token + TOKENS, last), octet, data, plane1, plane2, plane3, scales, ids,
+                data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
+            m0, m1, m2, m3 = l0 * scale, l1 * scale, l2 * scale, l3 * scale
+            m4, m5, m6, m7 = l4 * scale, l5 * scale, l6 * scale, l7 * scale
+            x = ()
+            for c in tl.static_range(8):
+                x = x + (_level(p0, p1, p2, p3, c, BITS, m0, m1, m2, m3, m4, m5, m6, m7) * channels[c],)
+            for stage in tl.static_range(STAGES):
+                found = e4m3_octet(words[stage], NATIVE_E4M3)
+                y = ()
+                for c in tl.static_range(8):
+                    y = y + (x[c] + found[c] * units[stage][c],)
+                x = y
+            x0, x1, x2, x3, x4, x5, x6, x7 = x
+        else:
             if KIND == PAPER:
-                x += codes.to(tl.float32)
+                packed = tl.load(data + local * data_token + tl.arange(0, D * BITS // 8)[None, :])
+                if BITS == 2:
+                    codes = (repeat4(packed.to(tl.int32), TOKENS, D // 4) >> (6 - 2 * (channel % 4))) & 3
+                else:
+                    codes = (repeat2(packed.to(tl.int32), TOKENS, D // 2) >> (4 - 4 * (channel % 2))) & 15
+                tile = codes.to(tl.float32)
+                if not HAS_ZEROS:
+                    tile -= 2 ** (BITS - 1) - 1
             else:
-                x += e4m3_to_float32(codes, NATIVE_E4M3) * units[stage]
-        if KIND == PAPER:
-            # the released package rounds to bf16 before anything else sees the value
-            x = round_to_bfloat16(x)
+                tile = tl.load(data + local * data_token + channel).to(tl.float32)
+            if KIND != PLAIN:
+                scale = tl.load(scales + local * scale_token + group)
+                scale = scale.to(tl.float32) if KIND == INT8 else e4m3_to_float32(scale, NATIVE_E4M3)
+                tile = tl.reshape(tile, (TOKENS, GROUPS, D // GROUPS)) * scale[:, :, None]
+                if HAS_ZEROS:
+                    tile += e4m3_to_float32(tl.load(zeros + local * scale_token + group), NATIVE_E4M3)[:, :, None]
+                tile = tl.reshape(tile, (TOKENS, D))
+            if KIND == PAPER:
+                for stage in tl.static_range(STAGES):
+                    chosen = tl.load(ids + stage * id_stage + local * id_token).to(tl.int32)
+                    tile += tl.load(centroids + stage * centroid_stage + chosen * D + channel).to(tl.float32)
+                # the released package rounds to bf16 before anything else sees the value
+                tile = round_to_bfloat16(tile)
+            x0, x1, x2, x3, x4, x5, x6, x7 = _octets(tile, TOKENS, D)
 
         if not is_value:
-            # quotients by way of float32, far cheaper than integer division: half a token keeps them away from whole
-            # numbers by more than their rounding while a span has no more than MAX_TOKENS
-            frame = ((index.to(tl.float32) + 0.5) / (height * width)).to(tl.int32)
-            place = index - frame * height * width
-            line = ((place.to(tl.float32) + 0.5) / width).to(tl.int32)
-            column = frames + height + place - line * width
+            # a quotient by way of float32, far cheaper than integer division: half a token keeps it away from whole
+            # numbers by more than its rounding while a span has no more than MAX_TOKENS
+            index = first + local
+            frame = ((index.to(tl.float32) + 0.5) * per_place).to(tl.int32)
+            place = frames + index - frame * places
             frame += first_frame
-            line += frames
-            cos, sin = _turns(angles, frame[:, None], line[:, None], column[:, None], mask, TOKENS, D // 2, TIME, SPACE)
-            even, odd = tl.split(tl.reshape(x, (TOKENS, D // 2, 2)))
-            x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (TOKENS, D))
-        tl.store(out + local[:, None] * token_stride + channel, x.to(dtype), mask=mask)
+            # an octet turns by four pairs; those that turn with time end between the second and the third of one
+            left = tl.where(4 * octet < TIME, frame, place) * (D // 2) + octet
+            right = tl.where(4 * octet + 2 < TIME, frame, place) * (D // 2) + octet
+            # not so at the octet where time ends, but a thread holds one octet, and what matters is that threads stand along a row
+            left = angles + tl.max_contiguous(left, (1, D // 8))
+            right = angles + tl.max_contiguous(right, (1, D // 8))
+            x0, x1 = _turn(x0, x1, tl.load(left))
+            x2, x3 = _turn(x2, x3, tl.load(left + D // 8))
+            x4, x5 = _turn(x4, x5, tl.load(right + D // 4))
+            x6, x7 = _turn(x6, x7, tl.load(right + 3 * (D // 8)))
+        even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+        odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+        x = tl.reshape(tl.join(even, odd), (TOKENS, D))
+        tl.store(out + token * token_stride + channel, x.to(dtype), mask=mask)
 
 
 class Angles:
     """cos and sin of every position that a cache has met, shared by its layers.
 
-    table: int64 [frames + height + width, D / 2], cos in the low half and sin in the high; a row fills the channel pairs
-    that turn with its own axis. Row `origin` is frame 0.
+    table: int64 [frames + places, 4, D / 8], cos in the low half and sin in the high; the four pairs of an octet of channels lie one
+    after the other along the middle axis. A row of a frame fills the pairs that turn with time, a row of a place those that turn with
+    its line and column. Row `origin` is frame 0.
     """
 
     def __init__(self, rope):
@@ -284,14 +362,13 @@ class Angles:
             return
         self.origin = max(self.origin, -2 * first)
         self.frames = self.origin + max(2 * last, MIN_FRAMES)
-        counts = (self.frames, *self._rope.grid)
-        table = torch.zeros(sum(counts), sum(self._rope.dims) // 2, 2, device=device)
-        row = pair = 0
-        for start, count, dim in zip((-self.origin, 0, 0), counts, self._rope.dims):
-            turns = self._rope.angles(torch.arange(start, start + count, device=device), dim)
-            table[row:row + count, pair:pair + dim // 2] = torch.stack([turns.cos(), turns.sin()], dim=-1).float()
-            row, pair = row + count, pair + dim // 2
-        self.table = table.view(torch.int64)[..., 0]
+        height, width = self._rope.grid
+        times = self._rope.angles(torch.arange(-self.origin, self.frames - self.origin, device=device), self._rope.dims[0])
+        space = self._rope.space(device)
+        table = torch.zeros(self.frames + height * width, sum(self._rope.dims) // 2, 2, device=device)
+        table[:self.frames, :times.shape[1]] = torch.stack([times.cos(), times.sin()], dim=-1).float()
+        table[self.frames:, times.shape[1]:] = space.movedim(0, -1)
+        self.table = table.view(torch.int64).unflatten(1, (-1, 4))[..., 0].mT.contiguous()
 
 
 @dataclass(frozen=True)
@@ -312,11 +389,11 @@ class Reader:
         if head_dim not in HEAD_DIMS:
             raise Unsupported(no_kernel_for(head_dim))
         self._angles = angles or Angles(rope)
-        self._rope, self._tile, self._head_dim = rope, Tiling.of(head_dim), head_dim
+        self._rope, self._platform, self._head_dim = rope, platform(torch.device(device)), head_dim
         self._dtype, self._device = dtype, torch.device(device)
         self._rows: dict[int, Row] = {}
         self._places: list[tuple[int, int, int]] | None = None
-        self._launches: list[tuple[Kind, int, int, int]] = []
+        self._launches: list[tuple[Kind, Tiling, int, int, int]] = []
 
     def _row(self, span) -> Row | None:
         row = self._rows.get(id(span))
@@ -345,7 +422,8 @@ class Reader:
         before = 0
         for kind, same in kinds.items():
             longest = max(columns[COUNT.value] for columns, _ in same)
-            self._launches.append((kind, before, len(same), triton.cdiv(longest, self._tile.tokens * self._tile.steps)))
+            tile = Tiling.of(self._head_dim, self._platform, kind.bits)
+            self._launches.append((kind, tile, before, len(same), triton.cdiv(longest, tile.tokens * tile.steps)))
             before += len(same)
         if jobs:
             self._jobs = self._send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64))
@@ -362,16 +440,16 @@ class Reader:
         if keys.stride() != values.stride() or keys.stride(-1) != 1 or keys.dtype != self._dtype or values.dtype != self._dtype:
             raise Unsupported(f"keys and values must be {self._dtype} and lie alike in memory, channels last")
         batch, _, count, _ = keys.shape
-        time, space, _ = (dim // 2 for dim in self._rope.dims)
-        tile, native = self._tile, converts_e4m3(keys.device)
-        for kind, first, spans, blocks in self._launches:
+        native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
+        height, width = self._rope.grid
+        for kind, tile, first, spans, blocks in self._launches:
             decode_kernel[(blocks, batch * count, spans)](
                 self._jobs, self._levels, self._angles.table, keys, values,
                 first, heads.start, all_heads, count, batch * all_heads, *keys.stride()[:3],
-                self._angles.origin, self._angles.frames, *self._rope.grid,
+                self._angles.origin, self._angles.frames, height * width,
                 KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
-                D=self._head_dim, TIME=time, SPACE=space, TOKENS=tile.tokens, STEPS=tile.steps,
-                NATIVE_E4M3=native, num_warps=tile.warps)
+                D=self._head_dim, TIME=time, TOKENS=tile.tokens, STEPS=tile.steps,
+                NATIVE_E4M3=native, PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
 
 
 def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:

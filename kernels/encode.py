@@ -133,10 +133,7 @@ def encode(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> 
     require_channels_last(x)
     tokens, rows, dim = x.shape
     stages, count = codebook.stages, codebook.centroids.shape[2]
-    new = lambda *shape, dtype=torch.uint8: torch.empty(*shape, dtype=dtype, device=x.device)  # noqa: E731
-    span = PlaneSpan(
-        planes=[new(tokens, rows, dim // 8) for _ in range(bits)], scales=new(tokens, rows, groups),
-        exponents=new(rows, dtype=torch.int8), ids=new(stages, tokens, rows), codebook=codebook, gain=gain)
+    span = PlaneSpan.empty(x, bits, codebook, groups, gain)
     largest = torch.zeros(rows, dtype=torch.int32, device=x.device)
     book = codebook.centroids, codebook.centroid_scale, codebook.channel_scale
     native, product, tile = converts_e4m3(x.device), Product.of(dim, x.device), 4096 // dim
@@ -150,5 +147,5 @@ def encode(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> 
         *span.planes, *span.planes[:1] * (planes.MAX_PLANES - bits), span.exponents,
         tokens, rows, count, x.stride(0), x.stride(1), *span.ids.stride(), *span.planes[0].stride()[:2],
         *span.scales.stride()[:2],
-        STAGES=stages, GROUPS=groups, BITS=bits, D=dim, TOKENS=tile, NATIVE_E4M3=native, num_warps=4)
+        STAGES=stages, GROUPS=groups, BITS=bits, D=dim, TOKENS=tile, NATIVE_E4M3=native, num_warps=8)
     return span

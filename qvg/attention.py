@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from .cache import KVCache, LayerCache
 from .rope import rotate
 
 # q [B, T, H, D], k and v [B, N, H, D] -> [B, T, H, D]
@@ -23,6 +23,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Full attention through torch, [B, T, H, D] in and out."""
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sdpa` of a network that computes in a wider type than its cache keeps, as one does where bf16 is slow."""
+    return sdpa(q, k.to(q.dtype), v.to(q.dtype))
 
 
 class CachedAttention:
@@ -41,6 +46,7 @@ class CachedAttention:
             raise ValueError(f"The chunk to store starts at latent frame {start_frame}, but the cache ends at frame {cache.frames}.")
         self.cache, self.frames, self.store, self.attention = cache, frames, store, attention
         self.start_frame = start_frame
+        self._ahead = None if cache.workspace.side is None else _Ahead(cache)
         self.shift = max(0, start_frame + frames - position_limit) if position_limit else 0
         self._angles: tuple[Tensor, Tensor] | None = None
 
@@ -63,45 +69,36 @@ class CachedAttention:
             history.append(k, v, self.frames)
         return out
 
-    def _decoded(self, history, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Groups of heads in turn: their history, decoded, and behind it the chunk's own tokens (of a CFG batch, the first condition's).
+    def _decoded(self, history: LayerCache, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Groups of heads in turn: their history, decoded, and behind it the chunk's own tokens (of a CFG batch, the first condition's)."""
+        workspace, past, slices, batch = self.cache.workspace, history.tokens, self.cache.head_slices(), self.cache.geometry.batch
+        tokens, ahead = past + k.shape[1], self._ahead
 
-        With two buffers a second stream decodes a group while the one before attends, and waits for a buffer until what reads it is done.
-        """
-        workspace, past, slices = self.cache.workspace, history.tokens, self.cache.head_slices()
-        side, batch, tokens = workspace.side, self.cache.geometry.batch, history.tokens + k.shape[1]
-
-        def fill(heads: slice, keys: Tensor, values: Tensor) -> None:
-            history.read(heads, keys[:, :past], values[:, :past], self.shift)
+        def append(heads: slice, keys: Tensor, values: Tensor) -> None:
             keys[:, past:], values[:, past:] = k[:batch, :, heads], v[:batch, :, heads]
 
-        if side is None:
+        if ahead is None:
             for heads in slices:
-                views = workspace.views(tokens)
-                fill(heads, *views)
-                yield heads, *views
+                keys, values = workspace.views(tokens)
+                history.read(heads, keys[:, :past], values[:, :past], self.shift)
+                append(heads, keys, values)
+                yield heads, keys, values
             return
-        main = torch.cuda.current_stream(workspace.device)
-        buffers = self.cache.geometry.buffers
-        views = [workspace.views(tokens, buffer) for buffer in range(buffers)]
-        ready, done = [], []
-
-        def decode(number: int) -> None:
-            with torch.cuda.stream(side):
-                if number < buffers:
-                    side.wait_stream(main)
-                else:
-                    side.wait_event(done[number - buffers])
-                fill(slices[number], *views[number % buffers])
-                ready.append(side.record_event())
-
-        decode(0)
+        ahead.open(history, slices[0], tokens, self.shift)
+        ahead.append(append, slices[0])
+        coming = [(history, heads) for heads in slices[1:]]
+        coming += [(layer, slices[0]) for layer in self.cache.layers[history.number + 1:history.number + 2] if layer.tokens]
         for number, heads in enumerate(slices):
-            if number + 1 < len(slices):
-                decode(number + 1)
-            main.wait_event(ready[number])
-            yield heads, *views[number % buffers]
-            done.append(main.record_event())
+            views = ahead.take()
+            if number < len(coming):
+                layer, group = coming[number]
+                ahead.begin(layer, group, layer.tokens + k.shape[1])
+                # A copy goes first, for the next layer one that it will overwrite: meanwhile attention to the group before takes the
+                # multiprocessors that it can use, and what is decoded takes the others. The other way round attention would wait.
+                ahead.append(append, group)
+                ahead.decode(layer, self.shift)
+            yield heads, *views
+            ahead.release()
 
     def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Some heads of the chunk over what `_decoded` gave."""
@@ -113,3 +110,60 @@ class CachedAttention:
                 keys[:, past:], values[:, past:] = k[own, :, heads], v[own, :, heads]
             outs.append(self.attention(q[own, :, heads], keys, values))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class _Ahead:
+    """Decodes a group of heads on a second stream while the group before attends, and while a layer ends the first group of the next.
+
+    Attention seldom fills a device to its last multiprocessor, so what is decoded beside it costs next to nothing. Two buffers take
+    turns; events say when one is ready, and when what reads it is done. Lives as long as a pass, in which no history changes before
+    its layer was read.
+    """
+
+    def __init__(self, cache: KVCache):
+        self._workspace = cache.workspace
+        self._free: list[torch.cuda.Event | None] = [None] * cache.geometry.buffers
+        self._buffer = 0  # the one that is being filled
+        self._filled: tuple | None = None  # what it was begun for
+        self._views: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def _present(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._workspace.device)
+
+    def open(self, history: LayerCache, heads: slice, tokens: int, shift: int) -> None:
+        """A layer is read from here on: what the present stream made of its tokens may be copied, and its first group is decoded unless
+        it is already."""
+        self._made = self._present.record_event()
+        if self._filled != (history.number, heads, tokens):
+            self.begin(history, heads, tokens)
+            self.decode(history, shift)
+
+    def begin(self, history: LayerCache, heads: slice, tokens: int) -> None:
+        """Take the next buffer, once what reads it is done, for some heads of `tokens` tokens."""
+        self._filled = history.number, heads, tokens
+        self._views = self._workspace.views(tokens, self._buffer)
+        self._workspace.side.wait_event(self._free[self._buffer] or self._made)
+
+    def decode(self, history: LayerCache, shift: int) -> None:
+        with torch.cuda.stream(self._workspace.side):
+            past = history.tokens
+            history.read(self._filled[1], self._views[0][:, :past], self._views[1][:, :past], shift)
+
+    def append(self, copy: Callable, heads: slice) -> None:
+        """The chunk's own tokens, by `copy(heads, keys, values)`."""
+        side = self._workspace.side
+        with torch.cuda.stream(side):
+            side.wait_event(self._made)
+            copy(heads, *self._views)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The views that were filled last, for which the present stream waits; the other buffer is filled next."""
+        views, self._taken = self._views, self._buffer
+        self._present.wait_event(self._workspace.side.record_event())
+        self._buffer, self._filled, self._views = (self._buffer + 1) % len(self._free), None, None
+        return views
+
+    def release(self) -> None:
+        """All that reads the views taken last has been given to the present stream."""
+        self._free[self._taken] = self._present.record_event()

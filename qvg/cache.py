@@ -19,7 +19,7 @@ from torch import Tensor
 from . import budget, codec, dispatch
 from .budget import Geometry, Limits
 from .codec import LevelTables, Span, TensorCodec
-from .rope import Rope, rotate
+from .rope import Rope
 from .settings import PLAIN_BITS, QVGSettings
 
 KINDS = ("planes", "scales", "ids", "codebooks", "plain")
@@ -162,7 +162,7 @@ class LayerCache:
         for name, x in (("key", key), ("value", value)):
             if tuple(x.shape) != expected:
                 raise ValueError(f"The {name} of {frames} frames has shape {tuple(x.shape)}; this cache was made for {expected}.")
-        pair = [x.transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
+        pair = [x.to(self.owner.workspace.dtype).transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
         start = 0
         for first, count in budget.split_at_sink(self.next_frame, frames, settings.sink_frames):
             stop = start + count * geometry.frame_tokens
@@ -232,11 +232,11 @@ class LayerCache:
         for entries in self._alike():
             frames = sum(entry.frames for entry in entries)
             stop = start + frames * geometry.frame_tokens
-            cos, sin = self.owner.rope.tables(entries[0].first - (0 if entries[0].sink else shift), frames, keys.device)
+            first = entries[0].first - (0 if entries[0].sink else shift)
             for batch in range(geometry.batch):
                 rows = slice(batch * geometry.heads + heads.start, batch * geometry.heads + heads.stop)
-                key, value = (codec.decode([entry.spans[side] for entry in entries], rows, tables) for side in range(2))
-                keys[batch, start:stop] = rotate(key, cos[:, None], sin[:, None])
+                key, value = codec.decode([[entry.spans[side] for entry in entries] for side in range(2)], rows, tables)
+                keys[batch, start:stop] = self.owner.rope.turn(key, first, frames)
                 values[batch, start:stop] = value
             start = stop
 
@@ -287,7 +287,7 @@ class Workspace:
     def __init__(self, geometry: Geometry, dtype: torch.dtype, device, capacity_frames: int | None):
         self.geometry, self.dtype, self.device = geometry, dtype, device
         self.group = budget.head_group(geometry.heads)
-        self.side = torch.cuda.Stream(device, priority=-1) if geometry.buffers > 1 else None
+        self.side = torch.cuda.Stream(device) if geometry.buffers > 1 else None
         self.capacity = None if capacity_frames is None else capacity_frames * geometry.frame_tokens
         self._storage: Tensor | None = None
 
@@ -305,7 +305,9 @@ class Workspace:
             self._storage = torch.empty(2 * self.geometry.buffers, self.geometry.batch * room * self.group * self.geometry.head_dim,
                                         dtype=self.dtype, device=self.device)
             if self.side is not None:
-                # a run that is broken off leaves work on that stream, and the memory must not be given away before it is done
+                # what the present stream still does with that memory comes first; and a run that is broken off leaves work on the
+                # second stream, which must be done before the memory is given away
+                self.side.wait_stream(torch.cuda.current_stream(self.device))
                 self._storage.record_stream(self.side)
         shape = (self.geometry.batch, tokens, self.group, self.geometry.head_dim)
         return self._storage[2 * buffer, :size].view(shape), self._storage[2 * buffer + 1, :size].view(shape)

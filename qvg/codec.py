@@ -55,6 +55,20 @@ class PlaneSpan:
     codebook: Codebook
     gain: str
 
+    @staticmethod
+    def empty(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> PlaneSpan:
+        """Room for x [T, R, D], uninitialized. What belongs to a row lies together in memory, because rows are read by themselves."""
+        tokens, rows, dim = x.shape
+
+        def room(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.uint8, device=x.device).transpose(-3, -2)
+
+        return PlaneSpan(
+            planes=[room(rows, tokens, dim // 8) for _ in range(bits)], scales=room(rows, tokens, groups),
+            exponents=torch.empty(rows, dtype=torch.int8, device=x.device),
+            ids=torch.empty(codebook.stages, rows, tokens, dtype=torch.uint8, device=x.device).transpose(1, 2),
+            codebook=codebook, gain=gain)
+
     @property
     def bits(self) -> int:
         return len(self.planes)
@@ -69,7 +83,7 @@ class PlaneSpan:
 
     def decode(self, rows: slice, tables: LevelTables) -> Tensor:
         """float32 [T, r, D]"""
-        return _decode_planes([self], rows, tables)
+        return _decode_planes([[self]], rows, tables)[0]
 
 
 @dataclass
@@ -93,7 +107,8 @@ class PlainSpan:
 
     def decode(self, rows: slice, tables: LevelTables) -> Tensor:
         """float32 [T, r, D]"""
-        x = self.data[:, rows].float()
+        # what is decoded is overwritten, and this must not be
+        x = self.data[:, rows].to(torch.float32, copy=True)
         if self.scales is not None:
             x.unflatten(-1, (self.scales.shape[-1], -1)).mul_(self.scales[:, rows].float()[..., None])
         return x
@@ -137,7 +152,7 @@ Span = PlaneSpan | PlainSpan | PaperSpan
 
 
 def like(a: Span, b: Span) -> bool:
-    """Whether `decode` can take two spans in one go."""
+    """Whether `decode` can take two spans of one tensor in one go."""
     if type(a) is not type(b) or a.bits != b.bits or a.codebook is not b.codebook:
         return False
     if isinstance(a, PlaneSpan):
@@ -145,30 +160,42 @@ def like(a: Span, b: Span) -> bool:
     return isinstance(a, PlainSpan) and a.bits == 16
 
 
-def decode(spans: list[Span], rows: slice, tables: LevelTables) -> Tensor:
-    """Spans that are all `like` the first, one after the other: float32 [T of all, r, D].
+def decode(sides: list[list[Span]], rows: slice, tables: LevelTables) -> list[Tensor]:
+    """K and V, each given as spans that are all `like` the first: float32 [T of all, r, D] of each.
 
     Short spans cost more in calls than in arithmetic, so on a CPU this is several times faster than one after the other.
     """
+    firsts = [spans[0] for spans in sides]
+    shapes = {(span.bits, span.gain, span.scales.shape, span.codebook.centroids.shape) for span in firsts if isinstance(span, PlaneSpan)}
+    if len(shapes) == 1 and all(isinstance(span, PlaneSpan) for span in firsts):
+        return list(_decode_planes(sides, rows, tables))
+    return [_decode_side(spans, rows, tables) for spans in sides]
+
+
+def _decode_side(spans: list[Span], rows: slice, tables: LevelTables) -> Tensor:
     if len(spans) == 1:
         return spans[0].decode(rows, tables)
     if isinstance(spans[0], PlainSpan):
         return torch.cat([span.data[:, rows] for span in spans]).float()
-    return _decode_planes(spans, rows, tables)
+    return _decode_planes([spans], rows, tables)[0]
 
 
-def _decode_planes(spans: list[PlaneSpan], rows: slice, tables: LevelTables) -> Tensor:
-    first, count = spans[0], len(spans)
+def _decode_planes(sides: list[list[PlaneSpan]], rows: slice, tables: LevelTables) -> Tensor:
+    """float32 [sides, T of all, r, D] of sides that agree in everything but their codebooks."""
+    spans = [span for side in sides for span in side]
+    first, shape = spans[0], (len(sides), -1)
 
-    def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
-        return parts[0] if count == 1 else torch.cat(parts, dim)
+    def joined(parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(spans) == 1 else torch.cat(parts)
 
     x = tables(first.bits, first.gain)([joined([span.planes[plane][:, rows] for span in spans]) for plane in range(first.bits)])
     exponents = torch.stack([span.exponents[rows] for span in spans])[:, None, :, None].int()
-    scale = e4m3.decode(joined([span.scales[:, rows] for span in spans])).unflatten(0, (count, -1))
+    scale = e4m3.decode(joined([span.scales[:, rows] for span in spans])).unflatten(0, (len(spans), -1))
     scale = torch.ldexp(scale, exponents).flatten(0, 1)
     x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
-    return first.codebook.restore(x, joined([span.ids[:, :, rows] for span in spans], 1), rows)
+    # [T of all sides, S, r] -> [sides, S, T, r]
+    ids = joined([span.ids[:, :, rows].transpose(0, 1) for span in spans]).unflatten(0, shape).transpose(1, 2)
+    return smoothing.restore([side[0].codebook for side in sides], x.unflatten(0, shape), ids, rows)
 
 
 class TensorCodec:
@@ -222,12 +249,7 @@ def _encode_int8(x: Tensor, groups: int) -> PlainSpan:
 def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> PlaneSpan:
     """x [T, R, D] -> a span with `bits` planes."""
     tokens, rows, dim = x.shape
-    span = PlaneSpan(
-        planes=[torch.empty(tokens, rows, dim // 8, dtype=torch.uint8, device=x.device) for _ in range(bits)],
-        scales=torch.empty(tokens, rows, groups, dtype=torch.uint8, device=x.device),
-        exponents=torch.empty(rows, dtype=torch.int8, device=x.device),
-        ids=torch.empty(codebook.stages, tokens, rows, dtype=torch.uint8, device=x.device),
-        codebook=codebook, gain=gain)
+    span = PlaneSpan.empty(x, bits, codebook, groups, gain)
     count = codebook.centroids.shape[2]
     for part in smoothing.row_slices(rows, 4 * tokens * (count + 3 * dim)):
         residual, ids = smoothing.subtract(x[:, part].float(), codebook, part)

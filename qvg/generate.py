@@ -88,10 +88,12 @@ def auto_budget(device: str) -> float:
     return free_bytes(device) * (1 - MARGIN) / GIB
 
 
-def cache_of(network: CausalWan, settings: QVGSettings, run: Run, grid: tuple[int, int], *, batch: int = 1, device="cpu") -> KVCache:
-    """A cache for a run of a network; grid: tokens (height, width) of a latent frame."""
+def cache_of(network: CausalWan, settings: QVGSettings, run: Run, grid: tuple[int, int], *, batch: int = 1, device="cpu",
+             dtype: torch.dtype | None = None) -> KVCache:
+    """A cache for a run of a network; grid: tokens (height, width) of a latent frame; dtype: of what it keeps unquantized and hands
+    out, the network's own by default."""
     return KVCache(settings, layers=network.sizes.layers, heads=network.sizes.heads, head_dim=HEAD_DIM, grid=grid, batch=batch,
-                   device=device, dtype=network.dtype, max_frames=run.frames, chunk_frames=run.chunk_frames)
+                   device=device, dtype=dtype or network.dtype, max_frames=run.frames, chunk_frames=run.chunk_frames)
 
 
 def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start: Tensor | None = None) -> Sampler:

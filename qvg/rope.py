@@ -39,18 +39,36 @@ class Rope:
         frequencies = (1.0 / self.theta**exponents).to(positions.device, dtype)
         return positions.to(dtype)[:, None] * frequencies
 
-    def tables(self, first: int, frames: int, device) -> tuple[Tensor, Tensor]:
-        """cos and sin, [frames * h * w, head_dim / 2] float32, of `frames` frames from absolute frame `first`."""
+    def space(self, device) -> Tensor:
+        """cos and sin, [2, h * w, pairs that turn with height and width] float32, of every place of a frame."""
         height, width = self.grid
         if self._space is None or self._space.device != torch.device(device):
             rows, columns = (self.angles(torch.arange(count, device=device), dim) for count, dim in zip(self.grid, self.dims[1:]))
             space = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1).flatten(0, 1)
             self._space = torch.stack([space.cos(), space.sin()]).float()
+        return self._space
+
+    def tables(self, first: int, frames: int, device) -> tuple[Tensor, Tensor]:
+        """cos and sin, [frames * h * w, head_dim / 2] float32, of `frames` frames from absolute frame `first`."""
+        height, width = self.grid
         time = self.angles(torch.arange(first, first + frames, device=device), self.dims[0])
         time = torch.stack([time.cos(), time.sin()]).float()
         shape = (2, frames, height * width)
-        both = torch.cat([time[:, :, None].expand(*shape, -1), self._space[:, None].expand(*shape, -1)], dim=-1).flatten(1, 2)
+        both = torch.cat([time[:, :, None].expand(*shape, -1), self.space(device)[:, None].expand(*shape, -1)], dim=-1).flatten(1, 2)
         return both[0], both[1]
+
+    def turn(self, x: Tensor, first: int, frames: int) -> Tensor:
+        """Turn x [T, R, D] float32 with T = frames * h * w tokens to its positions; x is overwritten where the device allows."""
+        if x.device.type != "cpu":
+            cos, sin = self.tables(first, frames, x.device)
+            return rotate(x, cos[:, None], sin[:, None])
+        # every frame turns alike in space and every place alike in time, so that nothing as large as x is needed
+        time = self.angles(torch.arange(first, first + frames), self.dims[0])
+        time = torch.complex(time.cos().float(), time.sin().float())
+        pairs = torch.view_as_complex(x.view(frames, -1, x.shape[1], x.shape[2] // 2, 2))
+        pairs[..., :time.shape[1]] *= time[:, None, None]
+        pairs[..., time.shape[1]:] *= torch.complex(*self.space(x.device))[:, None]
+        return x
 
     def apply(self, x: Tensor, first: int, frames: int) -> Tensor:
         """Turn x [B, T, H, D] with T = frames * h * w tokens, frame-major, to its positions. Returns x's dtype."""

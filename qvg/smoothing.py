@@ -24,6 +24,8 @@ from . import dispatch, e4m3
 # float32 residuals, and distances where the twin makes them, of a slice of rows stay below this
 SCRATCH_BYTES = 64 << 20
 KERNEL_SCRATCH_BYTES = 128 << 20
+# how many times fewer k-means steps a codebook takes that starts from one of the epoch before
+WARM = 4
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,28 @@ class Codebook:
         """Centroids of a stage as float32 [R, C, D]."""
         return e4m3.decode(self.centroids[stage, rows]) * self.centroid_scale[stage, rows].float()
 
-    def restore(self, residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
-        """What `subtract` and the channel scales took away is put back: residual float32 [T, r, D], which is overwritten, ids uint8
-        [S, T, r] -> float32 [T, r, D]."""
-        channel = self.channel_scale[rows].float()
-        if not self.stages:
-            return residual.mul_(channel)
-        values = e4m3.decode(self.centroids[:, rows]) * self.centroid_scale[:, rows].float()
-        stages, count, size, dim = values.shape
-        place = torch.arange(stages * count, dtype=torch.int32, device=ids.device).view(stages, count) * size
-        index = (ids.permute(1, 2, 0).int() + place.t()).flatten(0, 1)
-        table = values.view(-1, dim)
-        if ids.device.type == "cpu":
-            # fetches and adds all stages in one pass, ten times as fast as any other gather
-            sums = F.embedding_bag(index, table, mode="sum")
-        else:
-            sums = F.embedding(index, table).sum(1)
-        return torch.addcmul(sums.view_as(residual), residual, channel)
+
+def restore(books: list[Codebook], residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
+    """What `subtract` and the channel scales took away is put back, for tensors that lie one behind the other and have a codebook each.
+
+    residual float32 [N, T, r, D] for N books alike in shape, which is overwritten; ids uint8 [N, S, T, r] -> float32 [N, T, r, D].
+    """
+    channel = torch.stack([book.channel_scale[rows] for book in books]).float()[:, None]
+    if not books[0].stages:
+        return residual.mul_(channel)
+    values = e4m3.decode(torch.stack([book.centroids[:, rows] for book in books]))
+    values *= torch.stack([book.centroid_scale[:, rows] for book in books]).float()
+    count, stages, heads, size, dim = values.shape
+    place = torch.arange(count * stages * heads, dtype=torch.int32, device=ids.device).view(count, stages, 1, heads) * size
+    # [N, S, T, r] -> the centroids of every token and row, side by side
+    index = (ids.int() + place).movedim(1, -1).reshape(-1, stages)
+    table = values.view(-1, dim)
+    if ids.device.type == "cpu":
+        # fetches and adds all stages in one pass, ten times as fast as any other gather
+        sums = F.embedding_bag(index, table, mode="sum")
+    else:
+        sums = F.embedding(index, table).sum(1)
+    return torch.addcmul(sums.view_as(residual), residual, channel)
 
 
 def row_slices(rows: int, bytes_per_row: int, limit: int = SCRATCH_BYTES) -> list[slice]:
@@ -110,7 +117,7 @@ def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
 
 
 def kmeans(x: Tensor, count: int, iterations: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
-    """Centroids [R, count, D] of x [R, T, D], float32, T >= count.
+    """Centroids [R, count, D], float32, of x [R, T, D], float32 (bf16 where there are kernels), T >= count.
 
     `start` [R, count, D] continues from earlier centroids; otherwise distinct tokens are drawn with `generator` (a CPU
     generator, so that every device draws the same).
@@ -120,7 +127,7 @@ def kmeans(x: Tensor, count: int, iterations: int, generator: torch.Generator, s
         if x.device.type == "cuda":
             # from pinned memory the copy waits for nothing that the device still has to do
             tokens = tokens.pin_memory()
-        start = x[:, tokens.to(x.device, non_blocking=True)]
+        start = x[:, tokens.to(x.device, non_blocking=True)].float()
     centroids = start
     for _ in range(iterations):
         centroids = update(x, assign(x, centroids), centroids)
@@ -141,13 +148,17 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
     # every slice of rows draws the same tokens, whatever the slices are
     state = generator.get_state()
     # the kernels make no [tokens, centroids] matrix, and fewer slices are fewer launches
-    scratch = (3 * dim, KERNEL_SCRATCH_BYTES) if not dispatch.refusal("assign", x.device) else (2 * count + 3 * dim, SCRATCH_BYTES)
+    kernels = not dispatch.refusal("assign", x.device)
+    scratch = (3 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
     for part in row_slices(rows, 4 * tokens * scratch[0], scratch[1]):
         generator.set_state(state)
         residual = x[:, part].transpose(0, 1).float()
         for stage in range(stages):
             start = previous.values(stage, part) if warm else None
-            found = kmeans(residual, count, iterations, generator, start)
+            # what an epoch before has found is near, as the paper's centroid caching says (section 4.3)
+            # kernels round to bf16 in their products anyhow, and read half as much
+            seen = residual.bfloat16() if kernels and x.device.type != "cpu" else residual
+            found = kmeans(seen, count, max(1, iterations // WARM) if warm else iterations, generator, start)
             scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).bfloat16()
             scale[scale == 0] = 1
             # bf16 rounds the scale down as often as up; e4m3.encode clamps what that pushes past 448

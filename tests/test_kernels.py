@@ -69,9 +69,10 @@ def test_assign(rows, count, dim, centroids, dtype):
 
 
 def test_assign_takes_the_lower_id_of_equals():
-    table = tokens(2, 1, 64).expand(2, 70, 64)
+    # whole numbers, because the interpreter's matrix product may round equal columns differently
+    table = tokens(2, 1, 64).round().expand(2, 70, 64)
     with dispatch.force("triton"):
-        assert not smoothing.assign(tokens(2, 40, 64, seed=3), table).any()
+        assert not smoothing.assign(tokens(2, 40, 64, seed=3).round(), table).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

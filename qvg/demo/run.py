@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .. import metrics
+from ..attention import widened
 from ..cache import CacheStats, KVCache
 from ..chart import format_bytes
 from ..generate import cache_of
@@ -58,8 +59,8 @@ class Demo:
 
     def __init__(self, prompt: str, device: str = "cpu"):
         network, vae = load_tiny()
-        # bf16 as the released models, so that a cache at 16 bits is a bf16 cache
-        self.network, self.vae = network.to(device, torch.bfloat16), vae.to(device)
+        # many CPUs have no bf16 arithmetic and take four times as long to imitate it
+        self.network, self.vae = network.to(device, torch.float32 if device == "cpu" else torch.bfloat16), vae.to(device)
         self.device = device
         with torch.no_grad():
             self.context = self.network.project_context(embed_prompt(prompt).to(device))
@@ -67,8 +68,10 @@ class Demo:
     def make(self, preset: str, run: Run, noise: float = 0.0, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Made:
         """The video with a cache as the preset says; noise: what each number of a 16-bit cache is off by, in parts of its tensor's
         root mean square."""
-        cache = cache_of(self.network, PRESETS[preset], run, GRID, device=self.device)
-        sampler = Sampler(CachedNetwork(self.network, [Condition(self.context, cache)]), run, (1, 16, *LATENT), device=self.device)
+        # bf16 as with the released models
+        cache = cache_of(self.network, PRESETS[preset], run, GRID, device=self.device, dtype=torch.bfloat16)
+        network = CachedNetwork(self.network, [Condition(self.context, cache)], attention=widened)
+        sampler = Sampler(network, run, (1, 16, *LATENT), device=self.device)
         generator = torch.Generator().manual_seed(run.seed)
         chunks, done, start = [], 0, time.perf_counter()
         try:
