@@ -3,9 +3,10 @@
     qvg bench generate --model longcat [--small] [--out DIR] [--given 19] [--new 5] [--batch 2] [--rounds 5]
 
 Weights are random (27 GB in bf16), which changes no timing and says nothing of quality. Measured are a bf16 cache whose keys are turned
-before they are stored, which is quicker to read than the original's; the released order, in which all layers are stored in bf16 and then
-encoded; and caches that are encoded layer by layer. bf16 is measured first and last, and overhead is against the mean of the two. Bytes
-are the allocator's peak in each part, less weights and less what the same pass needs without any history. batch: conditions in a pass.
+before they are stored, which is quicker to read than the original's; caches that are encoded layer by layer; and the released order, in
+which all layers are stored in bf16 and then encoded. Steps are timed in turn with steps of the bf16 cache, which stays in memory for it.
+Bytes are the allocator's peak above what was held before a cache was made, less what the same pass needs without any history. A row is
+written as soon as it is measured. batch: conditions in a pass. At full size at most about 63 GiB are held: weights 25.3, bf16 cache 27.4.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +57,8 @@ class Scene:
         return self.new.device
 
     @torch.no_grad()
-    def step(self, attend) -> None:
-        self.network(self.new, torch.full((self.new.shape[0],), 750.0, device=self.device), self.context, attend=attend)
+    def step(self, attend) -> Tensor:
+        return self.network(self.new, torch.full((self.new.shape[0],), 750.0, device=self.device), self.context, attend=attend)
 
     @torch.no_grad()
     def encode(self, attend) -> None:
@@ -96,15 +98,15 @@ class Bf16:
         pass
 
     def bytes_held(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
+        return sum(buffer[:, :, :self.past].nbytes for buffer in self.buffers)
 
 
 class Encoded:
     """A quantized cache, encoded while the pass over the given frames is at each layer."""
 
-    def __init__(self, scene: Scene, settings: QVGSettings):
+    def __init__(self, scene: Scene, settings: QVGSettings, name: str = ""):
         geometry, self.given, self.new = scene.geometry, scene.given.shape[2], scene.new.shape[2]
-        self.name = f"qvg {settings.name}"
+        self.name = name or f"qvg {settings.name}"
         self.cache = KVCache(
             context_settings(settings, geometry, self.given, self.new), layers=geometry.layers, heads=geometry.heads,
             head_dim=geometry.head_dim, grid=geometry.grid, device=scene.device, dtype=scene.new.dtype, max_frames=self.given + self.new)
@@ -124,9 +126,10 @@ class Encoded:
 class EncodedAfterwards(Encoded):
     """The released order: every layer's keys and values in bf16, and when the pass is done, encoded."""
 
+    name = "paper, all layers in bf16 first"
+
     def __init__(self, scene: Scene):
-        super().__init__(scene, PRESETS["paper"])
-        self.name = "paper, all layers in bf16 first"
+        super().__init__(scene, PRESETS["paper"], self.name)
         self.raw: list[tuple[Tensor, Tensor]] = []
         turn_only = self.store
         turn_only.store = False
@@ -152,7 +155,7 @@ def make(device: torch.device, small: bool, given: int, new: int, batch: int) ->
         scene = Scene(network, torch.randn(1, sizes.channels, given, *shape, dtype=dtype),
                       torch.randn(batch, sizes.channels, new, *shape, dtype=dtype), torch.randn(batch, words, sizes.text_dim, dtype=dtype))
     if device.type == "cuda":
-        settle()
+        settle(scene)
         scene.weights = torch.cuda.memory_allocated()
         # what the passes need by themselves: attention without history, and nothing stored
         alone = CachedAttention(KVCache(PRESETS["off"], layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=grid,
@@ -163,21 +166,19 @@ def make(device: torch.device, small: bool, given: int, new: int, batch: int) ->
     return scene
 
 
-def settle() -> None:
+def settle(scene: Scene) -> None:
     gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    if scene.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def peak(scene: Scene, function) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - scene.weights
+    return timed(scene, function)[1] - scene.weights
 
 
 def timed(scene: Scene, function) -> tuple[float, int]:
-    """Milliseconds and peak bytes above the weights."""
+    """Milliseconds, and the most bytes that were allocated meanwhile."""
     cuda = scene.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -186,24 +187,68 @@ def timed(scene: Scene, function) -> tuple[float, int]:
     function()
     if cuda:
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began), torch.cuda.max_memory_allocated() - scene.weights if cuda else 0
+    return 1e3 * (time.perf_counter() - began), torch.cuda.max_memory_allocated() if cuda else 0
 
 
-def measure(scene: Scene, method, rounds: int) -> dict:
-    def first() -> None:
+def stored(scene: Scene, make_method: Callable) -> tuple[object, dict]:
+    """A cache that the pass over the given frames filled, and a row of what that took."""
+    settle(scene)
+    before = torch.cuda.memory_allocated() if scene.device.type == "cuda" else 0
+    method = make_method(scene)
+
+    def encode() -> None:
         scene.encode(method.store)
         method.finish()
 
-    pass_ms, pass_peak = timed(scene, first)
-    scene.step(method.read)
-    steps = [timed(scene, lambda: scene.step(method.read)) for _ in range(rounds)]
-    found = {
-        "method": method.name, "pass_ms": pass_ms, "step_ms": statistics.median(ms for ms, _ in steps),
-        "step_ms_all": [ms for ms, _ in steps], "pass_peak_bytes": max(0, pass_peak - scene.pass_bytes),
-        "step_peak_bytes": max(0, max(count for _, count in steps) - scene.step_bytes), "held_bytes": method.bytes_held()}
-    progress(f"{method.name}: pass {pass_ms:.0f} ms, step {found['step_ms']:.1f} ms, held {found['held_bytes'] / GIB:.2f} GiB, peak "
-             f"{found['pass_peak_bytes'] / GIB:.2f} and {found['step_peak_bytes'] / GIB:.2f} GiB")
-    return found
+    milliseconds, most = timed(scene, encode)
+    return method, {"method": method.name, "pass_ms": milliseconds, "pass_peak_bytes": max(0, most - before - scene.pass_bytes),
+                    "held_bytes": method.bytes_held(), "before_bytes": before}
+
+
+def stepped(scene: Scene, method, row: dict, rounds: int, reference: Bf16) -> dict:
+    """The row with denoising steps, each behind one of the reference."""
+    for kind in (reference, method):
+        scene.step(kind.read)
+    own, theirs = [], []
+    for _ in range(rounds):
+        theirs.append(timed(scene, lambda: scene.step(reference.read)))
+        own.append(timed(scene, lambda: scene.step(method.read)))
+    step, bf16 = (statistics.median(milliseconds for milliseconds, _ in found) for found in (own, theirs))
+    return row | {
+        "step_ms": step, "step_ms_all": [ms for ms, _ in own], "bf16_step_ms": bf16, "bf16_step_ms_all": [ms for ms, _ in theirs],
+        "overhead_percent": 100 * (step / bf16 - 1),
+        "step_peak_bytes": max(0, max(most for _, most in own) - row["before_bytes"] - scene.step_bytes)}
+
+
+class Report:
+    """Rows as they come, on the disk at once."""
+
+    def __init__(self, options, scene: Scene, arguments: list[str]):
+        self.options, self.scene, self.arguments = options, scene, arguments
+        self.rows: list[dict] = []
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        self.write(show=False)
+        said = row.get("error") or ", ".join([
+            f"pass {row['pass_ms']:.0f} ms, peak {row['pass_peak_bytes'] / GIB:.2f} GiB, held {row['held_bytes'] / GIB:.2f} GiB",
+            *([f"step {row['step_ms']:.1f} ms, in turn with {row['bf16_step_ms']:.1f} ms of bf16 ({row['overhead_percent']:+.1f} %), "
+               f"peak {row['step_peak_bytes'] / GIB:.2f} GiB"] if "step_ms" in row else [])])
+        progress(f"{row['method']}: {said}")
+
+    def write(self, show: bool = True) -> None:
+        options, scene = self.options, self.scene
+        columns = ("method", "pass ms", "step ms", "bf16 step ms", "overhead %", "peak of the pass GiB", "peak of a step GiB", "held GiB")
+        text = table(columns, [(
+            row["method"], *(row.get(key) for key in ("pass_ms", "step_ms", "bf16_step_ms", "overhead_percent")),
+            *(row[key] / GIB if key in row else row.get("error") for key in ("pass_peak_bytes", "step_peak_bytes", "held_bytes")))
+            for row in self.rows])
+        head = (f"{options.given} given and {options.new} new latent frames, {options.batch} conditions, weights {scene.weights / GIB:.1f} "
+                f"GiB; without history the pass needs {scene.pass_bytes / GIB:.2f} GiB, a step {scene.step_bytes / GIB:.2f} GiB")
+        write(options.out, "generate-longcat", {
+            "environment": environment(scene.device, command_line("generate --model longcat", self.arguments)), "given": options.given,
+            "new": options.new, "batch": options.batch, "weights_bytes": scene.weights, "step_bytes": scene.step_bytes,
+            "pass_bytes": scene.pass_bytes, "rows": self.rows}, f"{head}\n\n{text}", show=show)
 
 
 def main(arguments: list[str]) -> None:
@@ -217,29 +262,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    scene = make(device, options.small, options.given, options.new, options.batch)
-    methods = [Bf16, *(lambda scene, name=name: Encoded(scene, PRESETS[name]) for name in ("balanced", "smallest", "quality")),
-               EncodedAfterwards, Bf16]
-    rows = []
-    for make_method in methods:
+    scene = make(torch.device(options.device), options.small, options.given, options.new, options.batch)
+    report = Report(options, scene, arguments)
+
+    def measure(make_method: Callable, name: str, reference: Bf16 | None) -> None:
+        """One row; without a reference, one is made when the pass is done."""
         try:
-            rows.append(measure(scene, make_method(scene), options.rounds))
+            method, row = stored(scene, make_method)
+            if reference is None:
+                reference = stored(scene, Bf16)[0]
+            report.add(stepped(scene, method, row, options.rounds, reference))
         except torch.OutOfMemoryError as error:
-            rows.append({"method": getattr(make_method, "name", "?"), "error": str(error).splitlines()[0]})
-        if device.type == "cuda":
-            settle()
-    base = statistics.mean(row["step_ms"] for row in rows if row["method"] == Bf16.name and "step_ms" in row)
-    for row in rows:
-        if "step_ms" in row:
-            row["overhead_percent"] = 100 * (row["step_ms"] / base - 1)
-    columns = ("method", "pass ms", "step ms", "overhead %", "peak of the pass GiB", "peak of a step GiB", "held GiB")
-    text = table(columns, [(
-        row["method"], *(row.get(key) for key in ("pass_ms", "step_ms", "overhead_percent")),
-        *(row[key] / GIB if key in row else row.get("error") for key in ("pass_peak_bytes", "step_peak_bytes", "held_bytes")))
-        for row in rows])
-    head = f"{options.given} given and {options.new} new latent frames, {options.batch} conditions"
-    write(options.out, "generate-longcat", {
-        "environment": environment(device, command_line("generate --model longcat", arguments)), "given": options.given, "new": options.new,
-        "batch": options.batch, "weights_bytes": scene.weights, "step_bytes": scene.step_bytes, "pass_bytes": scene.pass_bytes,
-        "rows": rows}, f"{head}\n\n{text}")
+            report.add({"method": name, "error": str(error).splitlines()[0]})
+
+    reference, row = stored(scene, Bf16)
+    report.add(stepped(scene, reference, row, options.rounds, reference))
+    for name in ("balanced", "smallest", "quality"):
+        measure(lambda scene, name=name: Encoded(scene, PRESETS[name]), f"qvg {name}", reference)
+    # the released order needs the room of the reference for its own bf16 layers
+    del reference
+    measure(EncodedAfterwards, EncodedAfterwards.name, None)
+    report.write()

@@ -83,15 +83,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(text, row)) + " |" for row in rows])
 
 
-def write(out: Path, name: str, result: dict, markdown: str) -> None:
-    """NAME.json and NAME.md under `out`; the markdown is also printed."""
+def write(out: Path, name: str, result: dict, markdown: str, show: bool = True) -> None:
+    """NAME.json and NAME.md under `out`. show: print the markdown, too."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     place = result["environment"]
     head = ", ".join(f"{key} {place[key]}" for key in ("device", "torch", "triton", "python", "date"))
     text = f"## qvg bench {name}\n\n{head}\n\n    {place['command']}\n\n{markdown}\n"
     (out / f"{name}.md").write_text(text)
-    print(text, flush=True)
+    if show:
+        print(text, flush=True)
 
 
 def command_line(name: str, arguments: Sequence[str]) -> str:

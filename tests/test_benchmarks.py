@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_qvg.benchmarks import baselines, methods, scatter
+from comfyui_qvg.benchmarks import baselines, longcat, methods, scatter
 from comfyui_qvg.benchmarks.kernels import Case, tokens
 from comfyui_qvg.qvg import cli
 from comfyui_qvg.qvg.budget import Geometry
@@ -67,13 +67,54 @@ def test_frontier():
     assert scatter.frontier([(3, 5), (1, 1), (2, 4), (2, 3), (4, 5)]) == [(1, 1), (2, 4), (3, 5)]
 
 
-def test_generate_longcat(tmp_path):
+LONGCAT = ["bf16 cache", "qvg balanced", "qvg smallest", "qvg quality", "paper, all layers in bf16 first"]
+
+
+def longcat_rows(tmp_path):
     options = ["--small", "--out", str(tmp_path), "--device", "cpu", "--given", "4", "--new", "2", "--rounds", "1"]
     assert cli.main(["bench", "generate", "--model", "longcat", *options]) == 0
+
+
+def test_generate_longcat(tmp_path, capsys):
+    longcat_rows(tmp_path)
     rows = json.loads((tmp_path / "generate-longcat.json").read_text())["rows"]
-    assert rows[0]["method"] == rows[-1]["method"] == "bf16 cache"
-    assert rows[0]["held_bytes"] > rows[1]["held_bytes"] > 0
-    assert all(row["pass_ms"] > 0 and row["step_ms"] > 0 for row in rows)
+    assert [row["method"] for row in rows] == LONGCAT
+    sizes = longcat.SMALL
+    assert rows[0]["held_bytes"] == 2 * sizes.layers * 4 * 24 * sizes.dim * 4
+    assert all(rows[0]["held_bytes"] > row["held_bytes"] > 0 for row in rows[1:])
+    for row in rows:
+        assert row["pass_ms"] > 0 and len(row["step_ms_all"]) == len(row["bf16_step_ms_all"]) == 1
+        assert row["overhead_percent"] == pytest.approx(100 * (row["step_ms"] / row["bf16_step_ms"] - 1))
+    shown = capsys.readouterr().out
+    assert shown.count("## qvg bench generate-longcat") == 1 and all(f"| {name} |" in shown for name in LONGCAT)
+
+
+def test_a_benchmark_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(longcat.EncodedAfterwards, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        longcat_rows(tmp_path)
+    rows = json.loads((tmp_path / "generate-longcat.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == LONGCAT[:-1] and "| qvg quality |" in (tmp_path / "generate-longcat.md").read_text()
+
+
+def test_longcat_caches_of_a_benchmark_agree(tmp_path):
+    """What is timed computes the same: a step over the bf16 cache, one over an exact cache, and one over all frames at once."""
+    scene = longcat.make(torch.device("cpu"), small=True, given=4, new=2, batch=2)
+    for parameter in scene.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    steps = []
+    for method in (longcat.Bf16(scene), longcat.Encoded(scene, PRESETS["off"])):
+        scene.encode(method.store)
+        steps.append(scene.step(method.read))
+    whole = torch.cat([scene.given.expand(2, -1, -1, -1, -1), scene.new], dim=2)
+    with torch.no_grad():
+        steps.append(scene.network(whole, torch.full((2,), 750.0), scene.context, given=4)[:, :, 4:])
+    assert steps[0].std() > 0.01
+    for other in steps[1:]:
+        torch.testing.assert_close(other, steps[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [methods.ours(PRESETS["off"]), methods.Released])
