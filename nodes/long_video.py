@@ -25,7 +25,7 @@ from ..qvg.generate import MARGIN, Meter
 from ..qvg.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
 from ..qvg.schedule import Schedule, first_frame, latent_frames
 from ..qvg.settings import PRESETS, QVGSettings
-from ..qvg.storage import Session
+from ..qvg.storage import Session, fingerprint
 from .adapters.causal import SCHEDULE, CausalWan, cache_shape
 from .adapters.checks import evaluated
 from .run_log import ATTACHMENT, send_text
@@ -156,11 +156,10 @@ def _resume(session: Session, sampler: Sampler, base) -> torch.Tensor:
     return session.latents.to(sampler.device)
 
 
-def model_name(base) -> str:
-    """The fingerprint of a BaseModel's network, LoRAs left out where they are added to the weights."""
-    from ..qvg.storage import fingerprint
-
-    patched = {key.removeprefix("diffusion_model.") for key in getattr(base.current_patcher, "patches", {})}
+def model_name(base, patcher=None) -> str:
+    """The fingerprint of a BaseModel's network that is loaded, LoRAs left out where they are added to the weights.
+    patcher: whose LoRAs they are; during a run, that of the run."""
+    patched = {key.removeprefix("diffusion_model.") for key in getattr(patcher or base.current_patcher, "patches", {})}
     return fingerprint(base.diffusion_model, patched)
 
 
@@ -220,6 +219,8 @@ class QVGARVideoSampler(io.ComfyNode):
     @classmethod
     def execute(cls, chunk_frames, start=None, session=None, auto_budget=False, keep_partial=True, recache_frames=0, first_alone=False,
                 position_limit=0, context_noise=0.0, noise="Same on every device") -> io.NodeOutput:
+        if session is not None and not isinstance(session, Session):
+            raise ValueError(f"{session.path.name} is a video of LongCat-Video. Connect it to Continue Video (LongCat, QVG).")
         return io.NodeOutput(ARSampler(Options(
             chunk_frames=chunk_frames, first_alone=first_alone, noise=NOISES[noise], context_noise=context_noise,
             recache_frames=recache_frames, position_limit=position_limit, auto_budget=auto_budget, keep_partial=keep_partial,

@@ -3,7 +3,8 @@
     QVGLongCatContinue  MODEL, CONDITIONING, VAE (+ IMAGE) -> IMAGE, LATENT
 
 A segment's new frames continue the last frames before it, which one pass stores in the KV cache (`adapters.longcat`). With `stream_to`,
-segments go into a file as they are done, and a run that was stopped goes on behind them (`qvg.segments`).
+segments go into a file as they are done, and a run that was stopped goes on behind them; Save and Load Video Session do so without a file
+(`qvg.segments`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
-from ..qvg.segments import SegmentFile
+from ..qvg.segments import SegmentFile, Segments, SegmentSession, digest
 from .adapters import longcat
+from .adapters.checks import is_autoregressive
+from .long_video import ARSampler, SessionType, model_name
 from .run_log import send_text
+from .session import SavingSampler, SegmentSaver
 
 SCHEDULES = ("base", "distilled")
 CARRIES = ("pixels", "latents")
@@ -66,44 +70,55 @@ class LongVideo:
             raise ValueError(f"Segments of {self.length} frames that continue {self.given_frames} frames have nothing new in them; "
                              "raise length, or lower given_frames.")
 
-    def make(self, sampler, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def make(self, sampler, start: torch.Tensor | None, made: Segments, saver: SegmentSaver | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames [n, H, W, 3] and latents [1, C, F, H, W] of the video, what it starts with included; of the last segment alone where
         the video goes into a file.
 
-        sampler: called with (segment, given latents or None, new latent frames) -> new latents.
+        sampler: called with (segment, given latents or None, new latent frames) -> new latents. start: frames [n, height, width, 3].
+        made: the segments to go on behind, which grows.
         """
-        pixels, latents, given, shown, first = [], [], None, 0, 0
+        first, opening, pixels = made.done, 0, []
         if self.file is not None and self.file.done:
-            first, given, shown = self.file.done, self.file.given, self.file.shown
+            first, made.given = self.file.done, self.file.given
         elif start is not None:
-            start = self._resized(start)
-            shown = whole_frames(min(self.given_frames, len(start)))
-            given = self.vae.encode(start[-shown:])
+            opening = whole_frames(min(self.given_frames, len(start)))
             self._show(pixels, start)
-        for segment in range(first, self.segments):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            known = 0 if given is None else given.shape[2]
-            frames = latent_frames(self.length)
-            send_text(f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given", self.node_id)
-            new = sampler(segment, given, frames - known)
-            whole = new if given is None else torch.cat([given.to(new), new], dim=2)
-            if self.file is not None:
-                latents.clear()
-            latents.append(new if latents else whole)
-            if self.carry == "latents":
-                given = whole[:, :, -latent_frames(self.given_frames):]
-                continue
+            if not first:
+                made.given = self.vae.encode(start[-opening:])
+        for number, part in enumerate(made.parts if self.carry == "pixels" else ()):
+            self._show(pixels, self._decode(part)[whole_frames(self.given_frames) if number else opening:])
+        try:
+            for segment in range(first, self.segments):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                self._segment(segment, sampler, made, pixels, whole_frames(self.given_frames) if segment else opening, saver)
+        finally:
+            if saver is not None:
+                saver.close(made)
+        if self.carry == "latents":
+            self._show(pixels, self._decode(made.latents)[opening:])
+        return torch.cat(pixels), made.latents
+
+    def _segment(self, segment: int, sampler, made: Segments, pixels: list[torch.Tensor], shown: int, saver: SegmentSaver | None) -> None:
+        """Make one more, of which `shown` video frames are there already."""
+        given, frames = made.given, latent_frames(self.length)
+        known = 0 if given is None else given.shape[2]
+        send_text(f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given", self.node_id)
+        new = sampler(segment, given, frames - known)
+        whole = new if given is None else torch.cat([given.to(new), new], dim=2)
+        if self.carry == "latents":
+            made.add(new if made.parts else whole, new.shape[2], whole[:, :, -latent_frames(self.given_frames):])
+        else:
             decoded = self._decode(whole)
             self._show(pixels, decoded[shown:])
-            shown = whole_frames(self.given_frames)
-            if segment + 1 < self.segments:
-                given = self.vae.encode(decoded[-shown:])
-            if self.file is not None:
-                self.file.save(segment + 1, given, shown)
-        video = torch.cat(latents, dim=2)
-        if self.carry == "latents":
-            self._show(pixels, self._decode(video)[shown:])
-        return torch.cat(pixels), video
+            if saver is not None or segment + 1 < self.segments:
+                given = self.vae.encode(decoded[-whole_frames(self.given_frames):])
+            made.add(whole, new.shape[2], given)
+        if saver is not None:
+            saver.segment(made)
+        elif self.file is not None:
+            made.parts, made.new = [whole], [whole.shape[2]]
+        if self.file is not None:
+            self.file.save(segment + 1, made.given)
 
     def _show(self, pixels: list[torch.Tensor], frames: torch.Tensor) -> None:
         if self.file is not None:
@@ -111,7 +126,7 @@ class LongVideo:
             pixels.clear()
         pixels.append(frames)
 
-    def _resized(self, images: torch.Tensor) -> torch.Tensor:
+    def resized(self, images: torch.Tensor) -> torch.Tensor:
         images = images[..., :3].movedim(-1, 1)
         return comfy.utils.common_upscale(images, self.width, self.height, "lanczos", "center").movedim(1, -1)
 
@@ -158,6 +173,10 @@ class QVGLongCatContinue(io.ComfyNode):
                                         "of the last segment alone, so that memory does not grow with length. Needs carry pixels."),
                 io.Image.Input("start", optional=True,
                                tooltip="One image to start from, or a video to continue. Without it, the first segment comes from text."),
+                io.Sampler.Input("sampler", optional=True,
+                                 tooltip="Without it euler, as the model was published. Through Save Video Session (QVG), segments are "
+                                         "saved as they are done."),
+                SessionType.Input("session", optional=True, tooltip="A video to go on with, from Load Video Session (QVG)."),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The whole video, what it started with included."),
@@ -167,25 +186,43 @@ class QVGLongCatContinue(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, vae, width, height, length, given_frames, segments, seed, steps, cfg, schedule,
-                carry=CARRIES[0], fine_tail=True, stream_to="", start=None) -> io.NodeOutput:
+                carry=CARRIES[0], fine_tail=True, stream_to="", start=None, sampler=None, session=None) -> io.NodeOutput:
         longcat.check(model)
         video = LongVideo(vae, width, height, length, given_frames, segments, carry, cls.hidden.unique_id)
+        sampler, save = take_apart(sampler)
+        if session is not None and not isinstance(session, SegmentSession):
+            raise ValueError(f"{session.path.name} is a video of a causal model. Connect it to AR Video Sampler (QVG).")
         shift = model.get_model_object("model_sampling").shift
         plain, tailed = (noise_levels(steps, distilled=schedule == "distilled", tail=tail, shift=shift) for tail in (False, fine_tail))
         # what starts from text or from one image has no tail
         levels = [plain if not segment and (start is None or len(start) == 1) else tailed for segment in range(segments)]
+        images = start
+        if start is not None:
+            start = video.resized(start)
+        made, saver = Segments(carry, given_frames), None
+        if save is not None or session is not None:
+            made.start = "" if start is None else digest(start)
+            # weights are told apart where they are used, since a LoRA of an earlier run may still be in them
+            comfy.model_management.load_models_gpu([model])
+            name = model_name(model.model, model)
+            if session is not None:
+                made = session.resume(name, made, segments, width // STRIDE, height // STRIDE)
+            saver = save and SegmentSaver(save, name, made)
+        done = made.done
         if stream_to:
             if carry != "pixels":
                 raise ValueError("stream_to writes frames as segments are done, but segments carried as latents are decoded at the end. "
                                  "Set carry to pixels, or leave stream_to empty.")
-            key = run_key(model, positive, negative, start, [
+            # with a session, that is what a stopped run goes on from
+            key = None if save is not None or session is not None else run_key(model, positive, negative, images, [
                 width, height, length, given_frames, seed, cfg, schedule, [level.tolist() for level in (plain, tailed)]])
             video.file, shown = open_file(stream_to, key, width, height)
-            if video.file.done >= segments:
-                raise ValueError(f"{video.file.path.name} has {video.file.done} segments already. Raise segments to go on, or change "
+            done = max(done, video.file.done)
+            if done >= segments:
+                raise ValueError(f"{video.file.path.name} has {done} segments already. Raise segments to go on, or change "
                                  "stream_to to begin anew.")
         progress = Progress(model, sum(map(len, levels)) - segments)
-        progress.done = sum(len(level) - 1 for level in levels[:video.file.done]) if stream_to else 0
+        progress.done = sum(len(level) - 1 for level in levels[:done])
 
         def sample(segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
             if given is None:
@@ -197,15 +234,24 @@ class QVGLongCatContinue(io.ComfyNode):
             empty = torch.zeros(1, CHANNELS, frames, height // STRIDE, width // STRIDE, device=device)
             own_seed = (seed + segment) % 2**64
             noise = comfy.sample.prepare_noise(empty, own_seed)
-            samples = guider.sample(noise, empty, comfy.samplers.sampler_object("euler"), levels[segment], callback=progress.step,
+            samples = guider.sample(noise, empty, sampler, levels[segment], callback=progress.step,
                                     disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=own_seed)
             return samples.to(device)
 
-        images, latents = video.make(sample, start)
+        images, latents = video.make(sample, start, made, saver)
         if not stream_to:
             return io.NodeOutput(images, {"samples": latents})
         video.file.finish()
         return io.NodeOutput(images, {"samples": latents}, ui=ui.PreviewVideo([shown]))
+
+
+def take_apart(sampler) -> tuple:
+    """The sampler that makes a segment, and where a session is saved, or None. Raises ValueError for a sampler of causal models."""
+    if isinstance(sampler, ARSampler) or is_autoregressive(sampler):
+        raise ValueError("This SAMPLER makes video with causal models. For LongCat-Video connect one of KSamplerSelect, or none.")
+    if isinstance(sampler, SavingSampler):
+        return take_apart(sampler.sampler)[0], sampler.save
+    return sampler or comfy.samplers.sampler_object("euler"), None
 
 
 def run_key(model, positive, negative, start, settings: list) -> str:
@@ -224,10 +270,10 @@ def _numbers(patch) -> list[float]:
     return weights[0].flatten()[:8].tolist() if isinstance(weights[0], torch.Tensor) else []
 
 
-def open_file(prefix: str, key: str, width: int, height: int) -> tuple[SegmentFile, ui.SavedResult]:
+def open_file(prefix: str, key: str | None, width: int, height: int) -> tuple[SegmentFile, ui.SavedResult]:
     """The unfinished video under this prefix that was made from the same, or a new one; and what the frontend shows of it."""
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory(), width, height)
-    path = SegmentFile.find(folder, f"{glob.escape(name)}_*_.mp4", key) or Path(folder) / f"{name}_{counter:05}_.mp4"
+    path = (key and SegmentFile.find(folder, f"{glob.escape(name)}_*_.mp4", key)) or Path(folder) / f"{name}_{counter:05}_.mp4"
     return SegmentFile(path, key, FRAME_RATE), ui.SavedResult(path.name, subfolder, io.FolderType.output)
 
 

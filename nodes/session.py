@@ -1,6 +1,6 @@
 """Sessions: a video saved while it is made, and gone on with later.
 
-    QVGSaveVideoSession  SAMPLER -> SAMPLER that writes a session every few chunks and at the end
+    QVGSaveVideoSession  SAMPLER -> SAMPLER that writes a session every few chunks (or segments) and at the end
     QVGLoadVideoSession  file -> QVG_SESSION, LATENT made so far
 """
 
@@ -10,11 +10,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.samplers
 import folder_paths
 from comfy.latent_formats import Wan21
 from comfy_api.latest import io
 
-from ..qvg import storage
+from ..qvg import segments, storage
+from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType, model_name
 
 FOLDER = "video_sessions"
@@ -68,6 +70,35 @@ class Saver:
         logging.info("QVG: %d latent frames are saved in %s", self.saved_frames, self.place.path)
 
 
+class SavingSampler(comfy.samplers.Sampler):
+    """A sampler with the place of a session, for Continue Video (LongCat, QVG), which takes it apart and saves segments."""
+
+    def __init__(self, sampler, save: SaveTo):
+        self.sampler, self.save = sampler, save
+
+    def sample(self, *args, **kwargs):
+        raise ValueError("Save Video Session (QVG) saves whole chunks or segments, which this sampler does not make here. Connect AR Video "
+                         "Sampler (QVG) to it, or its SAMPLER to Continue Video (LongCat, QVG).")
+
+
+class SegmentSaver:
+    """Writes a session of a video in segments. made: what is saved already."""
+
+    def __init__(self, place: SaveTo, fingerprint: str, made: segments.Segments):
+        place.path.parent.mkdir(parents=True, exist_ok=True)
+        self.place, self.fingerprint, self.saved = place, fingerprint, made.done
+
+    def segment(self, made: segments.Segments) -> None:
+        if made.done % self.place.every == 0:
+            self.close(made)
+
+    def close(self, made: segments.Segments) -> None:
+        if made.done > self.saved:
+            made.save(self.place.path, self.fingerprint)
+            self.saved = made.done
+            logging.info("QVG: %d segments are saved in %s", made.done, self.place.path)
+
+
 class QVGSaveVideoSession(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -76,22 +107,27 @@ class QVGSaveVideoSession(io.ComfyNode):
             description="Writes what a video needs to go on (cache, latents, position) while it is made, so that a crash loses little.",
             search_aliases=["qvg", "checkpoint", "resume", "autosave", "crash"],
             inputs=[
-                io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG)."),
+                io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG); for Continue Video (LongCat, QVG) any sampler, such as "
+                                                    "euler from KSamplerSelect."),
                 io.String.Input("name", default="my video", tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save."),
                 io.Int.Input("every_chunks", default=4, min=1, max=10000,
-                             tooltip="Chunks between saves. The end and an interrupt save, too."),
+                             tooltip="Chunks, or segments of LongCat-Video, between saves. The end and an interrupt save, too."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, saving.")])
 
     @classmethod
     def execute(cls, sampler, name, every_chunks) -> io.NodeOutput:
-        return io.NodeOutput(own(sampler).changed(save=SaveTo(path_of(name), every_chunks)))
+        save = SaveTo(path_of(name), every_chunks)
+        if isinstance(sampler, ARSampler) or is_autoregressive(sampler):
+            return io.NodeOutput(own(sampler).changed(save=save))
+        return io.NodeOutput(SavingSampler(sampler, save))
 
 
 def own(sampler) -> ARSampler:
     """Raises ValueError for a sampler that is not of this pack."""
     if not isinstance(sampler, ARSampler):
-        raise ValueError("This SAMPLER cannot be watched chunk by chunk. Connect AR Video Sampler (QVG).")
+        raise ValueError("This SAMPLER cannot be watched chunk by chunk. Connect AR Video Sampler (QVG). (Continue Video (LongCat, QVG) "
+                         "has stream_to instead of Stream Video.)")
     return sampler
 
 
@@ -106,7 +142,8 @@ class QVGLoadVideoSession(io.ComfyNode):
                                     tooltip=f"A file below output/{FOLDER}, as Save Video Session (QVG) named it.")],
             outputs=[
                 SessionType.Output(display_name="session",
-                                   tooltip="For AR Video Sampler (QVG), whose latent says how long the whole video shall be."),
+                                   tooltip="For AR Video Sampler (QVG), whose latent says how long the whole video shall be, or for "
+                                           "Continue Video (LongCat, QVG), whose segments say so."),
                 io.Latent.Output(display_name="latent", tooltip="The latent frames made so far, for VAE Decode."),
                 io.Int.Output(display_name="latent_frames", tooltip="How many there are."),
             ])
@@ -118,7 +155,9 @@ class QVGLoadVideoSession(io.ComfyNode):
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:
-        session = storage.load(path_of(name))
+        session = segments.load(path_of(name))
+        if isinstance(session, segments.SegmentSession):
+            return io.NodeOutput(session, {"samples": session.latents}, session.latents.shape[2])
         if session.latents is None:
             raise ValueError(f"{session.path.name} was saved without its latents, by `qvg generate`; it goes on on the command line alone.")
         # every causal model that core knows has Wan 2.1's latents

@@ -1,81 +1,172 @@
-"""A video that is made in segments, on disk: the file that grows, and what its next segment needs.
+"""A video that is made in segments, on disk: so that it can be gone on with, and while it grows.
+
+A segment needs nothing of the past but the latents that it continues. So a run that was stopped, by whatever, goes on behind the last
+whole segment and makes the same video. `Segments` is all that it needs, as a session file under the rules of `storage`:
+
+    made = Segments.load(path, fingerprint(network))            # or Segments(carry, given_frames)
+    while made.done < wanted:
+        ...                                     # continues made.given, unless that is None
+        made.add(part, new, given)
+        made.save(path, fingerprint(network))
+
+`SegmentFile` is a video that plays at any moment, and beside it what its next segment needs:
 
     video = SegmentFile(path, key, frame_rate=15)
     for segment in range(video.done, segments):
         ...                                     # continues video.given, unless that is None
         video.add(frames)
-        video.save(segment + 1, given, shown)
+        video.save(segment + 1, given)
     video.finish()
-
-A segment needs nothing of the past but the latents that it continues, so a run that was stopped, by whatever, goes on behind the last
-whole segment and makes the same video. `key` says what the video is made from; a file is gone on with only under the same key.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .storage import write_atomically
+from . import storage
+from .storage import SessionError
 from .stream import VideoWriter
 
-VERSION = 1
-HEADER = "qvg_segments"
+KIND = "segments"
 SUFFIX = ".safetensors"
-# what a file that is not ours, or is damaged, can raise
-DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError)
 
 
-def _read(path: Path, key: str) -> tuple[dict, Tensor] | None:
-    """Position and given latents of the video at `path`; None where there is none with this key to go on with."""
+def digest(images: Tensor) -> str:
+    """A name of frames [n, H, W, 3]."""
+    return hashlib.sha256(images.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:32]
+
+
+@dataclass
+class Segments:
+    """The segments of a video that are made.
+
+    carry: "pixels" where a segment continues frames that were decoded and encoded again, else "latents". given_frames: video frames that
+    a segment continues. start: `digest` of the frames that the video begins with, "" without any.
+    parts: latents [1, C, F, H, W] that are decoded together: of each segment, and with "pixels" those that it continues before its own.
+    new: latent frames by which each part makes the video longer, all of the first. given: latents that the next segment continues.
+    """
+
+    carry: str
+    given_frames: int
+    start: str = ""
+    parts: list[Tensor] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    given: Tensor | None = None
+
+    @property
+    def done(self) -> int:
+        return len(self.new)
+
+    @property
+    def latents(self) -> Tensor:
+        """The video so far [1, C, F, H, W]."""
+        return torch.cat([part[:, :, part.shape[2] - new:] for part, new in zip(self.parts, self.new)], dim=2)
+
+    def add(self, part: Tensor, new: int, given: Tensor) -> None:
+        """Another segment, and what the next one continues."""
+        self.parts.append(part)
+        self.new.append(part.shape[2] if not self.new else new)
+        self.given = given
+
+    def save(self, path: str | Path, fingerprint: str) -> None:
+        """Write a session, whole or not at all. Raises OSError where the disk refuses."""
+        storage.write(path, {
+            "kind": KIND, "fingerprint": fingerprint, "carry": self.carry, "given_frames": self.given_frames, "start": self.start,
+            "new": self.new}, {"given": self.given} | {f"part{number}": part for number, part in enumerate(self.parts)})
+
+
+@dataclass(frozen=True)
+class SegmentSession:
+    """A checked session file of a video in segments."""
+
+    path: Path
+    fingerprint: str
+    made: Segments
+
+    @property
+    def latents(self) -> Tensor:
+        return self.made.latents
+
+    def resume(self, fingerprint: str, wanted: Segments, segments: int, width: int, height: int) -> Segments:
+        """The segments to go on behind, which may be added to. Raises SessionError where a run of so many segments of width x height
+        latents, that would begin as `wanted`, cannot."""
+        name, made = self.path.name, self.made
+        if fingerprint != self.fingerprint:
+            raise SessionError(f"{name} was saved with another model than the one that is loaded. Load the model that made it.")
+        for what, found, asked in (("carry", made.carry, wanted.carry), ("given_frames", made.given_frames, wanted.given_frames)):
+            if found != asked:
+                raise SessionError(f"{name} was made with {what} {found}, but this run has {asked}. Use the value it was made with.")
+        if tuple(made.given.shape[3:]) != (height, width):
+            raise SessionError(f"{name} is of latents {made.given.shape[4]} x {made.given.shape[3]} (width x height), but this run has "
+                               f"{width} x {height}. Use the size it was made with.")
+        if wanted.start and wanted.start != made.start:
+            raise SessionError(f"{name} does not begin with the frames that are connected to start. Connect those that it was made from, "
+                               "or none.")
+        if made.done >= segments:
+            raise SessionError(f"{name} has {made.done} segments already. Raise segments to go on.")
+        return replace(made, parts=list(made.parts), new=list(made.new))
+
+
+def load(path: str | Path) -> SegmentSession | storage.Session:
+    """A session of either kind: of segments, or of a causal model. Raises as `storage.load`."""
+    path = Path(path)
+    header, stored = storage.read(path)
+    if header.get("kind") != KIND:
+        return storage.session_of(path, header, stored)
+    with storage.refused(path):
+        new = [int(count) for count in header["new"]]
+        made = Segments(str(header["carry"]), int(header["given_frames"]), str(header["start"]),
+                        [stored[f"part{number}"] for number in range(len(new))], new, stored["given"])
+        shapes = {(*part.shape[:2], *part.shape[3:]) for part in (*made.parts, made.given)}
+        if not new or len(shapes) != 1 or any(not 0 < count <= part.shape[2] for count, part in zip(new, made.parts)):
+            raise ValueError("its segments do not fit together")
+        return SegmentSession(path, str(header["fingerprint"]), made)
+
+
+def _position(path: Path, key: str) -> tuple[int, int, Tensor] | None:
+    """Segments, video frames and given latents of the video at `path`; None where there is none with this key to go on with."""
     try:
-        with safe_open(path.with_suffix(SUFFIX), framework="pt") as file:
-            header = json.loads(file.metadata()[HEADER])
-            if (header["version"], header["key"]) != (VERSION, key):
-                return None
-            return {name: int(header[name]) for name in ("done", "frames", "shown")}, file.get_tensor("given")
-    except DAMAGE:
+        header, stored = storage.read(path.with_suffix(SUFFIX))
+        return (int(header["done"]), int(header["frames"]), stored["given"]) if header["key"] == key else None
+    except (OSError, *storage.DAMAGE):
         return None
 
 
 class SegmentFile:
-    """done: segments in the file. given: latents [B, C, F, H, W] that the next one continues, None for the first; shown: how many of its
-    video frames the file has already. Raises ValueError where the file cannot be written or gone on with."""
+    """done: segments in the file. given: latents [B, C, F, H, W] that the next one continues, None for the first. key: what the video is
+    made from; a file is gone on with only under the same key, and without one it always begins anew.
+    Raises ValueError where the file cannot be written or gone on with."""
 
-    def __init__(self, path: str | Path, key: str, frame_rate: int):
+    def __init__(self, path: str | Path, key: str | None, frame_rate: int):
         self.path, self.key = Path(path), key
-        self.done, self.shown, frames = 0, 0, 0
-        self.given: Tensor | None = None
-        found = _read(self.path, key)
-        if found is not None:
-            position, self.given = found
-            self.done, self.shown, frames = position["done"], position["shown"], position["frames"]
+        self.done, frames, self.given = (key and _position(self.path, key)) or (0, 0, None)
         self.writer = VideoWriter(self.path, frame_rate, frames=frames)
 
     @staticmethod
     def find(folder: str | Path, pattern: str, key: str) -> Path | None:
         """The newest unfinished video of a folder whose name fits the pattern (of `Path.glob`) and that has this key."""
-        videos = [path for path in Path(folder).glob(pattern) if _read(path, key) is not None]
+        videos = [path for path in Path(folder).glob(pattern) if _position(path, key) is not None]
         return max(videos, key=lambda path: path.stat().st_mtime, default=None)
 
     def add(self, frames: Tensor) -> None:
         """Append frames [n, H, W, 3] in 0..1."""
         self.writer.write((frames.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
 
-    def save(self, done: int, given: Tensor, shown: int) -> None:
+    def save(self, done: int, given: Tensor) -> None:
         """See the frames onto the disk, then the position behind them."""
         self.writer.cut()
-        self.done, self.given, self.shown = done, given, shown
-        header = {"version": VERSION, "key": self.key, "done": done, "shown": shown, "frames": self.writer.frames}
-        write_atomically(self.path.with_suffix(SUFFIX), lambda place: save_file(
-            {"given": given.contiguous().cpu()}, place, {HEADER: json.dumps(header)}))
+        self.done, self.given = done, given
+        if self.key:
+            storage.write(self.path.with_suffix(SUFFIX), {
+                "kind": "stream", "key": self.key, "done": done, "frames": self.writer.frames}, {"given": given})
 
     def finish(self) -> None:
         """Close the file; there is nothing left to go on with."""
         self.writer.close()
-        self.path.with_suffix(SUFFIX).unlink(missing_ok=True)
+        if self.key:
+            self.path.with_suffix(SUFFIX).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def fingerprint(network: nn.Module, changing: Collection[str] = ()) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {name in changing}".encode())
         if name not in changing:
             flat = tensor.detach().flatten()
-            digest.update(_bytes(flat[::max(1, flat.numel() // SAMPLED_NUMBERS)][:SAMPLED_NUMBERS]))
+            # rounded, because a loader may hold a weight in another type while it is in use
+            digest.update(_bytes(flat[::max(1, flat.numel() // SAMPLED_NUMBERS)][:SAMPLED_NUMBERS].float().bfloat16()))
     return digest.hexdigest()[:32]
 
 
@@ -153,17 +155,21 @@ def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tenso
     caches = sampler.model.caches
     layers = [[_layer_state(layer, f"cache{number}.{depth}", stored) for depth, layer in enumerate(cache.layers)]
               for number, cache in enumerate(caches)]
-    stored = {name: _own(tensor) for name, tensor in stored.items()}
-    header = json.dumps({
-        "version": VERSION, "fingerprint": fingerprint, "run": asdict(sampler.run), "shape": sampler.shape,
+    write(path, {
+        "fingerprint": fingerprint, "run": asdict(sampler.run), "shape": sampler.shape,
         "settings": [cache.settings.to_json() for cache in caches], "geometry": [_shape_of(cache.geometry) for cache in caches],
         "dtype": str(caches[0].workspace.dtype), "layers": layers, "peaks": [cache.peak_bytes for cache in caches],
         "frames_done": sampler.frames_done, "chunk": sampler.chunk, "last_prompt": sampler.last_prompt, "recent": len(sampler.recent),
-        "extra": dict(extra or {}),
-        "tensors": {name: [str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()]
-                    for name, tensor in stored.items()}})
+        "extra": dict(extra or {})}, stored)
+
+
+def write(path: str | Path, header: Mapping, tensors: Mapping[str, Tensor]) -> None:
+    """A file of plain values and named tensors, with checksums of both, put in its place whole. Raises OSError as `write_atomically`."""
+    stored = {name: _own(tensor) for name, tensor in tensors.items()}
+    text = json.dumps({"version": VERSION, **header, "tensors": {
+        name: [str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()] for name, tensor in stored.items()}})
     write_atomically(Path(path), lambda place: save_file(
-        stored, place, {HEADER: header, DIGEST: hashlib.sha256(header.encode()).hexdigest()}))
+        stored, place, {HEADER: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()}))
 
 
 def write_atomically(path: Path, write) -> None:
@@ -318,13 +324,31 @@ def _check_book(book, tensor: TensorSettings, geometry: Geometry) -> None:
 
 
 def load(path: str | Path) -> Session:
-    """Read and check a session file. Raises SessionError for one that is damaged, from another release, or no session at all, and
-    FileNotFoundError where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no session file {path}.")
+    """Read and check a session of a causal model. Raises SessionError for one that is damaged, of another kind or release, or no session
+    at all, and FileNotFoundError where there is none."""
+    return session_of(Path(path), *read(path))
+
+
+def session_of(path: Path, header: dict, stored: dict[str, Tensor]) -> Session:
+    """The session that `read` found at `path`. Raises SessionError."""
+    if "kind" in header:
+        raise SessionError(f"{path.name} holds a video of another kind ({header['kind']}). Choose one that a causal model made.")
+    with refused(path):
+        return Session(
+            path=path, fingerprint=header["fingerprint"], run=Run(**header["run"]), shape=tuple(header["shape"]),
+            settings=[QVGSettings.from_json(text) for text in header["settings"]],
+            geometry=[Geometry(**{**shape, "grid": tuple(shape["grid"])}) for shape in header["geometry"]], dtype=header["dtype"],
+            frames_done=header["frames_done"], chunk=header["chunk"], last_prompt=header["last_prompt"],
+            recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=stored.get("latents"), extra=header["extra"],
+            tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},
+            layers=header["layers"], peaks=header["peaks"], stored=stored)
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """Whatever a file's content raises inside becomes a SessionError."""
     try:
-        return _read(path)
+        yield
     except SessionError:
         raise
     except DAMAGE as error:
@@ -332,8 +356,12 @@ def load(path: str | Path) -> Session:
         raise SessionError(f"{path.name} is damaged or no session ({reason}). Use an earlier checkpoint.") from None
 
 
-def _read(path: Path) -> Session:
-    with safe_open(path, "pt") as file:
+def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Header and tensors of a file that `write` made, checked whole. Raises SessionError and FileNotFoundError as `load` does."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no session file {path}.")
+    with refused(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if HEADER not in metadata:
             raise SessionError(f"{path.name} is no session of QuantVideoGen. Choose one that Save Video Session or `qvg generate` wrote.")
@@ -346,15 +374,7 @@ def _read(path: Path) -> Session:
             raise SessionError(f"The header of {path.name} has been changed since it was written. Use an earlier checkpoint.")
         if set(file.keys()) != set(header["tensors"]):
             raise SessionError(f"{path.name} lacks tensors that its header lists, or has others. Use an earlier checkpoint.")
-        stored = dict(_checked(file, header["tensors"], path))
-    return Session(
-        path=path, fingerprint=header["fingerprint"], run=Run(**header["run"]), shape=tuple(header["shape"]),
-        settings=[QVGSettings.from_json(text) for text in header["settings"]],
-        geometry=[Geometry(**{**shape, "grid": tuple(shape["grid"])}) for shape in header["geometry"]], dtype=header["dtype"],
-        frames_done=header["frames_done"], chunk=header["chunk"], last_prompt=header["last_prompt"],
-        recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=stored.get("latents"), extra=header["extra"],
-        tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},
-        layers=header["layers"], peaks=header["peaks"], stored=stored)
+        return header, dict(_checked(file, header["tensors"], path))
 
 
 def _checked(file, expected: dict[str, list], path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,10 +1,16 @@
 """A video in segments on disk: it grows, it can be gone on with, and what is broken is not."""
 
+import json
+
 import av
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from comfyui_qvg.qvg.segments import SUFFIX, SegmentFile
+from comfyui_qvg.qvg import segments, storage
+from comfyui_qvg.qvg.segments import SUFFIX, SegmentFile, Segments, SegmentSession, digest
+from comfyui_qvg.qvg.storage import SessionError
 
 
 def frames(segment, count=4):
@@ -18,12 +24,12 @@ def run(path, key="a", segments=3, stop=None):
     for segment in range(video.done, segments):
         assert (segment == 0) == (video.given is None)
         assert video.given is None or float(video.given.mean()) == segment
-        video.add(frames(segment)[video.shown:])
+        video.add(frames(segment)[min(segment, 1):])
         made.append(segment)
         if stop is not None and segment == stop:
             video.writer.cut()
             return made
-        video.save(segment + 1, torch.full((1, 16, 2, 4, 6), float(segment + 1)), 1)
+        video.save(segment + 1, torch.full((1, 16, 2, 4, 6), float(segment + 1)))
     video.finish()
     return made
 
@@ -59,3 +65,104 @@ def test_what_cannot_be_gone_on_with_is_not(tmp_path, damage):
     key = "b" if damage == "other key" else "a"
     assert SegmentFile.find(tmp_path, "video_*_.mp4", key) is None
     assert run(path, key) == [0, 1, 2]
+
+
+def latents(seed, frames):
+    return torch.randn(1, 16, frames, 6, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def two_segments(carry="pixels", start=""):
+    made = Segments(carry, 9, start)
+    made.add(latents(0, 5), 5, latents(1, 3))
+    made.add(latents(2, 5 if carry == "pixels" else 2), 2, latents(3, 3))
+    return made
+
+
+def saved(tmp_path, **changes):
+    path = tmp_path / "walk.safetensors"
+    two_segments(**changes).save(path, "the model")
+    return path
+
+
+@pytest.mark.parametrize("carry", ["pixels", "latents"])
+def test_a_session_holds_what_was_saved(tmp_path, carry):
+    made, session = two_segments(carry), segments.load(saved(tmp_path, carry=carry))
+    assert isinstance(session, SegmentSession) and session.fingerprint == "the model"
+    again = session.resume("the model", Segments(carry, 9), 3, 8, 6)
+    assert (again.carry, again.given_frames, again.new, again.done) == (carry, 9, [5, 2], 2)
+    assert torch.equal(again.given, made.given) and all(map(torch.equal, again.parts, made.parts))
+    assert torch.equal(again.latents, torch.cat([latents(0, 5), made.parts[1][:, :, -2:]], 2)) and again.latents.shape[2] == 7
+
+
+def test_a_session_can_be_resumed_twice(tmp_path):
+    """What one run adds does not reach another that goes on from the same session."""
+    session = segments.load(saved(tmp_path))
+    first = session.resume("the model", Segments("pixels", 9), 3, 8, 6)
+    first.add(latents(4, 5), 2, latents(5, 3))
+    assert (first.done, session.resume("the model", Segments("pixels", 9), 3, 8, 6).done) == (3, 2)
+
+
+def test_start_frames_are_told_apart():
+    images = torch.rand(3, 16, 24, 3)
+    assert digest(images) == digest(images.clone()) != digest(images + 1e-3)
+    assert digest(images) != digest(images[:2])
+
+
+@pytest.mark.parametrize(("run", "sentence"), [
+    ({"fingerprint": "another"}, "saved with another model"), ({"segments": 2}, "has 2 segments already"),
+    ({"wanted": Segments("latents", 9)}, "carry pixels, but this run has latents"), ({"width": 6, "height": 8}, "latents 8 x 6"),
+    ({"wanted": Segments("pixels", 13)}, "given_frames 9, but this run has 13"),
+    ({"wanted": Segments("pixels", 9, "b")}, "does not begin with the frames")])
+def test_a_session_that_does_not_fit_is_refused(tmp_path, run, sentence):
+    session = segments.load(saved(tmp_path, start="a"))
+    fitting = {"fingerprint": "the model", "wanted": Segments("pixels", 9, "a"), "segments": 3, "width": 8, "height": 6}
+    assert session.resume(**fitting).done == 2
+    assert session.resume(**fitting | {"wanted": Segments("pixels", 9)}).done == 2, "start need not be connected again"
+    with pytest.raises(SessionError, match=sentence):
+        session.resume(**fitting | run)
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 97)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        with pytest.raises(SessionError):
+            segments.load(path)
+
+
+@pytest.mark.parametrize("change", [
+    {"new": [5, 9]}, {"new": []}, {"new": [5, 2, 2]}, {"given_frames": "x"}, {"start": "", "new": None}, {"kind": "other"}])
+def test_a_header_that_contradicts_its_tensors_is_refused(tmp_path, change):
+    """Checksums are right, what they cover is not."""
+    path = saved(tmp_path)
+    with safe_open(path, "pt") as file:
+        header, tensors = json.loads(file.metadata()[storage.HEADER]), {key: file.get_tensor(key) for key in file.keys()}
+    storage.write(path, header | change, tensors)
+    with pytest.raises(SessionError):
+        segments.load(path)
+
+
+def test_kinds_of_sessions_are_not_mixed_up(tmp_path):
+    with pytest.raises(SessionError, match="a video of another kind"):
+        storage.load(saved(tmp_path))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(SessionError, match="no session of QuantVideoGen"):
+        segments.load(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="There is no session file"):
+        segments.load(tmp_path / "nowhere.safetensors")
+
+
+def test_a_save_that_fails_leaves_the_older_session(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(storage.os, "fsync", full)
+    made = two_segments()
+    made.add(latents(4, 5), 2, latents(5, 3))
+    with pytest.raises(OSError, match="No space left"):
+        made.save(path, "the model")
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == [path.name]
