@@ -19,7 +19,7 @@ import comfy.utils
 import comfy.weight_adapter
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ...qvg.attention import CachedAttention
 from ...qvg.budget import Geometry, buffers_on
@@ -43,8 +43,15 @@ class Network(LongCat):
         self.dtype = dtype
         for layer in self.float32_layers():
             layer.comfy_cast_weights = True
+            # where a file keeps such a layer in scaled FP8, core would round its input to FP8, too
+            layer._full_precision_mm = True
 
     def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006 (core's signature)
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        return WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute(
+            x, timestep, context, transformer_options, **kwargs)
+
+    def _forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006
         attention = partial(_attention, transformer_options=transformer_options)
         given: Given | None = transformer_options.get(GIVEN)
         attend = given and given.attend(x.shape[2], attention)
@@ -150,6 +157,9 @@ class Hook:
                              "channels, height and width must be equal.")
         if self.latents.shape[0] not in (1, noise.shape[0]):
             raise ValueError(f"{self.latents.shape[0]} videos are given, but {noise.shape[0]} are made; give one, or as many as are made.")
+        if executor.class_obj.model_patcher.get_additional_models_with_key("multigpu"):
+            raise ValueError("Given frames are stored on one GPU, but the model was spread over several. Take the MODEL from "
+                             "before MultiGPU CFG Split.")
         model = executor.class_obj.model_patcher.model
         found = self._forecast(model, noise.shape[2])
         self.reserved = found.peak_bytes

@@ -285,7 +285,8 @@ class LongCat(nn.Module):
     def float32_layers(self) -> list[nn.Module]:
         """The linear layers that are given float32 whatever type the rest computes in."""
         parts = [self.time_embedding, self.head, *(block.modulation for block in self.blocks)]
-        return [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear)]
+        # `operations` may bring a Linear that is none of torch's
+        return [layer for part in parts for layer in part.modules() if hasattr(layer, "in_features")]
 
     def embed_text(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Text embedding [B, L, text_dim] -> [B, L, dim].
