@@ -110,7 +110,7 @@ class Encoded:
         self.cache = KVCache(
             context_settings(settings, geometry, self.given, self.new), layers=geometry.layers, heads=geometry.heads,
             head_dim=geometry.head_dim, grid=geometry.grid, device=scene.device, dtype=scene.new.dtype, max_frames=self.given + self.new)
-        self.store = CachedAttention(self.cache, start_frame=0, frames=self.given, store=True)
+        self.store = CachedAttention(self.cache, start_frame=0, frames=self.given, store=True, newest=self.cache.settings.recent_frames)
 
     @property
     def read(self) -> CachedAttention:

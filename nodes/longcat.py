@@ -96,7 +96,7 @@ class LongVideo:
                 saver.close(made)
         if self.carry == "latents":
             self._show(pixels, self._decode(made.latents)[opening:])
-        return torch.cat(pixels), made.latents
+        return torch.cat(pixels), made.latents if self.file is None else made.parts[-1]
 
     def _segment(self, segment: int, sampler, made: Segments, pixels: list[torch.Tensor], shown: int, saver: SegmentSaver | None) -> None:
         """Make one more, of which `shown` video frames are there already."""
@@ -116,7 +116,7 @@ class LongVideo:
         if saver is not None:
             saver.segment(made)
         elif self.file is not None:
-            made.parts, made.new = [whole], [whole.shape[2]]
+            made.parts, made.new = [whole], [new.shape[2]]
         if self.file is not None:
             self.file.save(segment + 1, made.given)
 

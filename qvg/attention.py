@@ -33,7 +33,7 @@ def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class CachedAttention:
     """One forward pass over `frames` latent frames from absolute frame `start_frame`.
 
-    store: this is the pass over the finished chunk; its K and V are appended, layer by layer.
+    store: this is the pass over the finished chunk; its K and V are appended, layer by layer. newest: see `LayerCache.append`.
     position_limit: latent frames that the network was trained to tell apart. Beyond it the pass ends at this position and the history
     keeps its distance to the pass; sinks keep their places. 0 counts on without end.
     A pass with a batch that is a multiple of the cache's (conditions stacked by CFG) reads the same history for each.
@@ -41,11 +41,11 @@ class CachedAttention:
     """
 
     def __init__(self, cache: KVCache, *, start_frame: int, frames: int, store: bool, attention: Attention = sdpa,
-                 position_limit: int = 0):
+                 position_limit: int = 0, newest: int = 0):
         if store and start_frame != cache.frames:
             raise ValueError(f"The chunk to store starts at latent frame {start_frame}, but the cache ends at frame {cache.frames}.")
         self.cache, self.frames, self.store, self.attention = cache, frames, store, attention
-        self.start_frame = start_frame
+        self.start_frame, self.newest = start_frame, newest
         self._ahead = None if cache.workspace.side is None else _Ahead(cache)
         self.shift = max(0, start_frame + frames - position_limit) if position_limit else 0
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -66,7 +66,7 @@ class CachedAttention:
             groups = self._decoded(history, turned, v)
             out = torch.cat([self._attend_group(heads, q, turned, v, keys, values) for heads, keys, values in groups], dim=2)
         if self.store:
-            history.append(k, v, self.frames)
+            history.append(k, v, self.frames, self.newest)
         return out
 
     def _decoded(self, history: LayerCache, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

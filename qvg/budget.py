@@ -105,12 +105,11 @@ class PlannedSpan:
         self.key_bits, self.value_bits = key_bits, value_bits
 
 
-def split_at_sink(first: int, frames: int, sink_frames: int) -> list[tuple[int, int]]:
-    """(first, frames) of a chunk's spans: one, or two where the chunk straddles the end of the sink."""
-    inside = sink_frames - first
-    if 0 < inside < frames:
-        return [(first, inside), (sink_frames, frames - inside)]
-    return [(first, frames)]
+def split(first: int, frames: int, sink_frames: int, newest: int = 0) -> list[tuple[int, int]]:
+    """(first, frames) of a chunk's spans: one, cut at the end of the sink where the chunk straddles it, and before its newest frames."""
+    stop = first + frames
+    cuts = sorted({cut for cut in (sink_frames, stop - newest) if first < cut < stop})
+    return [(start, end - start) for start, end in zip([first, *cuts], [*cuts, stop])]
 
 
 def first_bits(settings: QVGSettings, sink: bool) -> tuple[int, int]:
@@ -288,23 +287,24 @@ class PlannedLayer:
         used = {span.epoch for span in self.spans if span.epoch is not None}
         return sum(self._span_bytes(span) for span in self.spans) + sum(self.books[epoch] for epoch in used)
 
-    def append(self, first: int, frames: int) -> None:
-        for start, count in split_at_sink(first, frames, self.settings.sink_frames):
+    def append(self, first: int, frames: int, newest: int = 0) -> None:
+        """See `cache.LayerCache.append`."""
+        for start, count in split(first, frames, self.settings.sink_frames, newest):
             sink = start < self.settings.sink_frames
             span = PlannedSpan(start, count, sink, *first_bits(self.settings, sink))
-            new = self._span_bytes(span) + self._place_in_epoch(span)
+            new = self._span_bytes(span) + self._place_in_epoch(span, frames if newest else count)
             relax(self.spans, span.last, self.settings, self.share, new, self.nbytes)
             self.spans.append(span)
 
-    def _place_in_epoch(self, span: PlannedSpan) -> int:
-        """Give the span its codebooks; returns the bytes of those that have to be trained for it."""
+    def _place_in_epoch(self, span: PlannedSpan, trained_on: int) -> int:
+        """Give the span its codebooks; returns the bytes of those that have to be trained for it, on so many frames."""
         tensors = [tensor for tensor in (self.settings.key, self.settings.value)
                    if needs_codebook(self.settings, tensor, span.sink)]
         if not tensors:
             return 0
         new = 0
         if not self.books or self.epoch_frames >= self.settings.epoch_frames:
-            new = sum(codebook_bytes(self.geometry, self.settings.codec, tensor, span.frames) for tensor in tensors)
+            new = sum(codebook_bytes(self.geometry, self.settings.codec, tensor, trained_on) for tensor in tensors)
             self.books.append(new)
             self.epoch_frames = 0
         span.epoch = len(self.books) - 1

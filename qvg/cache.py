@@ -152,9 +152,10 @@ class LayerCache:
     def tokens(self) -> int:
         return self.held_frames * self.owner.geometry.frame_tokens
 
-    def append(self, key: Tensor, value: Tensor, frames: int) -> None:
+    def append(self, key: Tensor, value: Tensor, frames: int, newest: int = 0) -> None:
         """Encode and keep a finished chunk of `frames` latent frames; key and value [B, T, H, D].
 
+        newest: the last of them that age apart from the rest, under a codebook of all; for a history that arrives whole.
         Raises ValueError when the shapes are not those that the cache was made for.
         """
         geometry, settings = self.owner.geometry, self.owner.settings
@@ -164,14 +165,15 @@ class LayerCache:
                 raise ValueError(f"The {name} of {frames} frames has shape {tuple(x.shape)}; this cache was made for {expected}.")
         pair = [x.to(self.owner.workspace.dtype).transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
         start = 0
-        for first, count in budget.split_at_sink(self.next_frame, frames, settings.sink_frames):
+        for first, count in budget.split(self.next_frame, frames, settings.sink_frames, newest):
             stop = start + count * geometry.frame_tokens
-            self._append_span([x[start:stop] for x in pair], first, count)
+            self._append_span([x[start:stop] for x in pair], first, count, *((pair, frames) if newest else ()))
             start = stop
         self.next_frame += frames
         self.owner._note_peak(self)
 
-    def _append_span(self, pair: list[Tensor], first: int, frames: int) -> None:
+    def _append_span(self, pair: list[Tensor], first: int, frames: int, whole: list[Tensor] | None = None, whole_frames: int = 0) -> None:
+        """whole: what a codebook is trained on, where that is more than the span."""
         settings, owner = self.owner.settings, self.owner
         sink = first < settings.sink_frames
         bits = budget.first_bits(settings, sink)
@@ -180,13 +182,13 @@ class LayerCache:
             for tensor, width in zip((settings.key, settings.value), bits))
         opens_epoch = self._opens_epoch(sink)
         if opens_epoch:
-            new += sum(budget.codebook_bytes(owner.geometry, settings.codec, tensor, frames)
+            new += sum(budget.codebook_bytes(owner.geometry, settings.codec, tensor, whole_frames or frames)
                        for tensor in (settings.key, settings.value) if budget.needs_codebook(settings, tensor, sink))
         budget.relax(self.entries, first + frames - 1, settings, owner.limits, new, lambda: self.nbytes)
         sides = self.sides
         needs = [budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)]
         if opens_epoch:
-            for side, x, needed in zip(sides, pair, needs):
+            for side, x, needed in zip(sides, whole or pair, needs):
                 side.book = side.codec.train(x, self.generator, side.book) if needed else None
             self.trained, self.epoch_frames = True, 0
         if any(needs):

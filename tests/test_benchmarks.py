@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_qvg.benchmarks import baselines, longcat, methods, scatter
+from comfyui_qvg.benchmarks import baselines, context, longcat, methods, scatter
 from comfyui_qvg.benchmarks.kernels import Case, tokens
 from comfyui_qvg.qvg import cli
 from comfyui_qvg.qvg.budget import Geometry
@@ -47,6 +47,16 @@ def test_quality(tmp_path):
     assert rows["exact again"]["free"]["later"] > rows["1e-3 noise"]["free"]["later"] > rows["paper int2"]["free"]["later"]
     assert 2.25 <= rows["RTN asymmetric int2"]["bits"] < 2.26
     assert all((tmp_path / f"quality_{kind}.png").stat().st_size > 5000 for kind in ("free", "forced"))
+
+
+@pytest.mark.skipif(not NETWORK_PATH.is_file(), reason="the tiny model's weights are not in this checkout")
+def test_context(tmp_path):
+    """The newest frames of a history that arrives whole are worth more than the oldest, for equal bytes."""
+    labels = ["2 planes, newest 3 at 3", "2 planes, oldest 3 at 3"]
+    context.main(["--videos", "2", "--out", str(tmp_path), "--only", *labels])
+    newest, oldest = json.loads((tmp_path / "context.json").read_text())["rows"]
+    assert [newest[0], oldest[0]] == labels and newest[1] == pytest.approx(oldest[1])
+    assert newest[2] > oldest[2] + 1
 
 
 @pytest.mark.parametrize(("layouts", "bits"), [(layouts, bits) for layouts in baselines.BASELINES.values() for bits in (2, 4)])

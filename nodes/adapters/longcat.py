@@ -28,7 +28,7 @@ from ...qvg.chart import format_bytes
 from ...qvg.context import context_settings, forecast_context
 from ...qvg.models.longcat import LongCat, LongCatSizes, official_name
 from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
-from ...qvg.settings import QVGSettings
+from ...qvg.settings import PRESETS, QVGSettings
 from ..run_log import ATTACHMENT, RunLog
 
 KEY = "quantvideogen"
@@ -161,7 +161,8 @@ class Hook:
             raise ValueError("Given frames are stored on one GPU, but the model was spread over several. Take the MODEL from "
                              "before MultiGPU CFG Split.")
         model = executor.class_obj.model_patcher.model
-        found = self._forecast(model, noise.shape[2])
+        found = self._forecast(model, noise.shape[2], self.settings)
+        self._check_memory(model, noise.shape[2], found.peak_bytes)
         self.reserved = found.peak_bytes
         self.log.start(self.latents.shape[2], found)
         logging.info("QVG: the KV cache of %d given latent frames will take %s, %s at its peak (bf16: %s), preset %s",
@@ -186,7 +187,7 @@ class Hook:
         options = extra_args["model_options"].setdefault("transformer_options", {})
         try:
             latents = model.process_latent_in(self.latents).to(noise.device, model.get_dtype_inference())
-            store = CachedAttention(cache, start_frame=0, frames=frames, store=True,
+            store = CachedAttention(cache, start_frame=0, frames=frames, store=True, newest=cache.settings.recent_frames,
                                     attention=partial(_attention, transformer_options=options))
             model.diffusion_model.encode(latents, store)
             self.log.note(cache.stats())
@@ -204,11 +205,20 @@ class Hook:
         buffers = buffers_on(comfy.model_management.get_torch_device().type, sizes.heads)
         return Geometry(sizes.layers, sizes.heads, sizes.head_dim, (height // 2, width // 2), batch, buffers)
 
-    def _forecast(self, model, new: int):
+    def _forecast(self, model, new: int, settings: QVGSettings):
         geometry, given = self._geometry(model), self.latents.shape[2]
         itemsize = comfy.model_management.dtype_size(model.get_dtype_inference())
-        settings = context_settings(self.settings, geometry, given, new, itemsize)
-        return forecast_context(settings, geometry, given, new, itemsize)
+        return forecast_context(context_settings(settings, geometry, given, new, itemsize), geometry, given, new, itemsize)
+
+    def _check_memory(self, model, new: int, needed: int) -> None:
+        """Raises ValueError for a cache that exceeds the whole device, whatever else leaves it, with the presets that would fit."""
+        whole, given = comfy.model_management.get_total_memory(model.device), self.latents.shape[2]
+        if needed <= whole:
+            return
+        fitting = [name.capitalize() for name, preset in PRESETS.items() if self._forecast(model, new, preset).peak_bytes <= whole]
+        ways = f"the preset {' or '.join(fitting)} of Quantize KV Cache (QVG), " if fitting else ""
+        raise ValueError(f"The KV cache of {given} given latent frames needs {format_bytes(needed)}, but the device has "
+                         f"{format_bytes(whole)} in all. Choose {ways}fewer given_frames, or a smaller video.")
 
     def _cache(self, model, noise) -> KVCache:
         geometry, given, new, dtype = self._geometry(model), self.latents.shape[2], noise.shape[2], model.get_dtype_inference()

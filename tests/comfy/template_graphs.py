@@ -216,6 +216,11 @@ def longcat(use: str, *, image: bool = False, segments: int = 1, given_frames: i
     if image:
         start = {"start": template.add("picture", "LoadImage", image="example.png")}
         describe.append("picture")
+    sample = ["continue"]
+    if segments > 1:
+        sampler = template.add("sampler", "KSamplerSelect", sampler_name="euler")
+        start["sampler"] = template.add("keep", "QVGSaveVideoSession", sampler=sampler, name="longcat", every_chunks=1)
+        sample = ["sampler", "keep", "continue"]
     sampling = {"steps": 16, "cfg": 1.0, "schedule": "distilled"} if lora else {"steps": 50, "cfg": 4.0, "schedule": "base"}
     template.add(
         "continue", "QVGLongCatContinue", model=network, positive=positive, negative=negative, vae=vae, width=832, height=480, length=93,
@@ -227,11 +232,14 @@ def longcat(use: str, *, image: bool = False, segments: int = 1, given_frames: i
     note = _longcat_note(lora, list(template.files.values()))
     if segments == 1 and not image:
         note += "\n\nA single segment from text continues nothing and needs no cache. Raise **segments** to go on."
+    if segments > 1:
+        note += ("\n\n**Save Video Session (QVG)** saves every segment. After a crash or an interrupt, or to make the video longer, "
+                 "connect *Load Video Session (QVG)* to **session**.")
     template.columns = [
         [Group("Read me", [("Files and memory", note)], 360)],
         [Group("1  Load", load, 380), Group("2  Quantize the KV cache", ["settings", "quantize"], 380)],
         [Group("3  Describe", describe, 380)],
-        [Group("4  Sample", ["continue"], 340)],
+        [Group("4  Sample", sample, 340)],
         [Group("5  Video", ["video", "save"], 460)],
         [Group("6  What the cache held", ["monitor"], 560)]]
     return template

@@ -41,8 +41,26 @@ def test_long_video_from_text(comfy, carry):
     assert report["now"]["frames"] == 3
     for name in ("stored_bytes", "peak_bytes", "bf16_bytes"):
         assert report["now"][name] == report["forecast"][name]
-    # settings say what old frames keep, and given frames are nothing else
-    assert report["now"]["by_kind"]["plain"] == 0
+    # settings say what old frames keep; all three given frames are the newest, which keep a plane more
+    assert report["now"]["by_kind"]["plain"] == 0 and list(report["now"]["by_bits"]) == ["3"]
+
+
+def test_the_newest_given_frames_keep_a_plane_more(comfy):
+    """Five given latent frames of seven: two at the bits of old frames, three at one more, as the forecast says."""
+    report = run(comfy, build(start=17, length=25, given_frames=17))[2]
+    assert list(report["now"]["by_bits"]) == ["2", "3"] and report["now"]["stored_bytes"] == report["forecast"]["stored_bytes"]
+    graph = build(start=17, length=25, given_frames=17)
+    graph["settings"]["inputs"]["recent_frames"] = 0
+    plain = run(comfy, graph)[2]
+    assert list(plain["now"]["by_bits"]) == ["2"] and plain["now"]["stored_bytes"] < report["now"]["stored_bytes"]
+
+
+def test_previews_show_every_step(start_comfy):
+    server = start_comfy("--preview-method", "latent2rgb")
+    write_files(server)
+    run(server.client, build(segments=2, steps=3, save="previewed"))
+    pictures = [data for data in server.client.of_type("preview") if data.get("node_id") == "continue"]
+    assert len(pictures) >= 2 and all(len(data["image"]) > 100 for data in pictures)
 
 
 @pytest.mark.parametrize(("start", "frames", "given"), [(1, 17, 1), (12, 20, 3), (40, 48, 3)])

@@ -253,6 +253,18 @@ def test_wrappers_of_the_network_are_asked(loaded, recorded):
     assert len(seen) == len(EXACT_SIGMAS) - 1 and all(given for _, given in seen)
 
 
+def test_a_cache_that_exceeds_the_device_is_refused(loaded, recorded, monkeypatch):
+    """Before anything is loaded, and with the presets that would fit."""
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: 15_000)
+    with pytest.raises(ValueError, match=r"of 2 given latent frames needs 15\.\d+ KiB.* in all\. Choose the preset .*Balanced or Smallest"):
+        sample(loaded, recorded, "off")
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: 100)
+    with pytest.raises(ValueError, match=r"in all\. Choose fewer given_frames"):
+        sample(loaded, recorded, "balanced")
+
+
 def test_a_model_on_several_gpus_is_refused(loaded, recorded):
     spread = loaded.clone()
     spread.set_additional_models("multigpu", [loaded.clone()])

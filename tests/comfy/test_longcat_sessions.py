@@ -113,6 +113,10 @@ def test_a_session_and_a_stream(comfy):
     # lossy, so near; a segment put into the wrong place is far
     assert max(np.abs(one - two).mean() for one, two in zip(frames, whole[1].astype(int))) < 8
     assert not list(path.parent.glob("*.safetensors"))
+    # outputs are of the last segment alone, those that it continues included
+    latents, last = collected(comfy, outputs)
+    assert torch.equal(latents[:, :, -2:], whole[0][:, :, -2:]) and latents.shape[2] == 5
+    assert np.array_equal(last, whole[1][-8:])
     assert torch.equal(made(comfy, segments=5, seed=7, load="streamed")[0], made(comfy, segments=5, seed=7)[0])
 
 
