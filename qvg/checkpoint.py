@@ -207,6 +207,11 @@ def _describe(name: str, container: str, state: dict[str, torch.Tensor], config:
             sizes = longcat.LongCatSizes.read(state)
         except ValueError as error:
             raise ValueError(f"{name} cannot be opened. {error}") from error
+        with torch.device("meta"):
+            missing = sorted(longcat.LongCat(sizes).state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(f"{name} is LongCat-Video but lacks {', '.join(missing[:3])}; the file may be one part of several, or "
+                             "damaged.")
         return Description(
             file=name, container=container, layers=sizes.layers, dim=sizes.dim, ffn_dim=sizes.ffn_dim, text_dim=sizes.text_dim,
             parameters=sum(t.numel() for t in state.values()), head_dim=sizes.head_dim, model="longcat",

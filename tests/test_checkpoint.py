@@ -155,6 +155,15 @@ def test_an_incomplete_longcat_is_named(tmp_path):
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("lost", ["blocks.1.ffn.w2.weight", "blocks.0.norm3.bias", "head.modulation.1.bias"])
+def test_a_longcat_that_lacks_anything_is_named(tmp_path, lost):
+    """Core would fill it with whatever is in memory."""
+    path = tmp_path / "damaged.safetensors"
+    save_file({name: tensor for name, tensor in longcat_state()[0].items() if name != lost}, path)
+    with pytest.raises(ValueError, match=rf"damaged\.safetensors is LongCat-Video but lacks {lost}"):
+        open_checkpoint(path)
+
+
 def test_lora_container_is_refused(tmp_path):
     path = tmp_path / "lora.pt"
     torch.save({"generator_lora": {"blocks.0.weight": torch.zeros(1)}}, path)
