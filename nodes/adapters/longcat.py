@@ -157,12 +157,12 @@ class Hook:
                              "channels, height and width must be equal.")
         if self.latents.shape[0] not in (1, noise.shape[0]):
             raise ValueError(f"{self.latents.shape[0]} videos are given, but {noise.shape[0]} are made; give one, or as many as are made.")
-        if executor.class_obj.model_patcher.get_additional_models_with_key("multigpu"):
+        patcher = executor.class_obj.model_patcher
+        if patcher.get_additional_models_with_key("multigpu"):
             raise ValueError("Given frames are stored on one GPU, but the model was spread over several. Take the MODEL from "
                              "before MultiGPU CFG Split.")
-        model = executor.class_obj.model_patcher.model
-        found = self._forecast(model, noise.shape[2], self.settings)
-        self._check_memory(model, noise.shape[2], found.peak_bytes)
+        found = self._forecast(patcher.model, noise.shape[2], self.settings)
+        self._check_memory(patcher, noise.shape[2], found.peak_bytes)
         self.reserved = found.peak_bytes
         self.log.start(self.latents.shape[2], found)
         logging.info("QVG: the KV cache of %d given latent frames will take %s, %s at its peak (bf16: %s), preset %s",
@@ -210,12 +210,12 @@ class Hook:
         itemsize = comfy.model_management.dtype_size(model.get_dtype_inference())
         return forecast_context(context_settings(settings, geometry, given, new, itemsize), geometry, given, new, itemsize)
 
-    def _check_memory(self, model, new: int, needed: int) -> None:
+    def _check_memory(self, patcher, new: int, needed: int) -> None:
         """Raises ValueError for a cache that exceeds the whole device, whatever else leaves it, with the presets that would fit."""
-        whole, given = comfy.model_management.get_total_memory(model.device), self.latents.shape[2]
+        whole, given = comfy.model_management.get_total_memory(patcher.load_device), self.latents.shape[2]
         if needed <= whole:
             return
-        fitting = [name.capitalize() for name, preset in PRESETS.items() if self._forecast(model, new, preset).peak_bytes <= whole]
+        fitting = [name.capitalize() for name, preset in PRESETS.items() if self._forecast(patcher.model, new, preset).peak_bytes <= whole]
         ways = f"the preset {' or '.join(fitting)} of Quantize KV Cache (QVG), " if fitting else ""
         raise ValueError(f"The KV cache of {given} given latent frames needs {format_bytes(needed)}, but the device has "
                          f"{format_bytes(whole)} in all. Choose {ways}fewer given_frames, or a smaller video.")
