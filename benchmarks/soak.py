@@ -35,6 +35,7 @@ from ..qvg.models.wan_vae import WanVAE
 from ..qvg.sampler import ChunkDone, Run
 from ..qvg.schedule import Schedule
 from ..qvg.settings import QVGSettings
+from .measure import progress
 
 MEBI = 1 << 20
 TINY_PROMPTS = "0s: red circle moving right, over green dots still\n20s: blue star still, over yellow waves still"
@@ -88,6 +89,8 @@ def flat(model: str, chunks: int, steps: int, budget_mib: float, settled: int) -
             if isinstance(event, ChunkDone):
                 resident.append(resident_bytes())
                 most = max(most, event.stats.peak_bytes)
+                if len(resident) % 100 == 0:
+                    progress(f"{len(resident)} chunks, {resident[-1]} resident bytes, {time.monotonic() - began:.0f} s")
         frames = frames_in(todo.out)
     # the allocator breathes, so a stretch is compared with a stretch
     width = max(1, (chunks - settled) // 10)

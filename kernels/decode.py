@@ -459,7 +459,7 @@ def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> N
         owner.angles = Angles(owner.rope)
     if layer.reader is None:
         layer.reader = Reader(owner.rope, owner.geometry.head_dim, keys.dtype, keys.device, owner.angles)
-    layer.reader.update([(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in layer.entries])
+    layer.reader.update([(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in layer.present()])
     layer.reader(heads, owner.geometry.heads, keys, values)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from .settings import PLAIN_BITS, QVGSettings, TensorSettings
 
 GIB = 1 << 30
+# offloaded tensors begin at multiples of this, which kernels ask of what they read
+ALIGN = 128
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Geometry:
     @property
     def rows(self) -> int:
         return self.batch * self.heads
+
+    @property
+    def staged_layers(self) -> int:
+        """Layers whose offloaded spans are on the device at once: one is read while the next comes."""
+        return min(2, self.layers)
 
     def bf16_bytes(self, frames: int) -> int:
         """K and V of every layer at two bytes a number."""
@@ -61,20 +68,34 @@ def workspace_bytes(geometry: Geometry, frames: int, itemsize: int = 2) -> int:
     return 2 * geometry.buffers * geometry.batch * tokens * head_group(geometry.heads) * geometry.head_dim * itemsize
 
 
-def span_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int, bits: int, itemsize: int = 2) -> int:
-    """One span of K or of V, without its codebook."""
+def span_parts(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int, bits: int, itemsize: int = 2) -> list[int]:
+    """Bytes of each tensor of one span of K or of V, without its codebook."""
     tokens, rows, dim = frames * geometry.frame_tokens, geometry.rows, geometry.head_dim
     numbers = tokens * rows * dim
-    groups = tensor.groups(dim)
+    scales, ids = tokens * rows * tensor.groups(dim), tensor.stages * tokens * rows
     if bits == 16:
-        return numbers * itemsize
+        return [numbers * itemsize]
     if bits == 8:
-        return numbers + 2 * tokens * rows * groups
-    ids = tensor.stages * tokens * rows
+        return [numbers, 2 * scales]
     if kind == "paper":
-        zeros = 0 if tensor.symmetric else tokens * rows * groups
-        return numbers * bits // 8 + tokens * rows * groups + zeros + ids
-    return numbers // 8 * bits + tokens * rows * groups + rows + ids
+        return [numbers * bits // 8, scales, 0 if tensor.symmetric else scales, ids]
+    return [*[numbers // 8] * bits, scales, rows, ids]
+
+
+def span_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int, bits: int, itemsize: int = 2) -> int:
+    """One span of K or of V, without its codebook."""
+    return sum(span_parts(geometry, kind, tensor, frames, bits, itemsize))
+
+
+def aligned(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
+
+
+def entry_bytes(geometry: Geometry, settings: QVGSettings, frames: int, bits: tuple[int, int], itemsize: int = 2) -> int:
+    """A span of K and of V where they lie: on the device, or in one block of host memory."""
+    parts = [part for tensor, width in zip((settings.key, settings.value), bits)
+             for part in span_parts(geometry, settings.codec, tensor, frames, width, itemsize)]
+    return sum(map(aligned, parts)) if settings.offload else sum(parts)
 
 
 def codebook_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int) -> int:
@@ -191,7 +212,8 @@ def narrow_widest(spans: list, settings: QVGSettings) -> bool:
 class Limits:
     """What a memory budget leaves to one layer. None means no limit.
 
-    layer_bytes: spans and codebooks of one layer; cap_frames: latent frames that can be held besides the sink.
+    layer_bytes: spans and codebooks of one layer, or its spans alone where they are offloaded; cap_frames: latent frames that can be held
+    besides the sink.
     """
 
     layer_bytes: int | None = None
@@ -203,40 +225,62 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
 
     Raises ValueError where the budget cannot hold the sink, one older chunk and the chunk being made.
     """
-    if not settings.budget_gib:
+    if not settings.budget_gib and not settings.host_gib:
         return Limits()
-    budget = int(settings.budget_gib * GIB)
+    budget, host = (int(gib * GIB) if gib else None for gib in (settings.budget_gib, settings.host_gib))
     sink = min(settings.sink_frames, total_frames or settings.sink_frames)
-    least = [replace(tensor, bits=1) if settings.codec == "qvg" and tensor.bits not in PLAIN_BITS else tensor
-             for tensor in (settings.key, settings.value)]
+    tensors = settings.key, settings.value
+    least = tuple(1 if settings.codec == "qvg" and tensor.bits not in PLAIN_BITS else tensor.bits for tensor in tensors)
+
+    def entry(frames: int, bits: tuple[int, int]) -> int:
+        return entry_bytes(geometry, settings, frames, bits, itemsize)
 
     def seen(frames: int) -> int:
         most = sink + frames + 2 * chunk_frames - 1
         return most if total_frames is None else min(most, total_frames)
 
-    def needed(frames: int) -> int:
-        spans = -(-frames // chunk_frames)
-        epochs = 1 + -(-frames // settings.epoch_frames)
-        layer = sum(
-            span_bytes(geometry, settings.codec, tensor, sink, settings.sink_bits, itemsize) * bool(sink)
-            + (spans - 1) * span_bytes(geometry, settings.codec, tensor, chunk_frames, tensor.bits, itemsize)
-            # the newest is encoded before it can lose planes
-            + span_bytes(geometry, settings.codec, tensor, chunk_frames, bits, itemsize)
-            + epochs * codebook_bytes(geometry, settings.codec, tensor, chunk_frames)
-            for tensor, bits in zip(least, first_bits(settings, sink=False)))
-        return geometry.layers * layer + workspace_bytes(geometry, seen(frames), itemsize)
+    # the newest is encoded before it can lose planes
+    newest = entry(chunk_frames, first_bits(settings, sink=False))
+    on_way = max(newest, sink and entry(min(sink, chunk_frames), first_bits(settings, sink=True)))
 
-    if needed(chunk_frames) > budget:
+    def spans(frames: int) -> int:
+        at_sink_bits = (settings.sink_bits, settings.sink_bits)
+        return bool(sink) * entry(sink, at_sink_bits) + (-(-frames // chunk_frames) - 1) * entry(chunk_frames, least) + newest
+
+    def books(frames: int) -> int:
+        # offloaded spans are limited by themselves, so that all that their codebooks can come to is set apart: with the sink's epoch and
+        # one that is only begun
+        epochs = 2 + -(-(frames + chunk_frames) // settings.epoch_frames) if settings.offload else 1 + -(-frames // settings.epoch_frames)
+        return epochs * sum(codebook_bytes(geometry, settings.codec, tensor, chunk_frames) for tensor in tensors)
+
+    def apart(frames: int) -> int:
+        """Bytes on the device that are not the spans'."""
+        workspace = workspace_bytes(geometry, seen(frames), itemsize)
+        return workspace + (geometry.layers * books(frames) + on_way if settings.offload else 0)
+
+    copies = geometry.staged_layers if settings.offload else geometry.layers
+
+    def needed(frames: int) -> int:
+        return apart(frames) + copies * (spans(frames) + (0 if settings.offload else books(frames)))
+
+    def fits(frames: int) -> bool:
+        return (budget is None or needed(frames) <= budget) and (host is None or geometry.layers * spans(frames) <= host)
+
+    if not fits(chunk_frames):
+        if budget is not None and needed(chunk_frames) > budget:
+            raise ValueError(
+                f"A memory budget of {settings.budget_gib:g} GiB is too small: the first frames, one chunk and the workspace need "
+                f"{needed(chunk_frames) / GIB:.3g} GiB at one plane. Raise the budget, or lower the resolution or the sink frames.")
         raise ValueError(
-            f"A memory budget of {settings.budget_gib:g} GiB is too small: the first frames, one chunk and the workspace need "
-            f"{needed(chunk_frames) / GIB:.3g} GiB at one plane. Raise the budget, or lower the resolution or the sink frames.")
+            f"A limit of {settings.host_gib:g} GiB for offloaded spans is too small: the first frames and one chunk need "
+            f"{geometry.layers * spans(chunk_frames) / GIB:.3g} GiB at one plane. Raise it, or lower the resolution or the sink frames.")
     most = (total_frames or 1_000_000) - sink
     low, high = chunk_frames, max(chunk_frames, most)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if needed(middle) <= budget else (low, middle - 1)
-    workspace = workspace_bytes(geometry, seen(low), itemsize)
-    return Limits((budget - workspace) // geometry.layers, low)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    shares = ([] if budget is None else [(budget - apart(low)) // copies]) + ([] if host is None else [host // geometry.layers])
+    return Limits(min(shares) // ALIGN * ALIGN if settings.offload else min(shares), low)
 
 
 def capacity_frames(settings: QVGSettings, chunk_frames: int, total_frames: int | None, cap_frames: int | None) -> int | None:
@@ -249,9 +293,34 @@ def capacity_frames(settings: QVGSettings, chunk_frames: int, total_frames: int 
     return min(most, default=None)
 
 
+def history_frames(settings: QVGSettings, chunk_frames: int, total_frames: int | None, cap_frames: int | None) -> int | None:
+    """Most latent frames that a pass can find stored; None where nothing limits them."""
+    capacity = capacity_frames(settings, chunk_frames, total_frames, cap_frames)
+    if capacity is None:
+        return None
+    if capacity == total_frames:
+        return total_frames - ((total_frames - 1) % chunk_frames + 1)
+    return capacity - chunk_frames
+
+
+def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, history: int | None, share: Limits,
+                  itemsize: int = 2) -> int | None:
+    """The most that the spans of a layer take while `history` frames of it are stored: what visits the device at once."""
+    if not settings.offload or history is None:
+        return None
+    sink = min(history, settings.sink_frames)
+    recent = min(history - sink, settings.recent_frames + chunk_frames - 1)
+    # frame by frame, which takes no less than any longer spans do
+    most = sum(frames * entry_bytes(geometry, settings, 1, bits, itemsize) for frames, bits in (
+        (sink, first_bits(settings, sink=True)), (recent, first_bits(settings, sink=False)),
+        (history - sink - recent, (settings.key.bits, settings.value.bits))))
+    return most if share.layer_bytes is None else min(most, share.layer_bytes)
+
+
 @dataclass(frozen=True)
 class Forecast:
-    """A run in bytes. peak_bytes counts the workspace; stored_bytes is what is held when the last chunk has been stored."""
+    """A run in bytes. stored_bytes is what is held when the last chunk has been stored, wherever it lies; peak_bytes, on the device, counts
+    the workspace; host_bytes is the most that offloaded spans take."""
 
     frames: int
     held_frames: int
@@ -260,6 +329,7 @@ class Forecast:
     peak_bytes: int
     workspace_bytes: int
     numbers: int
+    host_bytes: int = 0
 
     @property
     def stored_ratio(self) -> float:
@@ -282,19 +352,35 @@ class PlannedLayer:
         self.spans: list[PlannedSpan] = []
         self.books: list[int] = []
         self.epoch_frames = 0
+        self.largest = 0  # of the blocks that went to the host
+        self._sizes: dict[tuple, int] = {}
+
+    def book_bytes(self) -> int:
+        return sum(self.books[epoch] for epoch in {span.epoch for span in self.spans if span.epoch is not None})
 
     def nbytes(self) -> int:
-        used = {span.epoch for span in self.spans if span.epoch is not None}
-        return sum(self._span_bytes(span) for span in self.spans) + sum(self.books[epoch] for epoch in used)
+        return sum(self._span_bytes(span, resident=True) for span in self.spans) + self.book_bytes()
+
+    def host_bytes(self) -> int:
+        return self.limited_bytes() if self.settings.offload else 0
+
+    def device_bytes(self) -> int:
+        return self.book_bytes() if self.settings.offload else self.limited_bytes()
+
+    def limited_bytes(self) -> int:
+        """What `Limits.layer_bytes` is of."""
+        return sum(map(self._span_bytes, self.spans)) + (0 if self.settings.offload else self.book_bytes())
 
     def append(self, first: int, frames: int, newest: int = 0) -> None:
         """See `cache.LayerCache.append`."""
         for start, count in split(first, frames, self.settings.sink_frames, newest):
             sink = start < self.settings.sink_frames
             span = PlannedSpan(start, count, sink, *first_bits(self.settings, sink))
-            new = self._span_bytes(span) + self._place_in_epoch(span, frames if newest else count)
-            relax(self.spans, span.last, self.settings, self.share, new, self.nbytes)
+            new, books = self._span_bytes(span), self._place_in_epoch(span, frames if newest else count)
+            relax(self.spans, span.last, self.settings, self.share, new + (0 if self.settings.offload else books), self.limited_bytes)
             self.spans.append(span)
+            if self.settings.offload:
+                self.largest = max(self.largest, new)
 
     def _place_in_epoch(self, span: PlannedSpan, trained_on: int) -> int:
         """Give the span its codebooks; returns the bytes of those that have to be trained for it, on so many frames."""
@@ -311,9 +397,12 @@ class PlannedLayer:
         self.epoch_frames += span.frames
         return new
 
-    def _span_bytes(self, span: PlannedSpan) -> int:
-        return sum(span_bytes(self.geometry, self.settings.codec, tensor, span.frames, bits, self.itemsize)
-                   for tensor, bits in ((self.settings.key, span.key_bits), (self.settings.value, span.value_bits)))
+    def _span_bytes(self, span: PlannedSpan, resident: bool = False) -> int:
+        key = span.frames, span.key_bits, span.value_bits, resident
+        if key not in self._sizes:
+            settings = replace(self.settings, offload=False, host_gib=0.0) if resident else self.settings
+            self._sizes[key] = entry_bytes(self.geometry, settings, span.frames, key[1:3], self.itemsize)
+        return self._sizes[key]
 
 
 def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frames: int = 3, first_frames: int = 0,
@@ -328,14 +417,17 @@ def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frame
     layer = PlannedLayer(settings, geometry, share, itemsize)
     capacity = capacity_frames(settings, max(chunk_frames, first_frames), frames, share.cap_frames)
     starts = ([0] if first_frames else []) + list(range(first_frames, frames, chunk_frames))
-    workspace = peak = 0
+    history = history_frames(settings, chunk_frames, frames, share.cap_frames)
+    staging = staging_bytes(settings, geometry, chunk_frames, history, share, itemsize) or 0
+    workspace = visiting = peak = host = 0
     for start, end in zip(starts, [*starts[1:], frames]):
         if layer.spans:
-            workspace = workspace_bytes(geometry, capacity, itemsize)
-        peak = max(peak, geometry.layers * layer.nbytes() + workspace)
+            workspace, visiting = workspace_bytes(geometry, capacity, itemsize), geometry.staged_layers * staging
+        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting)
         layer.append(start, end - start)
-        peak = max(peak, geometry.layers * layer.nbytes() + workspace)
+        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting + layer.largest)
+        host = max(host, geometry.layers * layer.host_bytes())
     held = sum(span.frames for span in layer.spans)
     return Forecast(
         frames=frames, held_frames=held, bf16_bytes=geometry.bf16_bytes(frames), stored_bytes=geometry.layers * layer.nbytes(),
-        peak_bytes=peak, workspace_bytes=workspace, numbers=geometry.bf16_bytes(held) // 2)
+        peak_bytes=peak, workspace_bytes=workspace, numbers=geometry.bf16_bytes(held) // 2, host_bytes=host)

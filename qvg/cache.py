@@ -19,6 +19,7 @@ from torch import Tensor
 from . import budget, codec, dispatch
 from .budget import Geometry, Limits
 from .codec import LevelTables, Span, TensorCodec
+from .offload import HostStore
 from .rope import Rope
 from .settings import PLAIN_BITS, QVGSettings
 
@@ -34,7 +35,8 @@ class CacheStats:
 
     stored_bytes: spans and codebooks; peak_bytes: the most that stored bytes and workspace were together so far; bf16_bytes: what all
     frames seen so far take at two bytes a number. held_frames: latent frames still in the cache. by_bits: stored bytes without codebooks,
-    by the bits in which their numbers are held.
+    by the bits in which their numbers are held. host_bytes: what offloaded spans take in host memory; they are part of stored_bytes, while
+    peak_bytes is of the device.
     """
 
     frames: int
@@ -48,6 +50,7 @@ class CacheStats:
     by_kind: dict[str, int]
     by_layer: tuple[int, ...]
     by_bits: dict[int, int]
+    host_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -67,7 +70,7 @@ class CacheStats:
         """Of several caches that hold the same frames, such as those of the conditions of a run."""
         first = parts[0]
         counts = {name: sum(getattr(part, name) for part in parts)
-                  for name in ("numbers", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes")}
+                  for name in ("numbers", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes")}
         return replace(first, **counts, by_kind={kind: sum(part.by_kind[kind] for part in parts) for kind in first.by_kind},
                        by_layer=tuple(map(sum, zip(*(part.by_layer for part in parts)))),
                        by_bits=dict(sum((Counter(part.by_bits) for part in parts), Counter())))
@@ -91,15 +94,15 @@ class Entry:
     """One span of K and of V with its place in time; the tensors behind a `budget.PlannedSpan`.
 
     books are the codebooks that the entry will need even where its present bits do not, so that a recent span held plainly can be encoded
-    when it settles.
+    when it settles. block: where the spans lie in host memory, of a cache that offloads them; their tensors then are on the host.
     """
 
-    def __init__(self, first: int, frames: int, sink: bool, sides: tuple[Side, Side], spans: list[Span], tables: LevelTables):
+    def __init__(self, first: int, frames: int, sink: bool, sides: tuple[Side, Side], spans: list[Span], owner: KVCache):
         self.first, self.frames, self.sink = first, frames, sink
         self.books = tuple(side.book for side in sides)
         self._codecs = tuple(side.codec for side in sides)
-        self._tables = tables
-        self.spans = spans
+        self._tables, self._host = owner.tables, owner.host
+        self.spans, self.block = (spans, None) if self._host is None else self._host.take_in(spans)
 
     @property
     def last(self) -> int:
@@ -114,14 +117,17 @@ class Entry:
         return self.spans[1].bits
 
     def set_bits(self, key_bits: int, value_bits: int) -> None:
+        spans = self.spans if self.block is None else self._host.bring(self.block, self.spans)
         for number, bits in enumerate((key_bits, value_bits)):
-            span = self.spans[number]
+            span = spans[number]
             if bits == span.bits:
                 continue
             if span.bits in PLAIN_BITS:
-                self.spans[number] = self._codecs[number].encode(span.decode(slice(None), self._tables), bits, self.books[number])
+                spans[number] = self._codecs[number].encode(span.decode(slice(None), self._tables), bits, self.books[number])
             else:
                 span.drop(bits)
+        if self.block is not None:
+            self.spans, self.block = self._host.take_in(spans)
 
     def codebooks(self) -> list:
         return [book for book in self.books if book is not None]
@@ -177,14 +183,12 @@ class LayerCache:
         settings, owner = self.owner.settings, self.owner
         sink = first < settings.sink_frames
         bits = budget.first_bits(settings, sink)
-        new = sum(
-            budget.span_bytes(owner.geometry, settings.codec, tensor, frames, width, owner.itemsize)
-            for tensor, width in zip((settings.key, settings.value), bits))
+        new = budget.entry_bytes(owner.geometry, settings, frames, bits, owner.itemsize)
         opens_epoch = self._opens_epoch(sink)
-        if opens_epoch:
+        if opens_epoch and not settings.offload:
             new += sum(budget.codebook_bytes(owner.geometry, settings.codec, tensor, whole_frames or frames)
                        for tensor in (settings.key, settings.value) if budget.needs_codebook(settings, tensor, sink))
-        budget.relax(self.entries, first + frames - 1, settings, owner.limits, new, lambda: self.nbytes)
+        budget.relax(self.entries, first + frames - 1, settings, owner.limits, new, lambda: self.limited_bytes)
         sides = self.sides
         needs = [budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)]
         if opens_epoch:
@@ -194,7 +198,7 @@ class LayerCache:
         if any(needs):
             self.epoch_frames += frames
         spans = [side.encode(x, width) for side, x, width in zip(sides, pair, bits)]
-        entry = Entry(first, frames, sink, sides, spans, owner.tables)
+        entry = Entry(first, frames, sink, sides, spans, owner)
         if not any(needs):
             entry.books = (None, None)
         self.entries.append(entry)
@@ -223,6 +227,11 @@ class LayerCache:
         """Let the spans before a latent frame leave, sinks excepted."""
         self.entries = [entry for entry in self.entries if entry.sink or entry.first >= frame]
 
+    def present(self) -> list:
+        """The entries with their tensors on the device, where offloaded ones stay until the layer after the next is read."""
+        host = self.owner.host
+        return self.entries if host is None else host.fetch(self.owner.layers, self.number)
+
     def read(self, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:
         """Decode the whole history of some heads: keys and values [B, T, h, D] are filled, oldest token first, K with RoPE at its
         absolute frame less `shift`, sinks excepted."""
@@ -246,7 +255,7 @@ class LayerCache:
         """Entries that follow each other and can be decoded in one go, as many as fit into `READ_TOKENS`."""
         most = READ_TOKENS // self.owner.geometry.frame_tokens
         group: list[Entry] = []
-        for entry in self.entries:
+        for entry in self.present():
             fits = group and group[-1].last + 1 == entry.first and entry.last - group[0].first < most and group[0].sink == entry.sink
             if fits and all(codec.like(a, b) for a, b in zip(group[0].spans, entry.spans)):
                 group.append(entry)
@@ -260,6 +269,20 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         return sum(self.bytes_by_kind().values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(entry.block.nbytes for entry in self.entries if entry.block is not None)
+
+    @property
+    def device_bytes(self) -> int:
+        """Without what visits."""
+        return self.nbytes if self.owner.host is None else self.bytes_by_kind()["codebooks"]
+
+    @property
+    def limited_bytes(self) -> int:
+        """What `budget.Limits.layer_bytes` is of."""
+        return self.nbytes if self.owner.host is None else self.host_bytes
 
     def bytes_by_kind(self) -> dict[str, int]:
         total = dict.fromkeys(KINDS, 0)
@@ -329,13 +352,14 @@ class KVCache:
     """All layers of one run.
 
     grid: tokens (height, width) of a latent frame. max_frames: latent frames of the whole video where known; the workspace is then
-    allocated once. chunk_frames: latent frames of a chunk, which a memory budget must leave room for.
+    allocated once. chunk_frames: latent frames of a chunk, which a memory budget must leave room for. stored_frames: latent frames that are
+    stored at most, where that is less than what those two say.
     Raises ValueError when the settings cannot serve this shape, or the budget is too small for it.
     """
 
     def __init__(self, settings: QVGSettings, *, layers: int, heads: int, head_dim: int, grid: tuple[int, int], batch: int = 1,
                  device="cpu", dtype: torch.dtype = torch.bfloat16, max_frames: int | None = None, chunk_frames: int = 3,
-                 theta: float = 10000.0):
+                 stored_frames: int | None = None, theta: float = 10000.0):
         self.settings = settings
         self.geometry = Geometry(layers, heads, head_dim, grid, batch, budget.buffers_on(torch.device(device).type, heads))
         self.itemsize = dtype.itemsize
@@ -345,6 +369,10 @@ class KVCache:
         self.angles = None  # what the kernel that decodes knows of positions, the same for every layer
         self.workspace = Workspace(self.geometry, dtype, device, budget.capacity_frames(
             settings, chunk_frames, max_frames, self.limits.cap_frames))
+        if stored_frames is None:
+            stored_frames = budget.history_frames(settings, chunk_frames, max_frames, self.limits.cap_frames)
+        self._staging = budget.staging_bytes(settings, self.geometry, chunk_frames, stored_frames, self.limits, self.itemsize)
+        self.host = HostStore(device, self._staging) if settings.offload else None
         self.layers = [LayerCache(self, number) for number in range(layers)]
         self.peak_bytes = 0
         self._held: dict[int, int] = {}  # bytes of each layer as counted last
@@ -364,8 +392,9 @@ class KVCache:
             self._held.clear()
         for layer in self.layers:
             if layer is changed or layer.number not in self._held:
-                self._held[layer.number] = layer.nbytes
-        self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + self.workspace.nbytes)
+                self._held[layer.number] = layer.device_bytes
+        visiting = 0 if self.host is None else self.host.device_bytes
+        self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + self.workspace.nbytes + visiting)
 
     def rewind(self, first: int) -> None:
         """Forget what was stored from latent frame `first` on. What older spans lost meanwhile does not come back."""
@@ -377,6 +406,8 @@ class KVCache:
         """Give up the next cheapest thing to need less memory and say what it was: half of the heads that are decoded at a time, then a
         plane of the widest spans, then the older half of the history. None when nothing is left to give."""
         self._held.clear()
+        if self.host is not None:
+            self.host.shrink()
         if self.workspace.halve():
             return f"Memory did not suffice: heads are now decoded {self.workspace.group} at a time."
         if sum(layer.narrow() for layer in self.layers):
@@ -391,7 +422,8 @@ class KVCache:
 
     def stats(self) -> CacheStats:
         layers = [layer.bytes_by_kind() for layer in self.layers]
-        self._held = {layer.number: sum(counts.values()) for layer, counts in zip(self.layers, layers)}
+        self._held = {layer.number: sum(counts.values()) if self.host is None else counts["codebooks"]
+                      for layer, counts in zip(self.layers, layers)}
         self._note_peak(self.layers[-1])
         by_kind = {kind: sum(layer[kind] for layer in layers) for kind in KINDS}
         by_bits = {}
@@ -403,10 +435,14 @@ class KVCache:
             frames=self.frames, held_frames=held, tokens=held * self.geometry.frame_tokens,
             numbers=self.geometry.bf16_bytes(held) // 2, stored_bytes=sum(by_kind.values()),
             workspace_bytes=self.workspace.nbytes, peak_bytes=self.peak_bytes, bf16_bytes=self.geometry.bf16_bytes(self.frames),
-            by_kind=by_kind, by_layer=tuple(sum(layer.values()) for layer in layers), by_bits=dict(sorted(by_bits.items())))
+            by_kind=by_kind, by_layer=tuple(sum(layer.values()) for layer in layers), by_bits=dict(sorted(by_bits.items())),
+            host_bytes=sum(layer.host_bytes for layer in self.layers))
 
     def free(self) -> None:
         """Give all memory back; the cache is empty and can be used again."""
         self.workspace.free()
         self._held.clear()
         self.layers = [LayerCache(self, number) for number in range(self.geometry.layers)]
+        if self.host is not None:
+            self.host.close()
+            self.host = HostStore(self.host.device, self._staging)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .budget import GIB, Forecast, Geometry, Limits, PlannedLayer, workspace_bytes
+from .budget import GIB, Forecast, Geometry, Limits, PlannedLayer, staging_bytes, workspace_bytes
 from .settings import PLANE_BITS, QVGSettings
 
 # what a codec can fall back to under a memory budget, widest first
@@ -22,10 +22,11 @@ def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new:
     them; itemsize: bytes of the model's own number type."""
     layer = PlannedLayer(settings, geometry, Limits(), itemsize)
     layer.append(0, given, settings.recent_frames)
-    stored = geometry.layers * layer.nbytes()
     workspace = workspace_bytes(geometry, given + new, itemsize)
-    return Forecast(frames=given, held_frames=given, bf16_bytes=geometry.bf16_bytes(given), stored_bytes=stored,
-                    peak_bytes=stored + workspace, workspace_bytes=workspace, numbers=geometry.bf16_bytes(given) // 2)
+    visiting = geometry.staged_layers * (staging_bytes(settings, geometry, given, given, Limits(), itemsize) or 0)
+    return Forecast(frames=given, held_frames=given, bf16_bytes=geometry.bf16_bytes(given), stored_bytes=geometry.layers * layer.nbytes(),
+                    peak_bytes=geometry.layers * layer.device_bytes() + layer.largest + visiting + workspace, workspace_bytes=workspace,
+                    numbers=geometry.bf16_bytes(given) // 2, host_bytes=geometry.layers * layer.host_bytes())
 
 
 def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> QVGSettings:
@@ -33,18 +34,23 @@ def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new:
 
     Under a memory budget, the most bits up to those that fit. Raises ValueError where not even the fewest do.
     """
-    whole = replace(settings, sink_frames=0, recent_frames=0, window_frames=0, budget_gib=0.0)
-    if not settings.budget_gib:
+    whole = replace(settings, sink_frames=0, recent_frames=0, window_frames=0, budget_gib=0.0, host_gib=0.0)
+    if not settings.budget_gib and not settings.host_gib:
         return _with_recent(whole, settings)
+    limits = settings.budget_gib * GIB or float("inf"), settings.host_gib * GIB or float("inf")
     for width in WIDTHS[settings.codec]:
         fewer = replace(whole, **{name: replace(tensor, bits=min(tensor.bits, width))
                                   for name, tensor in (("key", whole.key), ("value", whole.value))})
-        for found in (_with_recent(fewer, settings), fewer):
-            needed = forecast_context(found, geometry, given, new, itemsize).peak_bytes
-            if needed <= settings.budget_gib * GIB:
-                return found
-    raise ValueError(f"A memory budget of {settings.budget_gib:g} GiB is too small: {given} given latent frames and the workspace need "
-                     f"{needed / GIB:.2f} GiB at the fewest bits. Raise the budget, or lower the resolution or the given frames.")
+        for kept in (_with_recent(fewer, settings), fewer):
+            found = forecast_context(kept, geometry, given, new, itemsize)
+            if found.peak_bytes <= limits[0] and found.host_bytes <= limits[1]:
+                return kept
+    if found.peak_bytes > limits[0]:
+        raise ValueError(f"A memory budget of {settings.budget_gib:g} GiB is too small: {given} given latent frames and the workspace need "
+                         f"{found.peak_bytes / GIB:.2f} GiB at the fewest bits. Raise the budget, or lower the resolution or the given "
+                         "frames.")
+    raise ValueError(f"A limit of {settings.host_gib:g} GiB for offloaded spans is too small: {given} given latent frames need "
+                     f"{found.host_bytes / GIB:.2f} GiB at the fewest bits. Raise it, or lower the resolution or the given frames.")
 
 
 def _with_recent(whole: QVGSettings, chosen: QVGSettings) -> QVGSettings:

@@ -83,6 +83,9 @@ class QVGSettings:
     window_frames: latent frames kept besides the sink; older ones leave. 0 keeps all.
     budget_gib: bytes that the cache may hold, workspace included, in GiB. 0 sets no limit. Over it, the oldest spans lose
         planes, then leave.
+    offload: spans wait in host memory (pinned, where the device is a GPU) and visit the device a layer at a time. The budget then is of
+        what stays on the device: codebooks, the workspace and two layers.
+    host_gib: bytes that offloaded spans may take in host memory, in GiB, under the same rule. 0 sets no limit.
     epoch_frames: latent frames that share one codebook.
     iterations: k-means steps a codebook.
     seed: of the private generator that k-means draws from.
@@ -101,6 +104,8 @@ class QVGSettings:
     epoch_frames: int = 24
     iterations: int = 8
     seed: int = 0
+    offload: bool = False
+    host_gib: float = 0.0
 
     def __post_init__(self):
         _require(self.codec in CODECS, f"codec is {self.codec!r}; choose one of {', '.join(CODECS)}.")
@@ -112,7 +117,11 @@ class QVGSettings:
         _require_int("epoch_frames", self.epoch_frames, 1, 100_000)
         _require_int("iterations", self.iterations, 1, 100)
         _require_int("seed", self.seed, 0, 2**63 - 1)
-        _require(0 <= self.budget_gib < 100_000, f"budget_gib is {self.budget_gib!r}; give GiB, or 0 for no limit.")
+        for name in ("budget_gib", "host_gib"):
+            value = getattr(self, name)
+            _require(0 <= value < 100_000, f"{name} is {value!r}; give GiB, or 0 for no limit.")
+        _require(isinstance(self.offload, bool), f"offload is {self.offload!r}; it must be true or false.")
+        _require(self.offload or not self.host_gib, "host_gib limits offloaded spans, but offload is off. Turn it on, or set it to 0.")
         if self.codec == "paper":
             for tensor in (self.key, self.value):
                 _require(tensor.bits in (2, 4), f"The paper codec stores 2 or 4 bits, not {tensor.bits}; "

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import paper
 from .budget import Geometry
 from .cache import Entry, KVCache, LayerCache
-from .codec import PaperCodebook, PaperSpan, PlainSpan, PlaneSpan
+from .codec import PaperCodebook
+from .layout import make_span, span_layout, span_tensors
 from .sampler import Run, Sampler
 from .settings import PLAIN_BITS, QVGSettings, TensorSettings
 from .smoothing import Codebook
@@ -69,45 +69,6 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-# one span of K or V as named tensors and back
-
-
-def _span_tensors(span) -> dict[str, Tensor]:
-    if isinstance(span, PlaneSpan):
-        named = {f"plane{number}": plane for number, plane in enumerate(span.planes)}
-        return named | {"scales": span.scales, "exponents": span.exponents, "ids": span.ids}
-    if isinstance(span, PlainSpan):
-        return {"data": span.data} | ({} if span.scales is None else {"scales": span.scales})
-    named = {"codes": span.codes.codes, "scales": span.codes.scales, "ids": span.ids}
-    return named if span.codes.zeros is None else named | {"zeros": span.codes.zeros}
-
-
-def _span_layout(codec: str, tensor: TensorSettings, bits: int, tokens: int, rows: int, dim: int,
-                 dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What `_span_tensors` gives: dtype and shape by name."""
-    byte, token = torch.uint8, (tokens, rows)
-    scales = (*token, tensor.groups(dim))
-    if bits == 16:
-        return {"data": (dtype, (*token, dim))}
-    if bits == 8:
-        return {"data": (torch.int8, (*token, dim)), "scales": (torch.bfloat16, scales)}
-    ids = (byte, (tensor.stages, *token))
-    if codec == "paper":
-        layout = {"codes": (byte, (*token, dim * bits // 8)), "scales": (byte, scales), "ids": ids}
-        return layout if tensor.symmetric else layout | {"zeros": (byte, scales)}
-    planes = {f"plane{number}": (byte, (*token, dim // 8)) for number in range(bits)}
-    return planes | {"scales": (byte, scales), "exponents": (torch.int8, (rows,)), "ids": ids}
-
-
-def _make_span(codec: str, tensor: TensorSettings, bits: int, parts: Mapping[str, Tensor], book):
-    if bits in PLAIN_BITS:
-        return PlainSpan(parts["data"], parts.get("scales"))
-    if codec == "paper":
-        return PaperSpan(paper.PaperCodes(parts["codes"], parts["scales"], parts.get("zeros")), parts["ids"], book, bits)
-    return PlaneSpan([parts[f"plane{number}"] for number in range(bits)], parts["scales"], parts["exponents"], parts["ids"], book,
-                     tensor.gain)
-
-
 def _book_type(codec: str) -> type:
     return PaperCodebook if codec == "paper" else Codebook
 
@@ -128,7 +89,7 @@ def _layer_state(layer: LayerCache, prefix: str, tensors: dict[str, Tensor]) -> 
     entries = []
     for index, entry in enumerate(layer.entries):
         for side, span in zip(SIDES, entry.spans):
-            for name, tensor in _span_tensors(span).items():
+            for name, tensor in span_tensors(span).items():
                 tensors[f"{prefix}.{index}.{side}.{name}"] = tensor
         entries.append([entry.first, entry.frames, entry.key_bits, entry.value_bits, *map(number, entry.books)])
     tensors[f"{prefix}.random"] = layer.generator.get_state()
@@ -153,6 +114,9 @@ def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tenso
     if latents is not None:
         stored["latents"] = latents
     caches = sampler.model.caches
+    for cache in caches:
+        if cache.host is not None:
+            cache.host.wait()
     layers = [[_layer_state(layer, f"cache{number}.{depth}", stored) for depth, layer in enumerate(cache.layers)]
               for number, cache in enumerate(caches)]
     write(path, {
@@ -238,7 +202,8 @@ class Session:
             raise SessionError(f"{self.path.name} holds {self.frames_done} latent frames already, but the run is {sampler.run.frames} "
                                "long. Ask for a longer video.")
         for cache, settings, geometry in zip(caches, self.settings, self.geometry):
-            if cache.settings != settings or _shape_of(cache.geometry) != _shape_of(geometry) or str(cache.workspace.dtype) != self.dtype:
+            ours, theirs = (cache.settings, cache.geometry, str(cache.workspace.dtype)), (settings, geometry, self.dtype)
+            if _content(*ours) != _content(*theirs):
                 raise SessionError(f"{self.path.name} was saved with other cache settings, another size or another number type. "
                                    "Use the settings it was saved with.")
         try:
@@ -254,6 +219,11 @@ class Session:
     def _tensors_of(self, cache: int, depth: int) -> dict[str, Tensor]:
         prefix = f"cache{cache}.{depth}."
         return {name[len(prefix):]: tensor for name, tensor in self.stored.items() if name.startswith(prefix)}
+
+
+def _content(settings: QVGSettings, geometry: Geometry, dtype: str) -> tuple:
+    """What decides what is stored. Where it lies may differ from run to run."""
+    return replace(settings, offload=False, host_gib=0.0), _shape_of(geometry), dtype
 
 
 def _shape_of(geometry: Geometry) -> dict:
@@ -284,8 +254,8 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, T
         spans = []
         for side, (name, bits, number) in enumerate(zip(SIDES, (key_bits, value_bits), numbers)):
             tensor = (settings.key, settings.value)[side]
-            layout = _span_layout(settings.codec, tensor, bits, frames * geometry.frame_tokens, geometry.rows, geometry.head_dim,
-                                  cache.workspace.dtype)
+            layout = span_layout(settings.codec, tensor, bits, frames * geometry.frame_tokens, geometry.rows, geometry.head_dim,
+                                 cache.workspace.dtype)
             parts = {part: tensors[f"{index}.{name}.{part}"] for part in layout}
             for part, (dtype, shape) in layout.items():
                 if (parts[part].dtype, tuple(parts[part].shape)) != (dtype, shape):
@@ -296,8 +266,8 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, T
                     raise ValueError(f"span {index} in layer {depth} has no codebook")
                 if parts["ids"].numel() and int(parts["ids"].max()) >= own.centroids.shape[2]:
                     raise ValueError(f"span {index} in layer {depth} asks for a centroid that is not there")
-            spans.append(_make_span(settings.codec, tensor, bits, {part: x.to(device) for part, x in parts.items()}, own))
-        entry = Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache.tables)
+            spans.append(make_span(settings.codec, bits, {part: x.to(device) for part, x in parts.items()}, own, tensor.gain))
+        entry = Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache)
         entry.books = tuple(book(side, number) for side, number in enumerate(numbers))
         layer.entries.append(entry)
     if (end is not None and end != state["next_frame"]) or state["next_frame"] != frames_done:

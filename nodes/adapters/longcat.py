@@ -224,7 +224,8 @@ class Hook:
         geometry, given, new, dtype = self._geometry(model), self.latents.shape[2], noise.shape[2], model.get_dtype_inference()
         settings = context_settings(self.settings, geometry, given, new, comfy.model_management.dtype_size(dtype))
         return KVCache(settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid,
-                       batch=geometry.batch, device=noise.device, dtype=dtype, max_frames=given + new, chunk_frames=given)
+                       batch=geometry.batch, device=noise.device, dtype=dtype, max_frames=given + new, chunk_frames=given,
+                       stored_frames=given)
 
     def install(self, patched) -> None:
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self.outer_sample), (WrappersMP.PREPARE_SAMPLING, self.prepare_sampling),
