@@ -52,12 +52,18 @@ class QVGSettingsNode(io.ComfyNode):
                                        "0 sets no limit."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, optional=True, control_after_generate=False,
                              tooltip="Seed of the clustering. It does not touch the sampler's noise."),
+                io.Boolean.Input("offload", default=False, advanced=True, optional=True,
+                                 tooltip="Keep the frames in host memory (RAM) and bring them to the GPU a layer at a time, while it "
+                                         "computes the layer before. The video is the same; the GPU holds two layers instead of all."),
+                io.Float.Input("host_gib", default=0.0, min=0.0, max=100000.0, step=0.5, advanced=True, optional=True,
+                               tooltip="Most GiB of host memory that offloaded frames may take. Over it the oldest lose bits, then leave. "
+                                       "0 sets no limit."),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])
 
     @classmethod
     def execute(cls, preset, key_bits=KEEP, value_bits=KEEP, stages=-1, centroids=-1, group_size=KEEP, sink_frames=-1, sink_bits=KEEP,
-                recent_frames=-1, recent_bits=KEEP, window_frames=-1, budget_gib=0.0, seed=0) -> io.NodeOutput:
+                recent_frames=-1, recent_bits=KEEP, window_frames=-1, budget_gib=0.0, seed=0, offload=False, host_gib=0.0) -> io.NodeOutput:
         settings = QVGSettings.preset(LABELS[preset])
         shared = {name: int(value) for name, value in (("stages", stages), ("centroids", centroids), ("group", group_size))
                   if value not in (KEEP, -1)}
@@ -67,7 +73,7 @@ class QVGSettingsNode(io.ComfyNode):
         for name, bits in (("key", key_bits), ("value", value_bits)):
             own = shared if bits == KEEP else shared | {"bits": int(bits)}
             whole[name] = replace(getattr(settings, name), **own)
-        return io.NodeOutput(replace(settings, **whole, budget_gib=budget_gib, seed=seed))
+        return io.NodeOutput(replace(settings, **whole, budget_gib=budget_gib, seed=seed, offload=offload, host_gib=host_gib))
 
 
 class QVGQuantizeKVCache(io.ComfyNode):

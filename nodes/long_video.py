@@ -82,13 +82,18 @@ class ARSampler(comfy.samplers.Sampler):
                   noise=options.noise)
         # each prompt that the guider weighs has its share
         count = len(evaluated(model_wrap))
-        free = comfy.model_management.get_free_memory(x.device) // count
+        free, free_host = (comfy.model_management.get_free_memory(device) // count for device in (x.device, torch.device("cpu")))
         if session is None:
-            budget = free * (1 - MARGIN) / GIB if options.auto_budget else settings.budget_gib / count
-            settings = replace(settings, budget_gib=budget)
+            budget, host = settings.budget_gib / count, settings.host_gib / count
+            if options.auto_budget:
+                budget, host = (part * (1 - MARGIN) / GIB for part in (free, free_host if settings.offload else 0))
+            settings = replace(settings, budget_gib=budget, host_gib=host)
+        elif log:
+            # a session says what is stored, the graph where
+            settings = replace(settings, offload=log.settings.offload, host_gib=log.settings.host_gib / count)
         check_positions(settings, run, options.position_limit)
         shape = cache_shape(base, x.shape)
-        _check_memory(settings, shape, run, x.device, free)
+        _check_memory(settings, shape, run, x.device, free, free_host)
         model = CausalWan(model_wrap, extra_args, lambda: KVCache(
             settings, **shape, device=x.device, max_frames=run.frames, chunk_frames=run.chunk_frames), options.position_limit)
         # the frames that the graph drew are taken where they mean something: core's own noise, or latents that another pass began
@@ -163,21 +168,48 @@ def model_name(base, patcher=None) -> str:
     return fingerprint(base.diffusion_model, patched)
 
 
-def _check_memory(settings: QVGSettings, shape: dict, run: Run, device, free: int) -> None:
-    """Raises ValueError before the first step where a cache cannot fit into `free` bytes, with the presets that would."""
+def _check_memory(settings: QVGSettings, shape: dict, run: Run, device, free: int, free_host: int) -> None:
+    """Raises ValueError before the first step where a cache cannot fit into `free` bytes (and offloaded spans into `free_host`), with the
+    choices that would."""
     shape = dict(shape, buffers=buffers_on(device.type, shape["heads"]))
     itemsize, geometry = shape.pop("dtype").itemsize, Geometry(**shape)
 
-    def peak(settings: QVGSettings) -> int:
-        return forecast(settings, geometry, run.frames, run.chunk_frames, itemsize=itemsize).peak_bytes
+    def planned(settings: QVGSettings, frames: int = run.frames):
+        return forecast(settings, geometry, frames, run.chunk_frames, itemsize=itemsize)
 
-    needed = peak(settings)
-    if needed <= free:
+    def fits(settings: QVGSettings, frames: int = run.frames) -> bool:
+        try:
+            found = planned(settings, frames)
+        except ValueError:
+            return False
+        return found.peak_bytes <= free and found.host_bytes <= free_host
+
+    def most(fits) -> int:
+        """The largest number of whole chunks that fits, as frames."""
+        low, high = 0, run.frames // run.chunk_frames
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle * run.chunk_frames) else (low, middle - 1)
+        return low * run.chunk_frames
+
+    if fits(settings):
         return
-    fitting = [name.capitalize() for name in PRESETS if peak(PRESETS[name]) <= free]
-    ways = f"the preset {' or '.join(fitting)} of Quantize KV Cache (QVG), " if fitting else ""
-    raise ValueError(f"The KV cache of {run.frames} latent frames needs {format_bytes(needed)}, but it can have {format_bytes(free)}. "
-                     f"Choose {ways}auto_budget, a window, or a shorter or smaller video.")
+    needed = planned(settings)
+    place = "" if needed.peak_bytes > free else " of host memory"
+    bytes_needed, bytes_free = (needed.peak_bytes, free) if needed.peak_bytes > free else (needed.host_bytes, free_host)
+    ways = []
+    if names := [name.capitalize() for name in PRESETS if fits(replace(PRESETS[name], offload=settings.offload))]:
+        ways.append(f"the preset {' or '.join(names)} in QVG Settings")
+    if not settings.offload and fits(replace(settings, offload=True)):
+        ways.append("offload in QVG Settings")
+    if window := most(lambda frames: fits(replace(settings, window_frames=frames))):
+        ways.append(f"window_frames of at most {window} in QVG Settings")
+    if fits(replace(settings, budget_gib=free * (1 - MARGIN) / GIB, host_gib=free_host * (1 - MARGIN) / GIB if settings.offload else 0.0)):
+        ways.append("auto_budget in AR Video Sampler (QVG)")
+    if frames := most(lambda frames: fits(settings, frames)):
+        ways.append(f"a video of at most {frames} latent frames")
+    raise ValueError(f"The KV cache of {run.frames} latent frames needs {format_bytes(bytes_needed)}{place}, but it can have "
+                     f"{format_bytes(bytes_free)}. {'Any of these fits: ' + '; '.join(ways) if ways else 'Choose a smaller picture'}.")
 
 
 class QVGARVideoSampler(io.ComfyNode):

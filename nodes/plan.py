@@ -31,6 +31,8 @@ class QVGPlanMemory(io.ComfyNode):
                 io.Float.Input("memory_gib", default=0.0, min=0.0, max=10000.0, step=0.5, optional=True,
                                tooltip="GiB that the cache may take, the model's weights not counted. 0 takes what is free on this device "
                                        "when the node runs."),
+                io.Boolean.Input("offload", default=False, optional=True, advanced=True,
+                                 tooltip="Plan for frames that are kept in host memory, as offload in QVG Settings does."),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="A line a preset: stored, peak, ratios, whether it fits."),
@@ -46,9 +48,9 @@ class QVGPlanMemory(io.ComfyNode):
         return memory_gib or float(comfy.model_management.get_free_memory())
 
     @classmethod
-    def execute(cls, model, width, height, seconds, preset, memory_gib=0.0) -> io.NodeOutput:
+    def execute(cls, model, width, height, seconds, preset, memory_gib=0.0, offload=False) -> io.NodeOutput:
         memory = memory_gib or comfy.model_management.get_free_memory() / GIB
-        found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory)
+        found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory, offload=offload)
         table = plan.render(found, memory)
         send_text(table, cls.hidden.unique_id)
         # a Wan VAE makes one frame of the first latent frame and four of each other

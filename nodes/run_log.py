@@ -80,7 +80,8 @@ class RunLog:
             return self.title
         now = self.history[-1]
         return (f"{self.title}\n{format_bytes(now.stored_bytes)} instead of {format_bytes(now.bf16_bytes)} in bf16 ({now.ratio:.2f}x), "
-                f"peak {format_bytes(now.peak_bytes)} ({now.peak_ratio:.2f}x)")
+                f"peak {format_bytes(now.peak_bytes)} ({now.peak_ratio:.2f}x)"
+                + (f"; {format_bytes(now.host_bytes)} of it wait in host memory" if now.host_bytes else ""))
 
     def state(self) -> dict:
         """The present moment as JSON values, without the history."""
@@ -99,7 +100,7 @@ class RunLog:
 
 def point(stats: CacheStats) -> dict:
     """What a chart needs of one moment."""
-    keys = ("frames", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "by_bits")
+    keys = ("frames", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes", "by_bits")
     return {key: getattr(stats, key) for key in keys} | {"codebook_bytes": stats.by_kind["codebooks"]}
 
 

@@ -89,7 +89,8 @@ def _draw_frames(canvas: _Canvas, box, values: Sequence[float], name: str, form:
 
 def _summary(stats) -> str:
     return (f"{format_bytes(stats.stored_bytes)} instead of {format_bytes(stats.bf16_bytes)} in bf16 ({stats.ratio:.2f}x), "
-            f"peak {format_bytes(stats.peak_bytes)} ({stats.peak_ratio:.2f}x), {stats.bits_per_number:.2f} bits a number")
+            f"peak {format_bytes(stats.peak_bytes)} ({stats.peak_ratio:.2f}x), {stats.bits_per_number:.2f} bits a number"
+            + (f", {format_bytes(stats.host_bytes)} in host memory" if getattr(stats, "host_bytes", 0) else ""))
 
 
 class _Canvas:

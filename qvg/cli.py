@@ -28,7 +28,8 @@ BENCHMARKS = ("kernels", "generate", "quality")
 def _plan(arguments) -> None:
     result = planning.plan(
         arguments.model, width=arguments.width, height=arguments.height, seconds=arguments.seconds or 0,
-        latent_frames=arguments.latent_frames or 0, preset=arguments.preset or "", vram_gib=arguments.vram)
+        latent_frames=arguments.latent_frames or 0, preset=arguments.preset or "", vram_gib=arguments.vram,
+        offload=arguments.offload)
     print(planning.to_json(result) if arguments.json else planning.render(result, arguments.vram))
 
 
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("--latent-frames", type=int)
     command.add_argument("--preset", choices=PRESETS)
     command.add_argument("--vram", type=float, default=0, metavar="GIB", help="say what fits into this much, model weights not counted")
+    command.add_argument("--offload", action="store_true", help="of spans that wait in host memory and visit the device a layer at a time")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_plan)
 

@@ -109,7 +109,7 @@ def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start:
 
     prompt = PromptTrack(job.schedule, project, job.frame_rate)
     guides = job.cfg != 1
-    settings = replace(job.settings, budget_gib=job.settings.budget_gib / (1 + guides))
+    settings = replace(job.settings, budget_gib=job.settings.budget_gib / (1 + guides), host_gib=job.settings.host_gib / (1 + guides))
     if guides:
         conditions = guided(prompt, cache(), project(job.negative), cache(), job.cfg)
     else:
@@ -196,6 +196,7 @@ def add_arguments(command) -> None:
     command.add_argument("--window", type=int, default=0, metavar="FRAMES", help="latent frames of history besides the sink; 0 keeps all")
     command.add_argument("--sink", type=int, metavar="FRAMES", help="first latent frames, kept for good")
     command.add_argument("--budget", default="0", metavar="GIB", help="most memory for the cache, or auto for what is free")
+    command.add_argument("--offload", action="store_true", help="keep the cache in host memory; it visits the device a layer at a time")
     command.add_argument("--position-limit", type=int, default=0, metavar="FRAMES", help="count positions no further than this")
     command.add_argument("--recache", type=int, metavar="FRAMES", help="latent frames stored anew when the prompt changes")
     command.add_argument("--cfg", type=float, default=1.0)
@@ -213,7 +214,8 @@ def _job(arguments, latent: tuple[int, int]) -> tuple[Job, Session | None]:
         job = resumed(session, arguments.out, arguments.device)
         run = replace(job.run, frames=frames if arguments.seconds else job.run.frames,
                       recache_frames=job.run.recache_frames if arguments.recache is None else arguments.recache)
-        return replace(job, run=run, schedule=Schedule.parse(text) if text else job.schedule), session
+        settings = replace(job.settings, offload=arguments.offload, host_gib=job.settings.host_gib if arguments.offload else 0.0)
+        return replace(job, run=run, settings=settings, schedule=Schedule.parse(text) if text else job.schedule), session
     if not text:
         lost = f"; {place} is not there to resume." if arguments.resume else "."
         raise ValueError(f"There is no prompt. Give --prompt or --prompt-file{lost}")
@@ -221,7 +223,8 @@ def _job(arguments, latent: tuple[int, int]) -> tuple[Job, Session | None]:
         raise ValueError(f"{arguments.out} is there already. Choose another --out, or --resume to go on with it.")
     settings = QVGSettings.preset(arguments.preset)
     budget = auto_budget(arguments.device) if arguments.budget == "auto" else float(arguments.budget)
-    settings = replace(settings, window_frames=arguments.window, budget_gib=budget,
+    host = auto_budget("cpu") if arguments.offload and arguments.budget == "auto" else 0.0
+    settings = replace(settings, window_frames=arguments.window, budget_gib=budget, offload=arguments.offload, host_gib=host,
                        sink_frames=settings.sink_frames if arguments.sink is None else arguments.sink)
     run = Run(frames=frames, seed=arguments.seed, recache_frames=arguments.recache or 0)
     return Job(out=arguments.out, session=place, schedule=Schedule.parse(text), run=run, settings=settings, latent=latent,

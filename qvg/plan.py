@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from .budget import GIB, Forecast, Geometry, forecast
 from .context import context_settings, forecast_context
@@ -31,8 +32,11 @@ def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_
 
 
 def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
-         vram_gib: float = 0) -> dict:
-    """One row per preset as whole bytes and ratios. Raises ValueError with a sentence for an unknown name or an impossible length."""
+         vram_gib: float = 0, offload: bool = False) -> dict:
+    """One row per preset as whole bytes and ratios; with `offload`, of spans that wait in host memory.
+
+    Raises ValueError with a sentence for an unknown name or an impossible length.
+    """
     if model not in MODELS:
         raise ValueError(f"There is no model {model!r}; choose one of {', '.join(MODELS)}.")
     shape: ModelShape = MODELS[model]
@@ -42,12 +46,12 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
         raise ValueError("Give a positive length, as seconds or as latent frames.")
     rows = {}
     for name in [preset] if preset else PRESETS:
-        settings = QVGSettings.preset(name)
+        settings = replace(QVGSettings.preset(name), offload=offload)
         found = predict(shape, settings, geometry, frames)
         rows[name] = {
             "bf16_bytes": found.bf16_bytes, "stored_bytes": found.stored_bytes, "peak_bytes": found.peak_bytes,
             "workspace_bytes": found.workspace_bytes, "stored_ratio": found.stored_ratio, "peak_ratio": found.peak_ratio,
-            "bits_per_number": found.bits_per_number}
+            "host_bytes": found.host_bytes, "bits_per_number": found.bits_per_number}
         if vram_gib:
             limit = int(vram_gib * GIB)
             rows[name] |= {"fits": found.peak_bytes <= limit,
@@ -66,11 +70,14 @@ def render(result: dict, vram_gib: float = 0) -> str:
              f"({result['seconds']:.1f} s): {next(iter(rows.values()))['bf16_bytes'] / GIB:.2f} GiB in bf16"]
     if "note" in result:
         lines.append(f"({result['note']})")
-    lines.append(f"{'preset':<10}{'stored':>12}{'peak':>12}{'ratio':>8}{'at peak':>9}{'bits':>7}"
+    offloaded = any(row["host_bytes"] for row in rows.values())
+    lines.append(f"{'preset':<10}{'stored':>12}{'peak':>12}{'ratio':>8}{'at peak':>9}{'bits':>7}" + ("     on host" if offloaded else "")
                  + (f"   within {vram_gib:g} GiB" if vram_gib else ""))
     for name, row in rows.items():
         line = (f"{name:<10}{row['stored_bytes'] / GIB:>8.2f} GiB{row['peak_bytes'] / GIB:>8.2f} GiB"
                 f"{row['stored_ratio']:>7.2f}x{row['peak_ratio']:>8.2f}x{row['bits_per_number']:>7.2f}")
+        if offloaded:
+            line += f"{row['host_bytes'] / GIB:>8.2f} GiB"
         if vram_gib:
             longest_frames = row["longest_latent_frames"]
             line += f"   {'fits' if row['fits'] else 'does not fit'}; at most {longest_frames} latent frames " \

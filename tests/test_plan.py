@@ -7,7 +7,7 @@ import pytest
 from comfyui_qvg.qvg import cli
 from comfyui_qvg.qvg.budget import GIB, forecast
 from comfyui_qvg.qvg.models.catalogue import MODELS
-from comfyui_qvg.qvg.plan import longest
+from comfyui_qvg.qvg.plan import longest, plan
 from comfyui_qvg.qvg.settings import PRESETS
 
 MIB = 1 << 20
@@ -38,6 +38,15 @@ def test_longest_is_the_longest():
     shape, settings, limit = MODELS["self-forcing"], PRESETS["balanced"], 4 * GIB
     frames = longest(shape, settings, shape.geometry(), limit)
     assert forecast(settings, shape.geometry(), frames).peak_bytes <= limit < forecast(settings, shape.geometry(), frames + 3).peak_bytes
+
+
+def test_offloaded(capsys):
+    """The device then holds a fraction, and the table says what the host holds."""
+    rows = [plan("self-forcing", latent_frames=180, preset="balanced", offload=offload) for offload in (False, True)]
+    assert rows[1]["peak_bytes"] < 0.25 * rows[0]["peak_bytes"] and rows[1]["stored_bytes"] == rows[0]["stored_bytes"]
+    assert rows[0]["host_bytes"] == 0 and rows[1]["host_bytes"] > 0.9 * rows[1]["stored_bytes"]
+    assert cli.main(["plan", "--model", "self-forcing", "--latent-frames", "60", "--offload"]) == 0
+    assert "on host" in capsys.readouterr().out
 
 
 def test_bad_length(capsys):

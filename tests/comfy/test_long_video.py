@@ -1,5 +1,9 @@
 """AR Video Sampler (QVG) and what goes with it, in the real ComfyUI: against core's sampler, and what core's sampler cannot do."""
 
+import json
+import re
+from dataclasses import replace
+
 import av
 import numpy as np
 import pytest
@@ -198,18 +202,63 @@ def test_budget_of_what_is_free(comfy):
     assert torch.equal(latents(comfy, build(own={"auto_budget": True})), latents(comfy, build(own={"auto_budget": False})))
 
 
+@pytest.mark.parametrize("own", [None, {}])
+def test_offloaded_spans_make_the_same_video(comfy, own):
+    """With core's sampler and with ours; the log counts what the device and what the host hold, as it was forecast."""
+    logs, made = [], []
+    for offload in (False, True):
+        graph = build(seconds=4.0, own=own, settings={"offload": offload, "window_frames": 9})
+        graph.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=["sample", 0])
+        graph.add("report", "PreviewAny", source=["monitor", 1])
+        outputs = comfy.run(graph)
+        logs.append(json.loads(outputs["report"]["text"][0]))
+        made.append(load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"])
+    assert torch.equal(*made)
+    resident, offloaded = (log["now"] for log in logs)
+    assert resident["host_bytes"] == 0 and resident["stored_bytes"] == offloaded["stored_bytes"]
+    assert offloaded["host_bytes"] == logs[1]["history"][-1]["host_bytes"] <= logs[1]["forecast"]["host_bytes"]
+    assert offloaded["peak_bytes"] == logs[1]["forecast"]["peak_bytes"]
+
+
+def test_a_session_goes_on_where_the_graph_puts_it(comfy):
+    """Saved from the device, gone on with in host memory: what a session holds is the same."""
+    whole = latents(comfy, build(seconds=4.0, own={}))
+    latents(comfy, build(seconds=2.0, own={}, save="moves"))
+    assert torch.equal(latents(comfy, build(seconds=4.0, own={}, load="moves", settings={"offload": True})), whole)
+
+
 def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules):
-    """Self-Forcing's 480p for a minute in 24 GiB: with the presets that do fit."""
+    """Self-Forcing's 480p for a minute in 24 GiB: with the choices that do fit, each of which is then taken."""
     from comfyui_qvg.nodes.long_video import _check_memory
     from comfyui_qvg.qvg.budget import GIB
     from comfyui_qvg.qvg.sampler import Run
     from comfyui_qvg.qvg.settings import PRESETS
 
     shape = {"layers": 30, "heads": 12, "head_dim": 128, "batch": 1, "grid": (30, 52), "dtype": torch.bfloat16}
-    run, device = Run(frames=240), torch.device("cpu")
-    with pytest.raises(ValueError, match=r"needs 6\d\.\d+ GiB, but it can have 24\.0+ GiB.*Balanced or Smallest"):
-        _check_memory(PRESETS["off"], shape, run, device, 24 * GIB)
-    _check_memory(PRESETS["balanced"], shape, run, device, 24 * GIB)
+    run, device, off = Run(frames=240), torch.device("cpu"), PRESETS["off"]
+
+    def check(settings, run=run, free=24, host=64):
+        _check_memory(settings, shape, run, device, free * GIB, host * GIB)
+
+    with pytest.raises(ValueError, match=r"needs 6\d\.\d+ GiB, but it can have 24\.0+ GiB") as refused:
+        check(off)
+    message = str(refused.value)
+    assert "the preset Quality or Balanced or Smallest or Paper" in message and "; auto_budget in AR Video Sampler (QVG)" in message
+    assert "; offload in QVG Settings" not in message
+    window, frames = (int(re.search(pattern, message)[1]) for pattern in (r"window_frames of at most (\d+)", r"most (\d+) latent"))
+    check(replace(off, window_frames=window))
+    check(off, replace(run, frames=frames))
+    for beyond in ((replace(off, window_frames=window + 3), run), (off, replace(run, frames=frames + 3))):
+        with pytest.raises(ValueError, match="it can have 24"):
+            check(*beyond)
+    with pytest.raises(ValueError, match="; offload in QVG Settings"):
+        check(off, host=128)
+    check(replace(off, offload=True), host=128)
+    with pytest.raises(ValueError, match=r"needs 6\d\.\d+ GiB of host memory, but it can have 32"):
+        check(replace(off, offload=True), host=32)
+    with pytest.raises(ValueError, match="Choose a smaller picture"):
+        _check_memory(off, shape, run, device, 1000, 1000)
+    check(PRESETS["balanced"])
 
 
 @pytest.mark.parametrize(("changes", "words"), [

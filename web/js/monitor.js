@@ -112,6 +112,7 @@ class Monitor {
     }
     figure(say("peak"), `${bytes(now.peak_bytes)} (${now.peak_ratio.toFixed(1)}x)`)
     if (state.forecast) figure(say("forecast"), `${bytes(state.forecast.stored_bytes)}, ${bytes(state.forecast.peak_bytes)}`)
+    if (now.host_bytes) figure(say("host"), bytes(now.host_bytes))
     figure(say("held"), say("heldValue", { frames: now.held_frames, tokens: now.tokens }))
     figure(say("bits"), now.bits_per_number.toFixed(2))
     figure(say("free", { device: state.device }), bytes(state.free_bytes))

@@ -19,6 +19,7 @@ export const ENGLISH = {
   bits: "Bits a number",
   free: "Free on {device}",
   freeHost: "Free host memory",
+  host: "Offloaded to host memory",
   budget: "Budget",
   none: "none",
   layers: "Bytes of each layer",
