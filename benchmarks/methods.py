@@ -109,7 +109,7 @@ class Ours(Method):
 
     @property
     def name(self) -> str:
-        return f"qvg {self.settings.name}" + ("" if self.overlap else ", one stream")
+        return f"qvg {self.settings.name}" + ("" if self.overlap else ", one stream") + (", offloaded" if self.settings.offload else "")
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.cache.layers[layer].append(k, v, self.chunk)

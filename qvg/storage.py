@@ -32,7 +32,7 @@ from .cache import Entry, KVCache, LayerCache
 from .codec import PaperCodebook
 from .layout import make_span, span_layout, span_tensors
 from .sampler import Run, Sampler
-from .settings import PLAIN_BITS, QVGSettings, TensorSettings
+from .settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
 from .smoothing import Codebook
 
 VERSION = 1
@@ -248,6 +248,9 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, T
 
     end = None
     for index, (first, frames, key_bits, value_bits, *numbers) in enumerate(state["entries"]):
+        _check_whole(f"span {index} in layer {depth}", first, frames, key_bits, value_bits)
+        if not {key_bits, value_bits} <= {*PLANE_BITS, *PLAIN_BITS}:
+            raise ValueError(f"span {index} in layer {depth} has {key_bits} and {value_bits} bits")
         if frames < 1 or first < (0 if end is None else end):
             raise ValueError(f"span {index} begins at latent frame {first}")
         end = first + frames
@@ -275,10 +278,20 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, T
     for side, number in enumerate(state["books"]):
         layer.sides[side].book = book(side, number)
     layer.generator.set_state(tensors["random"])
-    layer.next_frame, layer.epoch_frames, layer.trained = frames_done, int(state["epoch_frames"]), state["trained"] is True
-    if layer.trained and all(side.book is None for side in layer.sides):
+    layer.next_frame, layer.epoch_frames, layer.trained = frames_done, state["epoch_frames"], state["trained"]
+    _check_whole(f"layer {depth}", layer.epoch_frames)
+    if layer.epoch_frames > frames_done or not isinstance(layer.trained, bool):
+        raise ValueError(f"layer {depth} has an epoch of {layer.epoch_frames} latent frames")
+    if layer.trained and any(side.book is None and tensor.bits not in PLAIN_BITS
+                             for side, tensor in zip(layer.sides, (settings.key, settings.value))):
         raise ValueError(f"layer {depth} lacks its codebooks")
     return layer
+
+
+def _check_whole(what: str, *numbers) -> None:
+    for number in numbers:
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{what} has {number!r} where a whole number belongs")
 
 
 def _check_book(book, tensor: TensorSettings, geometry: Geometry) -> None:
@@ -304,12 +317,21 @@ def session_of(path: Path, header: dict, stored: dict[str, Tensor]) -> Session:
     if "kind" in header:
         raise SessionError(f"{path.name} holds a video of another kind ({header['kind']}). Choose one that a causal model made.")
     with refused(path):
+        run, latents, shape, frames = Run(**header["run"]), stored.get("latents"), tuple(header["shape"]), header["frames_done"]
+        _check_whole("its header", frames, header["chunk"], *header["peaks"], *shape)
+        _check_whole("its run", run.frames, run.chunk_frames, run.recache_frames, run.seed)
+        if header["recent"] != sum(name.startswith("recent") for name in stored) or len(header["peaks"]) != len(header["settings"]):
+            raise ValueError("its header counts other tensors than it has")
+        if latents is not None and tuple(latents.shape) != (*shape[:2], frames, *shape[2:]):
+            raise ValueError(f"its latents have shape {tuple(latents.shape)}")
+        if not isinstance(run.first_alone, bool) or not isinstance(header["last_prompt"], str | None):
+            raise ValueError("its header names no prompt or no order of chunks")
         return Session(
-            path=path, fingerprint=header["fingerprint"], run=Run(**header["run"]), shape=tuple(header["shape"]),
+            path=path, fingerprint=header["fingerprint"], run=run, shape=shape,
             settings=[QVGSettings.from_json(text) for text in header["settings"]],
-            geometry=[Geometry(**{**shape, "grid": tuple(shape["grid"])}) for shape in header["geometry"]], dtype=header["dtype"],
-            frames_done=header["frames_done"], chunk=header["chunk"], last_prompt=header["last_prompt"],
-            recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=stored.get("latents"), extra=header["extra"],
+            geometry=[Geometry(**{**place, "grid": tuple(place["grid"])}) for place in header["geometry"]], dtype=header["dtype"],
+            frames_done=frames, chunk=header["chunk"], last_prompt=header["last_prompt"],
+            recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=latents, extra=header["extra"],
             tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},
             layers=header["layers"], peaks=header["peaks"], stored=stored)
 

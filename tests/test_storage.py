@@ -99,17 +99,27 @@ def saved(network, tmp_path_factory):
     return path
 
 
-def test_a_thousand_damaged_files(saved, tmp_path):
-    """Cut short, a bit changed, a byte changed, a piece taken out, doubled, or replaced: each is refused, none is loaded."""
-    good, draw = saved.read_bytes(), random.Random(0)
+def rewrite(source, target, header=None, tensors=None, sign=True):
+    """A copy of a session with another header or other tensors and, with `sign`, checksums that agree."""
+    with safe_open(source, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+        fields = json.loads(file.metadata()[storage.HEADER])
+    (tensors or (lambda stored: None))(stored)
+    fields["tensors"] = {name: [str(x.dtype), list(x.shape), hashlib.sha256(storage._bytes(x)).hexdigest()] for name, x in stored.items()}
+    (header or (lambda fields: None))(fields)
+    text = json.dumps(fields)
+    digest = hashlib.sha256(text.encode()).hexdigest() if sign else "0"
+    save_file(stored, target, {storage.HEADER: text, storage.DIGEST: digest})
+
+
+def damaged(good, draw, number):
+    """The bytes of a file cut short, with a bit or a byte changed, or a piece taken out, doubled, or replaced."""
     header_end = 8 + int.from_bytes(good[:8], "little")
-    path = tmp_path / "bad.safetensors"
-    for number in range(1000):
-        data = bytearray(good)
+    data = bytearray(good)
+    while data == good:
         # half of all damage goes to the header, where what a file claims is decided
-        at = draw.randrange(header_end) if number % 2 else draw.randrange(len(data))
+        at, length = draw.randrange(header_end) if number % 2 else draw.randrange(len(data)), draw.randrange(1, 64)
         kind = number // 2 % 6
-        length = draw.randrange(1, 64)
         if kind == 0:
             del data[at:]
         elif kind == 1:
@@ -122,24 +132,48 @@ def test_a_thousand_damaged_files(saved, tmp_path):
             data[at:at] = data[at:at + length]
         else:
             data[at:at + length] = draw.randbytes(length)
-        if data == good:
-            continue
-        path.write_bytes(data)
-        with pytest.raises(SessionError, match=r"bad\.safetensors"):
-            storage.load(path)
+    return data
 
 
-def rewrite(source, target, header=None, tensors=None, sign=True):
-    """A copy of a session with another header or other tensors and, with `sign`, checksums that agree."""
-    with safe_open(source, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}
-        fields = json.loads(file.metadata()[storage.HEADER])
-    (tensors or (lambda stored: None))(stored)
-    fields["tensors"] = {name: [str(x.dtype), list(x.shape), hashlib.sha256(storage._bytes(x)).hexdigest()] for name, x in stored.items()}
-    (header or (lambda fields: None))(fields)
-    text = json.dumps(fields)
-    digest = hashlib.sha256(text.encode()).hexdigest() if sign else "0"
-    save_file(stored, target, {storage.HEADER: text, storage.DIGEST: digest})
+def leaves(value, path=()):
+    """(path, value) of every plain value in what a JSON text holds."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [leaf for key, part in pairs for leaf in leaves(part, (*path, key))]
+    return found or [(path, value)]
+
+
+# what a resumed run can have otherwise: other lengths and seeds, and what the caller keeps
+FREE = {"extra", "version", "fingerprint", "last_prompt", "peaks", "chunk"}
+
+
+def falsified(fields, draw):
+    """One value of a header replaced by one that cannot be right."""
+    path, before = draw.choice([leaf for leaf in leaves(fields) if leaf[0][0] not in FREE])
+    values = ["x", [], {}] if path[0] == "run" else ["x", None, [], {}, -1, 10**12, 1.5, "../../etc/passwd"]
+    place = fields
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = draw.choice([value for value in values if value != before])
+
+
+def test_a_thousand_damaged_files(saved, network, tmp_path):
+    """600 with damaged bytes, 100 of another version, 300 whose header is signed and false: each is refused with a sentence, and the
+    sampler is as it was before."""
+    good, draw = saved.read_bytes(), random.Random(0)
+    path, target, refused = tmp_path / "bad.safetensors", sampler(network, SETTINGS["window"]), 0
+    for number in range(1000):
+        if number < 600:
+            path.write_bytes(damaged(good, draw, number))
+        elif number < 700:
+            version = draw.choice([None, "1", 0, -1, 1.5, [], {}, *range(2, 99)])
+            rewrite(saved, path, lambda fields, version=version: fields.update(version=version))
+        else:
+            rewrite(saved, path, lambda fields: falsified(fields, draw))
+        with pytest.raises(SessionError, match=r"bad\.safetensors.*\.$"):
+            storage.load(path).restore(target, "x")
+        assert target.frames_done == 0 and not any(layer.entries for cache in target.model.caches for layer in cache.layers)
+        refused += 1
+    assert refused == 1000
 
 
 def entry(fields):
@@ -154,7 +188,7 @@ HOSTILE = {
     "no tensor of that name": (lambda f: f["layers"][0][0]["entries"].append([6, 3, 2, 2, 0, 1]), None, "contradicts"),
     "a plane more": (lambda f: entry(f).__setitem__(2, 7), None, "contradicts"),
     "spans out of order": (lambda f: f["layers"][0][0]["entries"].reverse(), None, "contradicts"),
-    "position elsewhere": (lambda f: f.update(frames_done=9), None, "contradicts"),
+    "position elsewhere": (lambda f: f.update(frames_done=9), None, "contradicts|damaged"),
     "settings from nowhere": (lambda f: f.update(settings=["{}"]), None, "damaged"),
     "unknown run field": (lambda f: f["run"].update(shell="rm"), None, "damaged"),
     "fewer layers": (lambda f: f["layers"][0].pop(), None, "contradicts"),

@@ -25,8 +25,9 @@ def files(comfy_server):
 
 
 def build(seconds=2.0, own=None, preset="Balanced", cfg=1.0, batch=1, seed=3, prompts=((0, 0),), save=None, load=None, stream=None,
-          start=0, split=0, steps=2, settings=None):
-    """own: inputs of AR Video Sampler (QVG), or None for core's sampler. prompts: (seconds, number). start: images to go on from."""
+          start=0, split=0, steps=2, settings=None, combined=None, advanced=False):
+    """own: inputs of AR Video Sampler (QVG), or None for core's sampler. prompts: (seconds, number). start: images to go on from. combined:
+    number of a prompt that is combined with the first. advanced: sample with CFG Guider and SamplerCustomAdvanced."""
     graph = Graph()
     model = graph.add("load", "UNETLoader", unet_name="long.safetensors", weight_dtype="default")
     if preset is not None:
@@ -38,6 +39,9 @@ def build(seconds=2.0, own=None, preset="Balanced", cfg=1.0, batch=1, seed=3, pr
     for at, number in prompts[1:]:
         following = graph.add(f"prompt {at}", "QVGDemoPrompt", text=PROMPTS[number])
         positive = graph.add(f"at {at}", "QVGPromptAt", conditioning=positive, next=following, seconds=at, frame_rate=16)
+    if combined is not None:
+        positive = graph.add("combine", "ConditioningCombine", conditioning_1=positive,
+                             conditioning_2=graph.add("other", "QVGDemoPrompt", text=PROMPTS[combined]))
     negative = graph.add("negative", "QVGDemoPrompt", text=PROMPTS[5])
     if own is None:
         sampler = graph.add("sampler", "SamplerARVideo", num_frame_per_block=3)
@@ -57,6 +61,10 @@ def build(seconds=2.0, own=None, preset="Balanced", cfg=1.0, batch=1, seed=3, pr
     sigmas = graph.add("sigmas", "BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
 
     def sample(name, sigmas, latent, add_noise=True):
+        if advanced:
+            return graph.add(name, "SamplerCustomAdvanced", noise=graph.add("noise", "RandomNoise", noise_seed=seed), sampler=sampler,
+                             guider=graph.add("guider", "CFGGuider", model=model, positive=positive, negative=negative, cfg=cfg),
+                             sigmas=sigmas, latent_image=latent)
         return graph.add(name, "SamplerCustom", model=model, add_noise=add_noise, noise_seed=seed, cfg=cfg, positive=positive,
                          negative=negative, sampler=sampler, sigmas=sigmas, latent_image=latent)
 
@@ -109,6 +117,17 @@ def test_what_cores_sampler_cannot_do(comfy):
     assert several.shape[0] == 2 and torch.equal(several[0, :, :2], several[1, :, :2])
     assert (several[0] - several[1]).abs().mean() > 1e-3
     assert latents(comfy, build(own={}, split=1)).isfinite().all()
+    assert (latents(comfy, build(own={"first_alone": True, "context_noise": 0.1})) - plain).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_several_conditions_have_a_cache_each(comfy, cfg):
+    """A prompt combined with itself is that prompt alone; combined with another it is neither. Both kinds of sampling node agree."""
+    alone = latents(comfy, build(own={}, cfg=cfg))
+    assert torch.equal(latents(comfy, build(own={}, cfg=cfg, combined=0)), alone)
+    other = latents(comfy, build(own={}, cfg=cfg, combined=4))
+    assert (other - alone).abs().mean() > 1e-4
+    assert torch.equal(latents(comfy, build(own={}, cfg=cfg, combined=4, advanced=True)), other)
 
 
 def test_two_parts_of_the_sigmas_make_the_first_chunk_of_one_run(comfy):
@@ -132,6 +151,35 @@ def test_prompts_by_the_clock(comfy):
     assert not torch.equal(one[:, :, 6:], two[:, :, 6:])
     with pytest.raises(ComfyError, match="in the order of time"):
         comfy.run(build(own={}, prompts=((0, 0), (2.0, 1), (1.0, 4))))
+
+
+def test_a_schedule_encodes_each_line_at_its_time(comfy_modules):
+    """Through ComfyUI's own CLIP, with a text model of two small layers."""
+    import comfy.model_patcher
+    import comfy.sd
+    from comfy import sd1_clip
+
+    from comfyui_qvg.nodes.adapters.causal import SCHEDULE
+    from comfyui_qvg.nodes.long_video import QVGPromptSchedule
+
+    config = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "hidden_act": "quick_gelu",
+              "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 49407, "projection_dim": 32}
+    torch.manual_seed(0)
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = sd1_clip.SD1ClipModel(clip_model=lambda **options: sd1_clip.SDClipModel(
+        textmodel_json_config=config, **options))
+    for weight in clip.cond_stage_model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    clip.tokenizer, clip.layer_idx, clip.use_clip_schedule, clip.apply_hooks_to_conds = sd1_clip.SD1Tokenizer(), None, False, None
+    cpu = torch.device("cpu")
+    clip.patcher = comfy.model_patcher.ModelPatcher(clip.cond_stage_model, load_device=cpu, offload_device=cpu)
+    clip.tokenizer_options = {}
+    ((embedding, extra),) = QVGPromptSchedule.execute(clip, "0s: a calm sea\n6.5s: a storm\n  comes up", 16).result[0]
+    expected = [(0, "a calm sea"), (27, "a storm comes up")]
+    assert [(at, name) for at, _, name in extra[SCHEDULE]] == expected
+    for (_, text), (_, found, _) in zip(expected, extra[SCHEDULE]):
+        assert torch.equal(found, clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0])
+    assert torch.equal(embedding, extra[SCHEDULE][0][1]) and not torch.equal(embedding, extra[SCHEDULE][1][1])
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
