@@ -63,6 +63,20 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(tmp_path, small, cfg):
     assert len(frames(todo.out)) == 12 * 6 - 3
 
 
+def test_offloaded_and_resident_runs_are_one(tmp_path, small):
+    """With the cache in host memory until a stop and on the device after it: the video of a run that was resident and whole."""
+    whole = run(small, job(tmp_path / "whole", small))
+    todo = job(tmp_path / "moved", small)
+    todo = replace(todo, settings=replace(todo.settings, offload=True, host_gib=0.1))
+    made = run(small, replace(todo, run=replace(todo.run, frames=9)))
+    session = storage.load(todo.session)
+    assert session.settings[0].offload
+    again = resumed(session, todo.out)
+    again = replace(again, run=todo.run, settings=replace(again.settings, offload=False, host_gib=0.0))
+    made |= run(small, again, resume=session)
+    assert made.keys() == whole.keys() and all(torch.equal(made[first], whole[first]) for first in whole)
+
+
 def test_an_error_while_a_chunk_is_stored_leaves_the_checkpoint_before_it(tmp_path, small):
     todo, latents = job(tmp_path, small), {}
     calls = 0
@@ -165,7 +179,7 @@ def test_the_command(tmp_path, capsys):
 def test_the_command_goes_on_from_an_image(tmp_path):
     Image.fromarray(np.full((64, 64, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.png")
     assert main(["generate", "--prompt", PROMPTS[1], "--seconds", "0.5", "--start", str(tmp_path / "red.png"), "--device", "cpu",
-                 "--out", str(tmp_path / "a.webm"), "--budget", "auto"]) == 0
+                 "--out", str(tmp_path / "a.webm"), "--budget", "auto", "--offload"]) == 0
     shown = frames(tmp_path / "a.webm")
     assert shown[0, ..., 0].mean() > 150 and shown[0, ..., 1].mean() < 100
 
