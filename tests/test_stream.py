@@ -101,9 +101,8 @@ def test_a_file_that_was_cut_off_goes_on_with_the_same_bytes(tmp_path, ending):
         assert len(read(path)) == 21
         write(second, lengths[2:])
         second.close()
-        # pictures, not bytes: once in many runs on a loaded machine the converter or encoder rounds a pixel otherwise
-        difference = np.abs(read(path).astype(int) - read(whole.path).astype(int))
-        assert difference.shape[0] == 45 and difference.mean() < 0.5
+        assert path.read_bytes() == whole.path.read_bytes()
+    assert len(read(path)) == 45
     # a finished file is made longer
     third = VideoWriter(path, 16, frames=45)
     write(third, [8])
