@@ -67,10 +67,10 @@ class ComfyClient:
         """Queues `prompt` and waits: {node id: {output name: [...]}} of its output nodes."""
         return self.wait(self.submit(prompt), timeout)
 
-    def submit(self, prompt: dict) -> str:
-        """Queues `prompt` (API format) and returns its id without waiting."""
+    def submit(self, prompt: dict, **extra) -> str:
+        """Queues `prompt` (API format) and returns its id without waiting. extra: what a frontend sends beside it (extra_data)."""
         try:
-            return self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})["prompt_id"]
+            return self.post("/prompt", {"prompt": prompt, "client_id": self.client_id, "extra_data": extra})["prompt_id"]
         except urllib.error.HTTPError as refusal:
             details = json.loads(refusal.read())
             raise ComfyError(_refusal_text(details), details) from None

@@ -1,5 +1,6 @@
 """AR Video Sampler (QVG) and what goes with it, in the real ComfyUI: against core's sampler, and what core's sampler cannot do."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -219,6 +220,25 @@ def test_progress_counts_every_step_of_every_chunk(comfy):
     progress = [(data["value"], data["max"]) for data in comfy.of_type("progress") if data["node"] == "sample"]
     assert progress[-1] == (6, 6) and [value for value, _ in progress] == sorted(value for value, _ in progress)
     assert any("chunk 3/3" in data["text"] for data in comfy.of_type("text") if data["node"] == "sampler")
+
+
+def test_the_preview_is_of_the_chunk_being_made(comfy, comfy_modules):
+    """At the end of each chunk but the last it shows that chunk's first frame, through the latent's own colours."""
+    from comfy.latent_formats import Wan21
+
+    prompt = comfy.submit(build(seconds=2.0, own={}, seed=13), preview_method="latent2rgb")
+    outputs = comfy.wait(prompt)
+    made = load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"]
+    shown = [data["image"] for data in comfy.of_type("preview")][-6:]
+    assert len(shown) == 6
+    firsts = Wan21().process_in(made)[0, :, ::3].permute(1, 2, 3, 0)
+    colours = firsts @ torch.tensor(Wan21.latent_rgb_factors) + torch.tensor(Wan21.latent_rgb_factors_bias)
+    expected = ((colours + 1) / 2).clamp(0, 1).mul(255)
+    for chunk, preview in enumerate(shown[1:4:2]):
+        image = Image.open(io.BytesIO(preview)).convert("RGB").resize((12, 8), Image.Resampling.BOX)
+        errors = (torch.from_numpy(np.array(image)).float() - expected).abs().mean((1, 2, 3))
+        # enlarged, as JPEG, and reduced again, noise keeps little more than its large shapes
+        assert errors.argmin() == chunk and 2 * errors[chunk] < errors.topk(2, largest=False).values[1], errors
 
 
 def test_streamed_images_equal_a_whole_decode(comfy):
