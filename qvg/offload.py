@@ -88,6 +88,8 @@ class HostStore:
         self._pinned: set[int] = set()
         self._largest = 0
         self._closed = False
+        # a cache that is dropped without being freed must not leave freed memory pinned; its blocks hold the store, so this comes last
+        weakref.finalize(self, _let_go, self._spare, self._pinned, self.stream).atexit = False
 
     @property
     def device_bytes(self) -> int:
@@ -191,7 +193,7 @@ class HostStore:
 
     def _take_back(self, data: Tensor) -> None:
         if self._closed or data.nbytes in self._spare:
-            self._unpin(data)
+            _unpin(data, self._pinned, self.stream)
         else:
             self._spare[data.nbytes] = data
 
@@ -213,12 +215,6 @@ class HostStore:
                 _forget_error(self.device)
         return data
 
-    def _unpin(self, data: Tensor) -> None:
-        if data.data_ptr() in self._pinned:
-            self.wait()
-            self._pinned.discard(data.data_ptr())
-            torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
-
     def shrink(self) -> None:
         """Give the staging buffers back, and make them no larger than needed from now on."""
         self._stages, self.capacity = (Stage(), Stage()), None
@@ -227,8 +223,7 @@ class HostStore:
         """Give everything back; blocks that are still held are unpinned when they are let go."""
         self.wait()
         self._closed, self._stages = True, (Stage(), Stage())
-        while self._spare:
-            self._unpin(self._spare.popitem()[1])
+        _let_go(self._spare, self._pinned, self.stream)
 
 
 def _placed(spans: Sequence[Span], buffer: Tensor, at: int) -> Iterator[Span]:
@@ -239,6 +234,18 @@ def _placed(spans: Sequence[Span], buffer: Tensor, at: int) -> Iterator[Span]:
             parts[name] = buffer[at:at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             at += aligned(tensor.nbytes)
         yield with_tensors(span, parts)
+
+
+def _unpin(data: Tensor, pinned: set[int], stream: torch.cuda.Stream | None) -> None:
+    if data.data_ptr() in pinned:
+        stream.synchronize()
+        pinned.discard(data.data_ptr())
+        torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
+
+
+def _let_go(spare: dict[int, Tensor], pinned: set[int], stream: torch.cuda.Stream | None) -> None:
+    while spare:
+        _unpin(spare.popitem()[1], pinned, stream)
 
 
 def _forget_error(device: torch.device) -> None:
