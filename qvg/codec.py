@@ -13,7 +13,7 @@ large the values are (keys and values to 1500 occur).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,14 @@ class PlaneSpan:
             exponents=torch.empty(rows, dtype=torch.int8, device=x.device),
             ids=torch.empty(codebook.stages, rows, tokens, dtype=torch.uint8, device=x.device).transpose(1, 2),
             codebook=codebook, gain=gain)
+
+    def gather_rows(self) -> PlaneSpan:
+        """The same span laid out as `empty` does; from a file it comes token by token."""
+        def gathered(x: Tensor, tokens: int) -> Tensor:
+            return x.transpose(tokens, tokens + 1).contiguous().transpose(tokens, tokens + 1)
+
+        parts = [gathered(plane, 0) for plane in self.planes]
+        return replace(self, planes=parts, scales=gathered(self.scales, 0), ids=gathered(self.ids, 1))
 
     @property
     def bits(self) -> int:

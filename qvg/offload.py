@@ -231,7 +231,8 @@ def _placed(spans: Sequence[Span], buffer: Tensor, at: int) -> Iterator[Span]:
     for span in spans:
         parts = {}
         for name, tensor in span_tensors(span).items():
-            parts[name] = buffer[at:at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            # in the order of the tensor's own memory, in which what belongs to a row lies together
+            parts[name] = buffer[at:at + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
             at += aligned(tensor.nbytes)
         yield with_tensors(span, parts)
 

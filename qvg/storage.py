@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .budget import Geometry
 from .cache import Entry, KVCache, LayerCache
-from .codec import PaperCodebook
+from .codec import PaperCodebook, PlaneSpan
 from .layout import make_span, span_layout, span_tensors
 from .sampler import Run, Sampler
 from .settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
@@ -269,7 +269,8 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, T
                     raise ValueError(f"span {index} in layer {depth} has no codebook")
                 if parts["ids"].numel() and int(parts["ids"].max()) >= own.centroids.shape[2]:
                     raise ValueError(f"span {index} in layer {depth} asks for a centroid that is not there")
-            spans.append(make_span(settings.codec, bits, {part: x.to(device) for part, x in parts.items()}, own, tensor.gain))
+            span = make_span(settings.codec, bits, {part: x.to(device) for part, x in parts.items()}, own, tensor.gain)
+            spans.append(span.gather_rows() if isinstance(span, PlaneSpan) else span)
         entry = Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache)
         entry.books = tuple(book(side, number) for side, number in enumerate(numbers))
         layer.entries.append(entry)

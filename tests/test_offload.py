@@ -187,7 +187,7 @@ def test_a_context_is_offloaded_as_it_is_forecast():
         cache = KVCache(chosen, layers=4, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=DTYPE, max_frames=12, chunk_frames=4,
                         stored_frames=4)
         for start, count, store in ((0, 4, True), (4, 8, False), (4, 8, False)):
-            attend = CachedAttention(cache, start_frame=start, frames=count, store=store)
+            attend = CachedAttention(cache, start_frame=start, frames=count, store=store, newest=chosen.recent_frames)
             outs.append(torch.stack([attend(layer, *chunk_of(start, count, layer)) for layer in range(4)]))
     assert torch.equal(outs[1], outs[4]) and torch.equal(outs[2], outs[5])
     planned = forecast_context(settings, cache.geometry, 4, 8, DTYPE.itemsize)
