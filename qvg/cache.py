@@ -10,7 +10,6 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -239,32 +238,33 @@ class LayerCache:
 
     def _read(self, heads: slice, keys: Tensor, values: Tensor, shift: int) -> None:
         geometry, tables = self.owner.geometry, self.owner.tables
-        start = 0
-        for entries in self._alike():
-            frames = sum(entry.frames for entry in entries)
-            stop = start + frames * geometry.frame_tokens
-            first = entries[0].first - (0 if entries[0].sink else shift)
+        for group in self._alike():
+            entries = [entry for _, entry in group]
             for batch in range(geometry.batch):
                 rows = slice(batch * geometry.heads + heads.start, batch * geometry.heads + heads.stop)
                 key, value = codec.decode([[entry.spans[side] for entry in entries] for side in range(2)], rows, tables)
-                keys[batch, start:stop] = self.owner.rope.turn(key, first, frames)
-                values[batch, start:stop] = value
-            start = stop
+                done = 0
+                for start, first, frames in _runs(group, shift):
+                    count = frames * geometry.frame_tokens
+                    at, part = slice(start * geometry.frame_tokens, start * geometry.frame_tokens + count), slice(done, done + count)
+                    keys[batch, at] = self.owner.rope.turn(key[part], first, frames)
+                    values[batch, at] = value[part]
+                    done += count
 
-    def _alike(self) -> Iterator[list[Entry]]:
-        """Entries that follow each other and can be decoded in one go, as many as fit into `READ_TOKENS`."""
-        most = READ_TOKENS // self.owner.geometry.frame_tokens
-        group: list[Entry] = []
+    def _alike(self) -> list[list[tuple[int, Entry]]]:
+        """The entries with the frames that are held before each, in groups that can be decoded in one go, each within `READ_TOKENS`."""
+        most, before, groups, room = READ_TOKENS // self.owner.geometry.frame_tokens, 0, [], []
         for entry in self.present():
-            fits = group and group[-1].last + 1 == entry.first and entry.last - group[0].first < most and group[0].sink == entry.sink
-            if fits and all(codec.like(a, b) for a, b in zip(group[0].spans, entry.spans)):
-                group.append(entry)
-                continue
-            if group:
-                yield group
-            group = [entry]
-        if group:
-            yield group
+            for number, group in enumerate(groups):
+                if room[number] >= entry.frames and all(codec.like(a, b) for a, b in zip(group[0][1].spans, entry.spans)):
+                    group.append((before, entry))
+                    room[number] -= entry.frames
+                    break
+            else:
+                groups.append([(before, entry)])
+                room.append(most - entry.frames)
+            before += entry.frames
+        return groups
 
     @property
     def nbytes(self) -> int:
@@ -301,6 +301,19 @@ class LayerCache:
             for span in entry.spans:
                 total[span.bits] = total.get(span.bits, 0) + sum(span.bytes_by_kind().values())
         return total
+
+
+def _runs(group: list[tuple[int, Entry]], shift: int) -> list[tuple[int, int, int]]:
+    """Frames held before it, position of its first frame, and frames, of every stretch of entries that follow each other in time."""
+    runs = []
+    for start, entry in group:
+        position = entry.first - (0 if entry.sink else shift)
+        if runs and runs[-1][0] + runs[-1][2] == start and runs[-1][1] + runs[-1][2] == position:
+            start, position, frames = runs.pop()
+            runs.append((start, position, frames + entry.frames))
+        else:
+            runs.append((start, position, entry.frames))
+    return runs
 
 
 class Workspace:
