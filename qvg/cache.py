@@ -22,7 +22,8 @@ from .offload import HostStore
 from .rope import Rope
 from .settings import PLAIN_BITS, QVGSettings
 
-KINDS = ("planes", "scales", "ids", "codebooks", "plain")
+SPAN_KINDS = ("planes", "scales", "ids", "plain")
+KINDS = (*SPAN_KINDS[:3], "codebooks", "plain")
 
 # tokens decoded in one go, in float32; a span of the released models has as many
 READ_TOKENS = 4680
@@ -102,6 +103,17 @@ class Entry:
         self._codecs = tuple(side.codec for side in sides)
         self._tables, self._host = owner.tables, owner.host
         self.spans, self.block = (spans, None) if self._host is None else self._host.take_in(spans)
+        self._counts: tuple[tuple[int, ...], tuple[int, int]] | None = None
+
+    @property
+    def counts(self) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """Bytes of each of `SPAN_KINDS`, and of the two spans. Counted from the tensors once, and again when they change: a long video
+        holds thousands of spans, and all of them are asked after every chunk."""
+        if self._counts is None:
+            parts = [span.bytes_by_kind() for span in self.spans]
+            self._counts = (tuple(sum(part.get(kind, 0) for part in parts) for kind in SPAN_KINDS),
+                            tuple(sum(part.values()) for part in parts))
+        return self._counts
 
     @property
     def last(self) -> int:
@@ -121,15 +133,13 @@ class Entry:
             span = spans[number]
             if bits == span.bits:
                 continue
+            self._counts = None
             if span.bits in PLAIN_BITS:
                 spans[number] = self._codecs[number].encode(span.decode(slice(None), self._tables), bits, self.books[number])
             else:
                 span.drop(bits)
         if self.block is not None:
             self.spans, self.block = self._host.take_in(spans)
-
-    def codebooks(self) -> list:
-        return [book for book in self.books if book is not None]
 
 
 class LayerCache:
@@ -268,7 +278,11 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(self.bytes_by_kind().values())
+        return sum(sum(entry.counts[1]) for entry in self.entries) + self._codebook_bytes()
+
+    def _codebook_bytes(self) -> int:
+        books = {id(book): book for entry in self.entries for book in entry.books if book is not None}
+        return sum(book.nbytes for book in books.values())
 
     @property
     def host_bytes(self) -> int:
@@ -277,7 +291,7 @@ class LayerCache:
     @property
     def device_bytes(self) -> int:
         """Without what visits."""
-        return self.nbytes if self.owner.host is None else self.bytes_by_kind()["codebooks"]
+        return self.nbytes if self.owner.host is None else self._codebook_bytes()
 
     @property
     def limited_bytes(self) -> int:
@@ -285,21 +299,14 @@ class LayerCache:
         return self.nbytes if self.owner.host is None else self.host_bytes
 
     def bytes_by_kind(self) -> dict[str, int]:
-        total = dict.fromkeys(KINDS, 0)
-        books = {}
-        for entry in self.entries:
-            for span in entry.spans:
-                for kind, count in span.bytes_by_kind().items():
-                    total[kind] += count
-            books.update((id(book), book.nbytes) for book in entry.codebooks())
-        total["codebooks"] = sum(books.values())
-        return total
+        columns = zip(*(entry.counts[0] for entry in self.entries))
+        return dict.fromkeys(KINDS, 0) | dict(zip(SPAN_KINDS, map(sum, columns))) | {"codebooks": self._codebook_bytes()}
 
     def bytes_by_bits(self) -> dict[int, int]:
         total = {}
         for entry in self.entries:
-            for span in entry.spans:
-                total[span.bits] = total.get(span.bits, 0) + sum(span.bytes_by_kind().values())
+            for span, count in zip(entry.spans, entry.counts[1]):
+                total[span.bits] = total.get(span.bits, 0) + count
         return total
 
 
