@@ -46,7 +46,8 @@ class QVGMemoryMonitor(io.ComfyNode):
         title, frames = log.title, samples["samples"].shape[2]
         if frames != log.total_frames:
             title += f" (the latent has {frames})"
-        chart = draw_chart(log.history, forecast=log.forecast, total_frames=log.total_frames, title=title)
-        image = torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None]
         report = log.report()
+        chart = draw_chart(log.history, forecast=log.forecast, total_frames=log.total_frames, title=title, notes=log.notes(),
+                           budget_bytes=report["budget_bytes"])
+        image = torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None]
         return io.NodeOutput(image, json.dumps(report, indent=1), ui={"qvg_memory": [report]})

@@ -83,6 +83,17 @@ class RunLog:
                 f"peak {format_bytes(now.peak_bytes)} ({now.peak_ratio:.2f}x)"
                 + (f"; {format_bytes(now.host_bytes)} of it wait in host memory" if now.host_bytes else ""))
 
+    def notes(self) -> str:
+        """What the picture of a run does not show as a line."""
+        now, device = self.history[-1], comfy.model_management.get_torch_device()
+        parts = [f"{now.held_frames} frames, {now.tokens} tokens held"]
+        if self.forecast:
+            parts.append(f"forecast {format_bytes(self.forecast.stored_bytes)}, peak {format_bytes(self.forecast.peak_bytes)}")
+        if device.type != "cpu":
+            parts.append(f"{format_bytes(self.free_bytes)} free on {device}")
+        parts.append(f"{format_bytes(comfy.model_management.get_free_memory(torch.device('cpu')))} free on the host")
+        return "; ".join(parts)
+
     def state(self) -> dict:
         """The present moment as JSON values, without the history."""
         device = comfy.model_management.get_torch_device()

@@ -10,23 +10,31 @@ const MONITOR = "QVGMemoryMonitor"
 
 const STYLE = `
 .qvg-monitor { box-sizing: border-box; height: 100%; overflow: auto; padding: 8px 10px; font: 12px/1.45 system-ui, sans-serif;
-  color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); border-radius: 6px; }
+  color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); border-radius: 6px; display: flex; flex-direction: column; }
+.qvg-monitor > * { flex: none; }
+.qvg-monitor > [hidden] { display: none; }
+.qvg-monitor:focus-visible, .qvg-monitor summary:focus-visible { outline: 2px solid #4c8dff; outline-offset: -2px; }
 .qvg-monitor p { margin: 0; }
 .qvg-monitor .qvg-head { display: flex; gap: 10px; align-items: baseline; flex-wrap: wrap; }
 .qvg-monitor .qvg-ratio { font-size: 24px; font-weight: 700; }
-.qvg-monitor .qvg-faint, .qvg-monitor dt { color: var(--descrip-text, #999); }
-.qvg-monitor .qvg-chart { width: 100%; display: block; margin: 4px 0; }
-.qvg-chart text { fill: var(--descrip-text, #999); font-size: 11px; }
+.qvg-monitor .qvg-faint, .qvg-monitor dt { color: color-mix(in srgb, var(--input-text, #ddd) 72%, var(--comfy-input-bg, #222)); }
+.qvg-monitor .qvg-spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.qvg-monitor .qvg-plot { flex: 1 0 150px; min-height: 0; margin: 6px 0; overflow: hidden; }
+.qvg-chart { display: block; }
+.qvg-chart text { fill: color-mix(in srgb, var(--input-text, #ddd) 72%, var(--comfy-input-bg, #222)); font-size: 11px; }
 .qvg-chart .qvg-grid { stroke: var(--border-color, #4e4e4e); stroke-width: 0.6; }
-.qvg-chart path.qvg-bf16, .qvg-chart path.qvg-peak, .qvg-chart path.qvg-budget { fill: none; stroke-width: 2; }
-.qvg-bf16 { stroke: var(--descrip-text, #999); } .qvg-peak { stroke: #e5a52e; } .qvg-budget { stroke: #e0483e; }
+.qvg-chart path.qvg-bf16, .qvg-chart path.qvg-peak, .qvg-chart path.qvg-budget, .qvg-chart path.qvg-room { fill: none; stroke-width: 2; }
+.qvg-bf16 { stroke: var(--descrip-text, #999); border-color: var(--descrip-text, #999); }
+.qvg-peak { stroke: #e5a52e; border-color: #e5a52e; } .qvg-budget { stroke: #e0483e; border-color: #e0483e; }
+.qvg-room { stroke: #e0483e; border-color: #e0483e; stroke-dasharray: 2 3; border-style: dotted; }
 .qvg-chart .qvg-ahead { stroke-dasharray: 5 4; opacity: 0.8; }
-.qvg-monitor .qvg-legend { display: flex; gap: 4px 12px; flex-wrap: wrap; list-style: none; margin: 0 0 6px; padding: 0; }
+.qvg-monitor .qvg-legend { display: flex; gap: 3px 12px; flex-wrap: wrap; list-style: none; margin: 0 0 8px; padding: 0; }
 .qvg-legend i { display: inline-block; width: 10px; height: 10px; margin-right: 5px; border-radius: 2px; }
-.qvg-monitor dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 4px 14px; margin: 0 0 6px; }
+.qvg-legend i[class] { height: 0; border-width: 2px 0 0; border-radius: 0; vertical-align: middle; width: 14px; }
+.qvg-legend i:not(.qvg-room)[class] { border-top-style: solid; }
+.qvg-monitor dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 4px 14px; margin: 0 0 6px; }
 .qvg-monitor dd { margin: 0; font-variant-numeric: tabular-nums; }
 .qvg-monitor summary { cursor: pointer; }
-.qvg-monitor summary:focus-visible { outline: 2px solid #4c8dff; }
 `
 
 function make(name, className, parent, text) {
@@ -37,11 +45,33 @@ function make(name, className, parent, text) {
   return made
 }
 
+function pair(list, name, text) {
+  const both = make("div", "", list)
+  make("dt", "", both, name)
+  make("dd", "", both, text)
+}
+
 class Monitor {
+  // parts are made once and filled again, so that focus, an open list and the place scrolled to stay while a model samples
   constructor(node) {
     this.root = make("div", "qvg-monitor")
     this.root.setAttribute("role", "group")
-    this.root.setAttribute("aria-label", "KV Memory Monitor (QVG)")
+    this.root.setAttribute("aria-label", node.title || "KV Memory Monitor (QVG)")
+    this.root.tabIndex = 0
+    const head = make("div", "qvg-head", this.root)
+    this.ratio = make("span", "qvg-ratio", head)
+    this.instead = make("span", "", head)
+    this.status = make("p", "qvg-faint qvg-status", this.root)
+    // read aloud when a run begins and when it ends, not at every chunk
+    this.spoken = make("p", "qvg-spoken", this.root)
+    this.spoken.setAttribute("role", "status")
+    this.plot = make("div", "qvg-plot", this.root)
+    this.legend = make("ul", "qvg-legend", this.root)
+    this.figures = make("dl", "", this.root)
+    this.layers = make("details", "", this.root)
+    this.summary = make("summary", "", this.layers)
+    this.layerList = make("dl", "", this.layers)
+    this.layers.addEventListener("toggle", () => this.drawLayers())
     // a wheel over the node scrolls it only where there is something to scroll
     this.root.addEventListener("wheel", (event) => {
       if (this.root.scrollHeight > this.root.clientHeight) event.stopPropagation()
@@ -52,6 +82,14 @@ class Monitor {
       serialize: false, hideOnZoom: false, getMinHeight: () => 340, getValue: () => "", setValue: () => {},
     })
     widget.serialize = false
+    this.sizes = new ResizeObserver(() => this.drawPlot())
+    this.sizes.observe(this.plot)
+    const onRemoved = node.onRemoved
+    node.onRemoved = (...args) => {
+      this.sizes.disconnect()
+      clearTimeout(this.waiting)
+      onRemoved?.apply(node, args)
+    }
     this.draw()
   }
 
@@ -68,68 +106,65 @@ class Monitor {
   draw() {
     clearTimeout(this.waiting)
     this.waiting = 0
-    const open = this.root.querySelector("details")?.open
-    this.root.replaceChildren()
-    const state = this.state
-    if (!state) return make("p", "qvg-faint", this.root, say("idle"))
-    const now = state.now
+    const { state } = this
+    const now = state?.now
     const done = now?.frames ?? 0
-    const head = make("div", "qvg-head", this.root)
-    if (now) {
-      make("span", "qvg-ratio", head, `${now.ratio.toFixed(1)}x`)
-      make("span", "", head, say("instead", { stored: bytes(now.stored_bytes), bf16: bytes(now.bf16_bytes) }))
-    }
-    const phase = !state.ended ? "sampling" : done < state.latent_frames ? "stopped" : "done"
-    const status = make("p", "qvg-faint qvg-status", this.root, say(phase, { done, total: state.latent_frames }))
-    status.setAttribute("role", "status")
+    const phase = !state ? "idle" : !state.ended ? "sampling" : done < state.latent_frames ? "stopped" : "done"
+    this.ratio.textContent = now ? `${now.ratio.toFixed(1)}x` : ""
+    this.instead.textContent = now ? say("instead", { stored: bytes(now.stored_bytes), bf16: bytes(now.bf16_bytes) }) : ""
+    this.status.textContent = say(phase, { done, total: state?.latent_frames })
+    if (this.root.dataset.phase !== phase && this.root.dataset.phase) this.spoken.textContent = this.status.textContent
     this.root.dataset.phase = phase
     this.root.dataset.stored = now?.stored_bytes ?? 0
-    this.root.append(drawChart(state))
+    this.summary.textContent = say("layers")
+    for (const part of [this.legend, this.figures, this.layers]) part.hidden = !now
+    this.drawPlot()
+    if (!now) return
     this.drawLegend(state)
-    if (now) this.drawFigures(state, now)
-    if (now) this.drawLayers(now, open)
+    this.drawFigures(state, now)
+    this.drawLayers()
+  }
+
+  drawPlot() {
+    const { clientWidth, clientHeight } = this.plot
+    // a node out of sight has no size
+    if (!this.state) return this.plot.replaceChildren()
+    this.plot.replaceChildren(drawChart(this.state, clientWidth || 520, clientHeight || 200))
   }
 
   drawLegend(state) {
-    const list = make("ul", "qvg-legend", this.root)
-    const entry = (colour, text) => {
-      const item = make("li", "", list)
-      make("i", "", item).style.background = colour
+    this.legend.replaceChildren()
+    const entry = (text, className, colour) => {
+      const item = make("li", "", this.legend)
+      const mark = make("i", className, item)
+      if (colour) mark.style.background = colour
       item.append(text)
     }
-    for (const kind of kindsOf(state.history)) entry(colourOf(kind), nameOf(kind))
-    entry("#e5a52e", say("peak"))
-    entry("var(--descrip-text, #999)", "bf16")
-    if (state.budget_bytes) entry("#e0483e", say("budget"))
+    for (const kind of kindsOf(state.history)) entry(nameOf(kind), "", colourOf(kind))
+    entry(say("peak"), "qvg-peak")
+    entry("bf16", "qvg-bf16")
+    if (this.plot.querySelector(".qvg-budget")) entry(say("budget"), "qvg-budget")
+    if (this.plot.querySelector(".qvg-room")) entry(say("room", { device: state.device }), "qvg-room")
   }
 
   drawFigures(state, now) {
-    const list = make("dl", "", this.root)
-    const figure = (name, text) => {
-      const pair = make("div", "", list)
-      make("dt", "", pair, name)
-      make("dd", "", pair, text)
-    }
-    figure(say("peak"), `${bytes(now.peak_bytes)} (${now.peak_ratio.toFixed(1)}x)`)
-    if (state.forecast) figure(say("forecast"), `${bytes(state.forecast.stored_bytes)}, ${bytes(state.forecast.peak_bytes)}`)
-    if (now.host_bytes) figure(say("host"), bytes(now.host_bytes))
-    figure(say("held"), say("heldValue", { frames: now.held_frames, tokens: now.tokens }))
-    figure(say("bits"), now.bits_per_number.toFixed(2))
-    figure(say("free", { device: state.device }), bytes(state.free_bytes))
-    if (state.device !== "cpu") figure(say("freeHost"), bytes(state.free_host_bytes))
-    figure(say("budget"), state.budget_bytes ? bytes(state.budget_bytes) : say("none"))
+    const { forecast } = state
+    this.figures.replaceChildren()
+    pair(this.figures, say("peak"), `${bytes(now.peak_bytes)} (${now.peak_ratio.toFixed(1)}x)`)
+    if (forecast)
+      pair(this.figures, say("forecast"), say("forecastValue", { stored: bytes(forecast.stored_bytes), peak: bytes(forecast.peak_bytes) }))
+    if (now.host_bytes) pair(this.figures, say("host"), bytes(now.host_bytes))
+    pair(this.figures, say("held"), say("heldValue", { frames: now.held_frames, tokens: now.tokens }))
+    pair(this.figures, say("bits"), now.bits_per_number.toFixed(2))
+    if (state.device !== "cpu") pair(this.figures, say("free", { device: state.device }), bytes(state.free_bytes))
+    pair(this.figures, say("freeHost"), bytes(state.free_host_bytes))
+    pair(this.figures, say("budget"), state.budget_bytes ? bytes(state.budget_bytes) : say("none"))
   }
 
-  drawLayers(now, open) {
-    const box = make("details", "", this.root)
-    box.open = !!open
-    make("summary", "", box, say("layers"))
-    const list = make("dl", "", box)
-    now.by_layer.forEach((count, number) => {
-      const pair = make("div", "", list)
-      make("dt", "", pair, say("layer", { number }))
-      make("dd", "", pair, bytes(count))
-    })
+  drawLayers() {
+    if (!this.layers.open || !this.state?.now) return
+    this.layerList.replaceChildren()
+    this.state.now.by_layer.forEach((count, number) => pair(this.layerList, say("layer", { number }), bytes(count)))
   }
 }
 

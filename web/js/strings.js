@@ -14,6 +14,7 @@ export const ENGLISH = {
   latentFrames: "latent frames",
   peak: "Peak with workspace",
   forecast: "Forecast",
+  forecastValue: "{stored} held, {peak} peak",
   held: "Held",
   heldValue: "{frames} frames, {tokens} tokens",
   bits: "Bits a number",
@@ -21,6 +22,7 @@ export const ENGLISH = {
   freeHost: "Free host memory",
   host: "Offloaded to host memory",
   budget: "Budget",
+  room: "Room on {device}",
   none: "none",
   layers: "Bytes of each layer",
   layer: "Layer {number}",
@@ -46,11 +48,25 @@ export function say(key, values = {}) {
 
 const BINARY = ["B", "KiB", "MiB", "GiB", "TiB"]
 const DECIMAL = ["B", "kB", "MB", "GB", "TB"]
+const isDecimal = () => app.extensionManager?.setting?.get("QVG.Monitor.Units") === "decimal"
 
-export function bytes(count) {
-  const decimal = app.extensionManager?.setting?.get("QVG.Monitor.Units") === "decimal"
+// round: 5 MiB instead of 5.0 MiB
+export function bytes(count, round = false) {
+  const decimal = isDecimal()
   const step = decimal ? 1000 : 1024
   let unit = 0
   while (count >= step && unit < 4) { count /= step; unit++ }
-  return `${unit ? count.toFixed(1) : Math.round(count)} ${(decimal ? DECIMAL : BINARY)[unit]}`
+  const whole = !unit || (round && Math.abs(count - Math.round(count)) < 1e-9)
+  return `${whole ? Math.round(count) : count.toFixed(1)} ${(decimal ? DECIMAL : BINARY)[unit]}`
+}
+
+// [0, step, 2 step, ...] up to most, about `count` steps of 1, 2 or 5 times a power of ten, in the unit that bytes() would choose
+export function roundSteps(most, count, ofBytes = false) {
+  const base = isDecimal() ? 1000 : 1024
+  let unit = 1
+  while (ofBytes && most / count >= unit * base) unit *= base
+  const rough = most / count / unit
+  const power = 10 ** Math.floor(Math.log10(rough))
+  const step = Math.max([1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999) * power, ofBytes && unit > 1 ? 0 : 1) * unit
+  return Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => i * step)
 }
