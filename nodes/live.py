@@ -62,7 +62,7 @@ async def answer(request: web.Request) -> web.Response:
     """The latest runs whole, for a page that was opened or refreshed after they began; ?workflow=ID gives those of one graph."""
     wanted = request.query.get("workflow")
     runs = [log for (workflow, _), log in _latest.items() if wanted in (None, workflow)]
-    return web.json_response({"runs": [address(log.watched) | log.report() for log in runs]})
+    return web.json_response({"runs": [address(log.watched) | log.page() for log in runs]})
 
 
 def add_route() -> None:

@@ -50,4 +50,4 @@ class QVGMemoryMonitor(io.ComfyNode):
         chart = draw_chart(log.history, forecast=log.forecast, total_frames=log.total_frames, title=title, notes=log.notes(),
                            budget_bytes=report["budget_bytes"])
         image = torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None]
-        return io.NodeOutput(image, json.dumps(report, indent=1), ui={"qvg_memory": [report]})
+        return io.NodeOutput(image, json.dumps(report, indent=1), ui={"qvg_memory": [log.page()]})

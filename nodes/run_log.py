@@ -2,12 +2,15 @@
 
 A `RunLog` travels with the patched MODEL as an attachment, so that the monitor node finds it after any LoRA loader. It keeps
 numbers, never tensors. While the model samples it writes a line of text on the node that patched the model, and sends the
-moments to every monitor in the running graph that watches it (`live`), four times a second at most.
+moments to every monitor in the running graph that watches it (`live`), four times a second at most. Each message lets the server's
+thread interrupt the sampling one, so nothing is sent twice.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import comfy.model_management
@@ -23,10 +26,15 @@ from . import live
 ATTACHMENT = "quantvideogen"
 MONITOR = "QVGMemoryMonitor"
 SECONDS_BETWEEN_UPDATES = 0.25
+# while a chunk is being made nothing changes but free memory
+SECONDS_BETWEEN_SIGNS = 1.0
+# of a long run's history a page gets as many moments as it can draw
+MOMENTS_SENT = 300
 
 
 class RunLog:
-    """history: `CacheStats` of the latest run in order; forecast: of its bytes, made before its first step."""
+    """history: `CacheStats` of the latest run in order; forecast: of its bytes, made before its first step. sampling_seconds: from the
+    end of the first pass to the end of the run; own_seconds: what of it went into counting, noting and sending."""
 
     def __init__(self, settings: QVGSettings, node_id: str | None):
         self.settings, self.node_id = settings, node_id
@@ -36,36 +44,60 @@ class RunLog:
         self.free_bytes = 0
         self.ended = True
         self.watched = live.Watched()
+        self.sampling_seconds = self.own_seconds = 0.0
+        self._began: float | None = None
         self._sent = 0
         self._last_update = 0.0
+        self._written = ""
 
     def start(self, total_frames: int, forecast: Forecast | None) -> None:
         self.history, self.total_frames, self.forecast = [], total_frames, forecast
-        self.ended, self._sent = False, 0
+        self.ended, self._sent, self._written = False, 0, ""
+        self._began, self.sampling_seconds, self.own_seconds = None, 0.0, 0.0
         self.watched = live.watch(self, self.node_id, lambda graph: monitors_of(graph, self.node_id))
         self.show()
 
-    def note(self, stats: CacheStats) -> None:
-        self.history.append(stats)
-        self.tick()
+    def note(self, stats: CacheStats | Callable[[], CacheStats]) -> None:
+        """Take down what the cache holds now; what has to be counted first is counted here, on the log's own time."""
+        with self._own_time():
+            self.history.append(stats() if callable(stats) else stats)
+            self._show_sometimes()
 
     def tick(self) -> None:
         """Something went on; show it unless something was shown a moment ago."""
-        if time.monotonic() - self._last_update >= SECONDS_BETWEEN_UPDATES:
-            self.show()
+        with self._own_time():
+            self._show_sometimes()
 
     def end(self) -> None:
         """The run is over, finished or not."""
         self.ended = True
-        self.show()
+        with self._own_time():
+            self.show()
+
+    @contextmanager
+    def _own_time(self) -> Iterator[None]:
+        began = time.perf_counter()
+        if self._began is None:
+            self._began = began
+        yield
+        now = time.perf_counter()
+        self.own_seconds += now - began
+        self.sampling_seconds = now - self._began
+
+    def _show_sometimes(self) -> None:
+        wait = SECONDS_BETWEEN_UPDATES if len(self.history) > self._sent else SECONDS_BETWEEN_SIGNS
+        if time.monotonic() - self._last_update >= wait:
+            self.show()
 
     def show(self) -> None:
         """Write the present state on the nodes."""
         self._last_update = time.monotonic()
         # free memory alone can end a run, so it is asked for when it is shown and not before
         self.free_bytes = int(comfy.model_management.get_free_memory())
-        if self.node_id:
-            send_text(self.text(), self.node_id)
+        text = self.text()
+        if self.node_id and text != self._written:
+            send_text(text, self.node_id)
+            self._written = text
         if self.watched.nodes:
             live.send(self.watched, self.state() | {"points": [point(stats) for stats in self.history[self._sent:]]})
         self._sent = len(self.history)
@@ -105,8 +137,15 @@ class RunLog:
             "now": self.history[-1].as_dict() if self.history else None}
 
     def report(self) -> dict:
-        """The whole log as JSON values: settings, forecast, the state at the end, and bytes after each chunk."""
-        return self.state() | {"settings": asdict(self.settings), "history": [point(stats) for stats in self.history]}
+        """The whole log as JSON values: settings, forecast, the state at the end, seconds, and bytes after each chunk."""
+        return self.state() | {
+            "settings": asdict(self.settings), "sampling_seconds": self.sampling_seconds, "monitor_seconds": self.own_seconds,
+            "history": [point(stats) for stats in self.history]}
+
+    def page(self) -> dict:
+        """The report for a page, which is sent at once: of a long history a part, the newest moment in it."""
+        report, every = self.report(), -(-len(self.history) // MOMENTS_SENT) or 1
+        return report | {"history": report["history"][::-every][::-1]}
 
 
 def point(stats: CacheStats) -> dict:

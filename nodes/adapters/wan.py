@@ -122,7 +122,7 @@ class Hook:
         finally:
             self.attend = None
             if clean and self.cache is not None:
-                self.log.note(self.cache.stats())
+                self.log.note(self.cache.stats)
             else:
                 self.log.tick()
 

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
@@ -37,10 +37,11 @@ class ComfyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Message:
-    """One websocket message: `at` is time.monotonic(), `data` a dict."""
+    """One websocket message: `at` is time.monotonic(), `data` a dict, `size` its bytes as they came."""
 
     type: str
     data: dict
+    size: int = 0
     at: float = field(default_factory=time.monotonic)
 
 
@@ -162,6 +163,8 @@ class ComfyClient:
             async for raw in socket:
                 message = _decode(raw)
                 if message is not None:
+                    size = len(raw.data.encode() if isinstance(raw.data, str) else raw.data)
+                    message = replace(message, size=size)
                     self.messages.append(message)
                     # the server's answer to the flags: from here on previews carry metadata
                     if message.type == "feature_flags":
