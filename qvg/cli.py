@@ -26,6 +26,13 @@ BENCHMARKS = ("kernels", "generate", "quality")
 
 
 def _plan(arguments) -> None:
+    if arguments.cards:
+        print(planning.render_cards(arguments.model))
+        return
+    if arguments.card:
+        arguments.vram = planning.room_on(arguments.model, arguments.card)
+        if not arguments.vram:
+            raise ValueError(f"The weights of {arguments.model} in bf16 leave nothing of a card of {arguments.card:g} GiB.")
     result = planning.plan(
         arguments.model, width=arguments.width, height=arguments.height, seconds=arguments.seconds or 0,
         latent_frames=arguments.latent_frames or 0, preset=arguments.preset or "", vram_gib=arguments.vram,
@@ -64,8 +71,11 @@ def parser() -> argparse.ArgumentParser:
     length = command.add_mutually_exclusive_group(required=True)
     length.add_argument("--seconds", type=float)
     length.add_argument("--latent-frames", type=int)
+    length.add_argument("--cards", action="store_true", help="the longest videos on cards of 8 to 80 GiB")
     command.add_argument("--preset", choices=PRESETS)
-    command.add_argument("--vram", type=float, default=0, metavar="GIB", help="say what fits into this much, model weights not counted")
+    memory = command.add_mutually_exclusive_group()
+    memory.add_argument("--vram", type=float, default=0, metavar="GIB", help="say what fits into this much, model weights not counted")
+    memory.add_argument("--card", type=float, default=0, metavar="GIB", help="say what fits on a card of this size, beside the weights")
     command.add_argument("--offload", action="store_true", help="of spans that wait in host memory and visit the device a layer at a time")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_plan)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 from .budget import GIB, Forecast, Geometry, forecast
 from .context import context_settings, forecast_context
 from .models.catalogue import MODELS, ModelShape
 from .settings import PRESETS, QVGSettings
+
+CARDS = (8, 12, 16, 24, 32, 48, 80)
+# activations of one chunk, what ComfyUI keeps free for itself (1.2 GiB) and what the driver and the screen take
+BESIDE_GIB = 2.0
 
 
 def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int) -> Forecast:
@@ -23,12 +28,30 @@ def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames
 def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 4096) -> int:
     """Most latent frames, in whole chunks, whose peak stays within limit_bytes; 0 when not even one chunk does."""
     chunk = shape.chunk_frames
-    low, high = 0, most // chunk
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = predict(shape, settings, geometry, middle * chunk).peak_bytes <= limit_bytes
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low * chunk
+
+    def peak(chunks: int) -> int:
+        return predict(shape, settings, geometry, chunks * chunk).peak_bytes
+
+    def last_that_fits(fits, low: int, high: int) -> int:
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    # once sink, recent frames and window are full, an epoch adds the same bytes as the one before: what is beyond need not be walked
+    epoch = max(1, math.lcm(settings.epoch_frames or 1, chunk) // chunk)
+    full = epoch * (2 + -(-(settings.sink_frames + settings.recent_frames + settings.window_frames) // (epoch * chunk)))
+    start = last_that_fits(lambda chunks: peak(chunks) <= limit_bytes, 0, min(full, most // chunk))
+    if start < full or shape.segment_frames or settings.budget_gib:
+        return chunk * (start if start < full else last_that_fits(lambda chunks: peak(chunks) <= limit_bytes, start, most // chunk))
+    ahead = [peak(full + number) for number in range(epoch + 1)]
+    step = ahead[-1] - ahead[0]
+
+    def fits(chunks: int) -> bool:
+        epochs, rest = divmod(chunks - full, epoch)
+        return ahead[rest] + epochs * step <= limit_bytes
+
+    return chunk * last_that_fits(fits, full, most // chunk)
 
 
 def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
@@ -72,7 +95,7 @@ def render(result: dict, vram_gib: float = 0) -> str:
         lines.append(f"({result['note']})")
     offloaded = any(row["host_bytes"] for row in rows.values())
     lines.append(f"{'preset':<10}{'stored':>12}{'peak':>12}{'ratio':>8}{'at peak':>9}{'bits':>7}" + ("     on host" if offloaded else "")
-                 + (f"   within {vram_gib:g} GiB" if vram_gib else ""))
+                 + (f"   within {round(vram_gib, 1):g} GiB" if vram_gib else ""))
     for name, row in rows.items():
         line = (f"{name:<10}{row['stored_bytes'] / GIB:>8.2f} GiB{row['peak_bytes'] / GIB:>8.2f} GiB"
                 f"{row['stored_ratio']:>7.2f}x{row['peak_ratio']:>8.2f}x{row['bits_per_number']:>7.2f}")
@@ -83,6 +106,32 @@ def render(result: dict, vram_gib: float = 0) -> str:
             line += f"   {'fits' if row['fits'] else 'does not fit'}; at most {longest_frames} latent frames " \
                     f"({max(0.0, MODELS[result['model']].seconds(longest_frames)):.1f} s)"
         lines.append(line)
+    return "\n".join(lines)
+
+
+def room_on(model: str, card_gib: float) -> float:
+    """GiB of a card that are left for the cache while `model` samples: without its weights in bf16 and `BESIDE_GIB`; at least 0.
+
+    A text encoder and a VAE are not counted: ComfyUI moves the one away before, and loads the other after.
+    """
+    shape = MODELS.get(model)
+    if shape is None or not shape.parameters:
+        known = ", ".join(name for name, other in MODELS.items() if other.parameters)
+        raise ValueError(f"The weights of {model!r} cannot be counted here, only those of {known}; give what they leave instead.")
+    return max(0.0, card_gib - shape.weight_bytes / GIB - BESIDE_GIB)
+
+
+def render_cards(model: str, seconds: float = 30) -> str:
+    """What fits on cards of `CARDS` GiB, as a table in Markdown: the longest video with its whole history, and the preset for `seconds`."""
+    names = ("off", "quality", "balanced", "smallest")
+    lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | {seconds:g} s fit with |", "|---" * 7 + "|"]
+    for card in CARDS:
+        room = room_on(model, card)
+        rows = plan(model, seconds=seconds, vram_gib=room)["presets"] if room else {}
+        longest_of = {name: max(0.0, MODELS[model].seconds(rows[name]["longest_latent_frames"])) if rows else 0.0 for name in names}
+        fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if room else "smaller weights")
+        advice = "any" if fitting == "off" else fitting.capitalize()
+        lines.append(f"| {card} GB | {room:.1f} GiB | " + " | ".join(f"{longest_of[name]:.0f} s" for name in names) + f" | {advice} |")
     return "\n".join(lines)
 
 

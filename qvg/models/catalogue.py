@@ -17,7 +17,8 @@ class ModelShape:
 
     layers, heads, head_dim: of the self-attention that is cached. stride: pixels (height and width) of a token. size: usual (width,
     height) in pixels. chunk_frames: latent frames of an autoregressive chunk. frame_rate: video frames a second. Every VAE here makes
-    one latent frame of the first video frame and one of each four after it. segment_frames: latent frames of a segment, where the model
+    one latent frame of the first video frame and one of each four after it. parameters: of the network that samples, 0 where no code here
+    could count them. segment_frames: latent frames of a segment, where the model
     rebuilds its cache for every segment from the frames before it; 0 where the cache grows with the video.
     """
 
@@ -30,6 +31,12 @@ class ModelShape:
     head_dim: int = 128
     note: str = ""
     segment_frames: int = 0
+    parameters: int = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """In bf16; fp8 weights take half of it."""
+        return 2 * self.parameters
 
     def geometry(self, width: int = 0, height: int = 0) -> Geometry:
         """Raises ValueError when a side is not positive."""
@@ -48,12 +55,12 @@ class ModelShape:
         return (4 * frames - 3) / self.frame_rate
 
 
-WAN_SMALL = ModelShape(30, 12, 16, (832, 480), 3)
+WAN_SMALL = ModelShape(30, 12, 16, (832, 480), 3, parameters=1_418_996_800)
 MODELS = {
     "self-forcing": WAN_SMALL,
     "causal-forcing": WAN_SMALL,
     "longlive": WAN_SMALL,
-    "krea-14b": ModelShape(40, 40, 16, (832, 480), 3),
+    "krea-14b": ModelShape(40, 40, 16, (832, 480), 3, parameters=14_288_491_584),
     "longcat": ModelShape(
         48, 32, 16, (832, 480), 5, 15, segment_frames=24,
         note="the cache holds the given latent frames of one segment, 19 at most, however long the video is"),
