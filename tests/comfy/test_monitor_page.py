@@ -107,6 +107,69 @@ def test_updates_are_few_and_small(page, comfy):
     assert points == list(range(1, 25)), "each chunk is sent once"
 
 
+# a run of another machine: 60 of 180 latent frames of Self-Forcing, on a card with 9 GiB free
+SENT = """({frames, run}) => {
+  const node = app.graph.nodes.find(node => node.type === 'QVGMemoryMonitor')
+  const gib = 2 ** 30, bf16 = 0.268 * gib * frames
+  const point = {frames, stored_bytes: bf16 / 6, workspace_bytes: gib / 4, peak_bytes: bf16 / 6 + gib / 4, bf16_bytes: bf16,
+                 codebook_bytes: bf16 / 60, by_bits: {2: bf16 / 6 - bf16 / 60}}
+  app.api.dispatchCustomEvent('qvg.memory', {
+    nodes: [String(node.id)], workflow: '', run, points: [point], preset: 'balanced', latent_frames: 180, ended: frames === 180,
+    budget_bytes: 12 * gib, device: 'cuda:0', free_bytes: 9 * gib, free_host_bytes: 40 * gib,
+    forecast: {stored_bytes: 8 * gib, peak_bytes: 8.5 * gib, bf16_bytes: 48.2 * gib},
+    now: {...point, held_frames: frames, tokens: 1560 * frames, ratio: 6, peak_ratio: 5, bits_per_number: 2.7, by_layer: [1, 2, 3]}})
+}"""
+
+
+def test_keyboard_screen_reader_and_limits(page):
+    """What has the focus keeps it while values change; a run's begin and end are read aloud; budget and the card's end are drawn."""
+    page.evaluate(LOAD, workflow(1))
+    page.wait_for_selector(".qvg-monitor", state="attached")
+    page.evaluate(SENT, {"frames": 30, "run": "a"})
+    page.wait_for_timeout(600)
+    page.evaluate("document.querySelector('.qvg-monitor summary').focus()")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.querySelector('.qvg-monitor [role=status]').textContent") == "Sampling: 30 of 180 latent frames"
+    page.evaluate(SENT, {"frames": 60, "run": "a"})
+    page.wait_for_timeout(600)
+    assert page.evaluate("document.activeElement.matches('.qvg-monitor summary') && document.querySelector('.qvg-monitor details').open")
+    assert page.evaluate("[...document.querySelectorAll('.qvg-monitor details dd')].map(item => item.textContent)") == ["1 B", "2 B", "3 B"]
+    assert page.evaluate("document.querySelector('.qvg-monitor [role=status]').textContent") == "Sampling: 30 of 180 latent frames"
+    text = page.evaluate(READ)["text"]
+    for words in ("Sampling: 60 of 180", "8.0 GiB held, 8.5 GiB peak", "60 frames, 93600 tokens", "Free on cuda:0", "40.0 GiB", "12.0 GiB",
+                  "Room on cuda:0"):
+        assert words in text
+    lines = "['qvg-bf16', 'qvg-peak', 'qvg-budget', 'qvg-room'].map(name => document.querySelectorAll(`.qvg-chart .${name}`).length)"
+    assert page.evaluate(lines) == [2, 2, 1, 1], "bf16 and peak with their forecasts, budget, room"
+    assert "at the peak" in page.evaluate("document.querySelector('.qvg-chart').getAttribute('aria-label')")
+    assert page.evaluate("document.querySelector('.qvg-monitor').getAttribute('aria-label')") == "KV Memory Monitor (QVG)"
+    page.evaluate(SENT, {"frames": 180, "run": "a"})
+    assert "finished" in page.evaluate("document.querySelector('.qvg-monitor [role=status]').textContent")
+    # a smaller node makes a smaller chart
+    page.evaluate("app.graph.nodes.find(node => node.type === 'QVGMemoryMonitor').setSize([340, 480])")
+    page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1000)
+    assert page.evaluate("Number(document.querySelector('.qvg-chart').getAttribute('width'))") < 330
+
+
+def test_settings_and_badge(page, tmp_path_factory):
+    shots = tmp_path_factory.getbasetemp()
+    page.evaluate(LOAD, workflow(2))
+    page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Units', 'decimal')")
+    page.evaluate(SENT, {"frames": 180, "run": "b"})
+    assert "9.7 GB" in page.evaluate(READ)["text"]
+    page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Units', 'binary')")
+    assert page.evaluate("['Rate', 'Toasts'].map(name => app.extensionManager.setting.get(`QVG.Monitor.${name}`))") == [4, True]
+    page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    page.get_by_text("QuantVideoGen", exact=True).last.click()
+    for words in ("Updates a second", "Units of memory", "Warn when the cache may not fit"):
+        page.get_by_text(words, exact=True).wait_for(timeout=15_000)
+    page.screenshot(path=shots / "settings.png")
+    page.get_by_text("About", exact=True).last.click()
+    page.get_by_text("ComfyUI-QuantVideoGen", exact=True).last.wait_for(timeout=15_000)
+    page.screenshot(path=shots / "about.png")
+
+
 def test_works_inside_a_subgraph(page, comfy):
     page.evaluate(LOAD, workflow(400))
     page.evaluate("""() => {

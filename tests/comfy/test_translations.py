@@ -44,6 +44,12 @@ def test_english_is_complete(english):
         assert f"images/{node}.png" in page
 
 
+def test_expert_knobs_are_folded(english):
+    shown = [key for key, spec in inputs_of(english["QVGSettings"]).items() if not spec[1].get("advanced")]
+    assert shown == ["preset"]
+    assert sum(bool(spec[1].get("advanced")) for info in english.values() for spec in inputs_of(info).values()) > 20
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_nodes_are_translated(english, language):
     found = read(language, "nodeDefs")
