@@ -27,7 +27,8 @@ class QVGCompare(io.ComfyNode):
                 io.Image.Input("first", tooltip="The video that is measured against, for example made with the preset Off."),
                 io.Image.Input("second", tooltip="The video that is measured; as many frames of the same size."),
                 io.Float.Input("white_at", default=0.25, min=0.01, max=1.0, step=0.01, advanced=True, optional=True,
-                               tooltip="Difference of a channel, of 0 to 1, that the heat map shows white. Lower it to see finer ones."),
+                               tooltip="Difference of a channel, of 0 to 1, that the heat map shows white. Lower it to see finer ones. "
+                                       "Default: 0.25."),
             ],
             outputs=[
                 io.Image.Output(display_name="side_by_side", tooltip="First left, second right."),

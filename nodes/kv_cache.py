@@ -23,11 +23,11 @@ class QVGSettingsNode(io.ComfyNode):
     def define_schema(cls):
         def knob(name: str, options: list[int], tooltip: str):
             return io.Combo.Input(name, options=[KEEP, *map(str, options)], default=KEEP, advanced=True, optional=True,
-                                  tooltip=f"{tooltip} 'preset' takes the preset's value.")
+                                  tooltip=f"{tooltip} 'preset', the default, takes the preset's value.")
 
         def count(name: str, high: int, tooltip: str):
             return io.Int.Input(name, default=-1, min=-1, max=high, advanced=True, optional=True,
-                                tooltip=f"{tooltip} -1 takes the preset's value.")
+                                tooltip=f"{tooltip} -1, the default, takes the preset's value.")
 
         return io.Schema(
             node_id="QVGSettings", display_name="QVG Settings", category="model/patch",
@@ -37,27 +37,35 @@ class QVGSettingsNode(io.ComfyNode):
                 io.Combo.Input("preset", options=list(LABELS), default="Balanced",
                                tooltip="Off: the model's own cache. Quality: 4 bits. Balanced: 2 bits, about 6x less memory. Smallest: "
                                        "1 bit. Paper: QVG as released, for comparison."),
-                knob("key_bits", [1, 2, 3, 4, 8, 16], "Bits a number that old keys keep."),
-                knob("value_bits", [1, 2, 3, 4, 8, 16], "Bits a number that old values keep."),
-                count("stages", 4, "Codebooks subtracted one after the other (0 to 4); each adds 1/16 bit a number."),
-                count("centroids", 256, "Entries of a codebook (1 to 256)."),
+                knob("key_bits", [1, 2, 3, 4, 8, 16],
+                     "Bits a number that old keys keep. More are closer to bf16, fewer leave room for longer video."),
+                knob("value_bits", [1, 2, 3, 4, 8, 16],
+                     "Bits a number that old values keep. More are closer to bf16, fewer leave room for longer video."),
+                count("stages", 4,
+                      "Codebooks subtracted one after the other (0 to 4), each 1/16 bit a number. More are closer to bf16, and slower."),
+                count("centroids", 256, "Entries of a codebook (1 to 256). More are closer to bf16, and slower."),
                 knob("group_size", [16, 32, 64, 128], "Channels that share a scale; fewer are more exact and cost more."),
-                count("sink_frames", 1000, "First latent frames, kept for good at sink_bits."),
-                knob("sink_bits", [1, 2, 3, 4, 8, 16], "Bits of the sink frames."),
-                count("recent_frames", 1000, "Newest latent frames, held at recent_bits until they age."),
-                knob("recent_bits", [1, 2, 3, 4, 8, 16], "Bits of the recent frames."),
-                count("window_frames", 100000, "Latent frames kept besides the sink; 0 keeps all."),
+                count("sink_frames", 1000,
+                      "First latent frames, kept for good at sink_bits. More are closer to bf16 and take more memory."),
+                knob("sink_bits", [1, 2, 3, 4, 8, 16],
+                     "Bits of the sink frames. More are closer to bf16, fewer leave room for longer video."),
+                count("recent_frames", 1000,
+                      "Newest latent frames, held at recent_bits until they age. More are closer to bf16 and take more memory."),
+                knob("recent_bits", [1, 2, 3, 4, 8, 16],
+                     "Bits of the recent frames. More are closer to bf16, fewer leave room for longer video."),
+                count("window_frames", 100000, "Latent frames kept besides the sink; 0 keeps all. Set it for video without end."),
                 io.Float.Input("budget_gib", default=0.0, min=0.0, max=1000.0, step=0.1, advanced=True, optional=True,
                                tooltip="Most GiB that cache and workspace may take. Over it the oldest frames lose bits, then leave. "
-                                       "0 sets no limit."),
+                                       "0, the default, sets no limit. Set it where the card is shared or the video has no end."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, optional=True, control_after_generate=False,
-                             tooltip="Seed of the clustering. It does not touch the sampler's noise."),
+                             tooltip="Seed of the clustering. It does not touch the sampler's noise. Default: 0."),
                 io.Boolean.Input("offload", default=False, advanced=True, optional=True,
                                  tooltip="Keep the frames in host memory (RAM) and bring them to the GPU a layer at a time, while it "
-                                         "computes the layer before. The video is the same; the GPU holds two layers instead of all."),
+                                         "computes the layer before. The video is the same; the GPU holds two layers instead of all. "
+                                         "Default: off; turn it on where the card is full and RAM is not."),
                 io.Float.Input("host_gib", default=0.0, min=0.0, max=100000.0, step=0.5, advanced=True, optional=True,
                                tooltip="Most GiB of host memory that offloaded frames may take. Over it the oldest lose bits, then leave. "
-                                       "0 sets no limit."),
+                                       "0, the default, sets no limit."),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])
 

@@ -229,21 +229,22 @@ class QVGARVideoSampler(io.ComfyNode):
                 SessionType.Input("session", optional=True, tooltip="A video to go on with, from Load Video Session (QVG)."),
                 io.Boolean.Input("auto_budget", default=False, optional=True,
                                  tooltip="Let the KV cache take what memory is free now, less a margin: when it is full, the oldest frames "
-                                         "lose bits and then leave, instead of an error."),
+                                         "lose bits and then leave, instead of an error. Default: off."),
                 io.Boolean.Input("keep_partial", default=True, optional=True,
-                                 tooltip="On interrupt, go on through the graph with the frames that are finished."),
+                                 tooltip="On interrupt, go on through the graph with the frames that are finished. Default: on."),
                 io.Int.Input("recache_frames", default=0, min=0, max=1000, optional=True, advanced=True,
                              tooltip="Newest latent frames that are stored anew when the prompt changes, so that the new prompt takes hold "
                                      "at once. 0 keeps the history as it is."),
                 io.Boolean.Input("first_alone", default=False, optional=True, advanced=True,
-                                 tooltip="The first latent frame is a chunk by itself."),
+                                 tooltip="The first latent frame is a chunk by itself. Default: off."),
                 io.Int.Input("position_limit", default=0, min=0, max=100000, optional=True, advanced=True,
                              tooltip="Latent frames that the model was trained on (21 for Self-Forcing). Beyond it positions no longer "
                                      "grow; needs a window in QVG Settings. 0 counts on."),
                 io.Float.Input("context_noise", default=0.0, min=0.0, max=0.99, step=0.01, optional=True, advanced=True,
                                tooltip="Noise level at which finished chunks are stored. 0 for all released models."),
                 io.Combo.Input("noise", options=list(NOISES), default="Same on every device", optional=True, advanced=True,
-                               tooltip="'As Sampler AR Video' draws the same numbers as core's sampler for the same seed."),
+                               tooltip="'As Sampler AR Video' draws the same numbers as core's sampler for the same seed. "
+                                       "Default: Same on every device."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id])
@@ -267,11 +268,12 @@ class QVGEmptyLongVideoLatent(io.ComfyNode):
             description="An empty video latent by seconds, as long as you like.",
             search_aliases=["qvg", "long video", "empty latent", "seconds"],
             inputs=[
-                io.Float.Input("seconds", default=10.0, min=0.1, max=86400.0, step=0.1, tooltip="At least so long; whole latent frames."),
+                io.Float.Input("seconds", default=10.0, min=0.1, max=86400.0, step=0.1, tooltip="At least so long; whole latent frames. "
+                                                                                                "Default: 10."),
                 io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model: 16 for Wan 2.1."),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels."),
-                io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Videos made beside each other."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels. Default: 832."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels. Default: 480."),
+                io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True, tooltip="Videos made beside each other. Default: 1."),
                 io.Vae.Input("vae", optional=True, tooltip="Takes channels and strides from this VAE; without it they are Wan 2.1's."),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For the sampler."),
@@ -306,7 +308,7 @@ class QVGPromptSchedule(io.ComfyNode):
                 io.String.Input("text", multiline=True, default="0s: a calm sea\n6.5s: a storm comes up",
                                 tooltip="One prompt a line with the time at which it begins: '0s: ...', '6.5s: ...', '1:05: ...'. A line "
                                         "without a time continues the one above."),
-                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model. Default: 16."),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers take the "
                                                                                  "first prompt.")])
@@ -328,8 +330,8 @@ class QVGPromptAt(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="What holds until then; may come from another Prompt at Time."),
                 io.Conditioning.Input("next", tooltip="What holds from then on."),
-                io.Float.Input("seconds", default=5.0, min=0.0, max=86400.0, step=0.1, tooltip="When it takes over."),
-                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model."),
+                io.Float.Input("seconds", default=5.0, min=0.0, max=86400.0, step=0.1, tooltip="When it takes over. Default: 5."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model. Default: 16."),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers take the "
                                                                                  "first prompt.")])

@@ -148,15 +148,19 @@ class QVGLongCatContinue(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From CLIPTextEncode with umt5_xxl, CLIP type wan."),
                 io.Conditioning.Input("negative", tooltip="Not used at cfg 1."),
                 io.Vae.Input("vae", tooltip="The VAE of Wan 2.1."),
-                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Pixels of the video, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels of the video, a multiple of 16."),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Pixels of the video, a multiple of 16. "
+                                                                                      "Default: 832."),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels of the video, a multiple of 16. "
+                                                                                       "Default: 480."),
                 io.Int.Input("length", default=93, min=5, max=393, step=4,
                              tooltip="Video frames of a segment, those that it continues included. The model was trained with 93."),
                 io.Int.Input("given_frames", default=13, min=1, max=389, step=4,
                              tooltip="Frames that a segment continues. 13 is quick; 73 remembers more, and then each segment adds 20."),
                 io.Int.Input("segments", default=1, min=1, max=1000,
-                             tooltip="How many. Of 93 frames that continue 13, each adds 80, which is 5.3 s at 15 frames a second."),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the sampler's noise."),
+                             tooltip="How many. Of 93 frames that continue 13, each adds 80, which is 5.3 s at 15 frames a second. "
+                                     "Default: 1."),
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the sampler's noise. "
+                                                                                                           "Default: 0."),
                 io.Int.Input("steps", default=STEPS, min=1, max=1000, tooltip="50 for the base model, 16 with the distillation LoRA."),
                 io.Float.Input("cfg", default=GUIDANCE, min=1.0, max=100.0, step=0.1, round=0.01,
                                tooltip="4 for the base model (CFG-Zero*), 1 with the distillation LoRA."),
@@ -164,9 +168,10 @@ class QVGLongCatContinue(io.ComfyNode):
                                tooltip="Noise levels of the base model, or those that the distillation LoRA was trained with."),
                 io.Combo.Input("carry", options=list(CARRIES), default=CARRIES[0], advanced=True, optional=True,
                                tooltip="How a segment gets the frames that it continues: decoded and encoded again, as the model was "
-                                       "published, or as latents, which is quicker and loses nothing on the way."),
+                                       "published, or as latents, which is quicker and loses nothing on the way. Default: pixels."),
                 io.Boolean.Input("fine_tail", default=True, advanced=True, optional=True,
-                                 tooltip="Ten equal steps below half of the noise, for fine detail. Only where the base model continues."),
+                                 tooltip="Ten equal steps below half of the noise, for fine detail. Only where the base model continues. "
+                                         "Default: on."),
                 io.String.Input("stream_to", default="", advanced=True, optional=True,
                                 tooltip="Prefix of an MP4 in the output folder, such as video/cat. It grows segment by segment and plays "
                                         "at any moment; a run that was stopped goes on behind the last whole segment. Outputs are then "

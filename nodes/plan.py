@@ -26,8 +26,9 @@ class QVGPlanMemory(io.ComfyNode):
                 io.Combo.Input("model", options=list(MODELS), tooltip="The model whose layers and heads are counted."),
                 io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 takes the model's usual width."),
                 io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 takes the model's usual height."),
-                io.Float.Input("seconds", default=30.0, min=0.1, max=36000.0, step=0.5, tooltip="Length of the video."),
-                io.Combo.Input("preset", options=list(LABELS), default="Balanced", tooltip="The preset that longest is counted for."),
+                io.Float.Input("seconds", default=30.0, min=0.1, max=36000.0, step=0.5, tooltip="Length of the video. Default: 30."),
+                io.Combo.Input("preset", options=list(LABELS), default="Balanced", tooltip="The preset that longest is counted for. "
+                                                                                           "Default: Balanced."),
                 io.Float.Input("memory_gib", default=0.0, min=0.0, max=10000.0, step=0.5, optional=True,
                                tooltip="GiB that the cache may take, the model's weights not counted. 0 takes what is free on this device "
                                        "when the node runs."),

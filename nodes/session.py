@@ -109,9 +109,10 @@ class QVGSaveVideoSession(io.ComfyNode):
             inputs=[
                 io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG); for Continue Video (LongCat, QVG) any sampler, such as "
                                                     "euler from KSamplerSelect."),
-                io.String.Input("name", default="my video", tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save."),
+                io.String.Input("name", default="my video", tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save. "
+                                                                    "Default: my video."),
                 io.Int.Input("every_chunks", default=4, min=1, max=10000,
-                             tooltip="Chunks, or segments of LongCat-Video, between saves. The end and an interrupt save, too."),
+                             tooltip="Chunks, or segments of LongCat-Video, between saves. The end and an interrupt save, too. Default: 4."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, saving.")])
 
@@ -139,7 +140,7 @@ class QVGLoadVideoSession(io.ComfyNode):
             description="Opens a saved video to go on with. Damaged files and those of another release are refused.",
             search_aliases=["qvg", "checkpoint", "resume", "continue video"],
             inputs=[io.String.Input("name", default="my video",
-                                    tooltip=f"A file below output/{FOLDER}, as Save Video Session (QVG) named it.")],
+                                    tooltip=f"A file below output/{FOLDER}, as Save Video Session (QVG) named it. Default: my video.")],
             outputs=[
                 SessionType.Output(display_name="session",
                                    tooltip="For AR Video Sampler (QVG), whose latent says how long the whole video shall be, or for "

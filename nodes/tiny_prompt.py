@@ -28,7 +28,8 @@ class QVGDemoPrompt(io.ComfyNode):
                             "ring. Motion: still, or moving or racing left, right, up, down. Background: dots stripes checks waves, "
                             "still or panning with a direction."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True, control_after_generate=False,
-                             tooltip="Where the shapes of start_image stand and how large they are. The conditioning ignores it."),
+                             tooltip="Where the shapes of start_image stand and how large they are. The conditioning ignores it. "
+                                     "Default: 0."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="conditioning", tooltip="For the tiny model alone."),

@@ -22,6 +22,21 @@ def english(comfy_server):
     return {name: info for name, info in comfy_server.client.object_info().items() if name.startswith("QVG")}
 
 
+# how a tooltip names the default of a switch
+DEFAULT = {"en": "Default: ", "de": "Standard: ", "fr": "Par défaut : ", "es": "Por defecto: ", "ru": "По умолчанию: ",
+           "zh": "默认值", "ja": "既定値", "ko": "기본값"}
+
+
+def names_default(tooltip, value, language="en"):
+    """Whether a tooltip says what an input is set to. A text of several sentences is seen in its box, and an empty one has no name."""
+    if isinstance(value, bool):
+        return DEFAULT[language] in tooltip
+    if value in (None, "") or (isinstance(value, str) and ("\n" in value or len(value) > 40)):
+        return True
+    word = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.search(rf"(?<![\w.]){re.escape(word)}(?![\d]|\.\d)", tooltip) is not None
+
+
 def inputs_of(info):
     return {key: spec for part in ("required", "optional") for key, spec in info["input"].get(part, {}).items()}
 
@@ -31,11 +46,11 @@ def test_there_is_no_language_without_a_test():
 
 
 def test_english_is_complete(english):
-    """Every node has a description and search words, every input and output a tooltip, and every node a help page with its picture."""
+    """Description and search words of every node, a tooltip of every input (with its default) and output, a help page with its picture."""
     for node, info in english.items():
         assert info["description"] and len(info["search_aliases"]) >= 3, node
         for key, spec in inputs_of(info).items():
-            assert spec[1].get("tooltip"), f"{node}.{key}"
+            assert names_default(spec[1]["tooltip"], spec[1].get("default")), f"{node}.{key}"
         assert info["output_tooltips"] and all(info["output_tooltips"]), node
         page = (REPOSITORY / "web" / "docs" / f"{node}.md").read_text()
         assert page.startswith(f"# {info['display_name']}\n")
@@ -60,6 +75,7 @@ def test_nodes_are_translated(english, language):
         assert set(words["inputs"]) == set(inputs_of(info)), node
         for key, spec in inputs_of(info).items():
             assert words["inputs"][key]["tooltip"] != spec[1]["tooltip"] and words["inputs"][key]["name"], f"{node}.{key}"
+            assert names_default(words["inputs"][key]["tooltip"], spec[1].get("default"), language), f"{node}.{key}"
         assert list(words["outputs"]) == [str(number) for number in range(len(info["output"]))], node
         for number, tooltip in enumerate(info["output_tooltips"]):
             assert words["outputs"][str(number)]["tooltip"] != tooltip and words["outputs"][str(number)]["name"], f"{node} {number}"
