@@ -19,7 +19,7 @@ SHIPPED = {
     *("__init__.py", "nodes", "qvg", "kernels", "workflows", "subgraphs", "web", "locales"),
     *("pyproject.toml", "requirements.txt", "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE"),
 }
-SHIPPED_SUFFIXES = {".py", ".toml", ".txt", ".md", ".json", ".js", ".jpg", ".png", ".svg", ".safetensors", ""}
+SHIPPED_SUFFIXES = {".py", ".toml", ".txt", ".md", ".json", ".js", ".jpg", ".png", ".webp", ".svg", ".safetensors", ""}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
     python tests/comfy/write_pictures.py [NODE ...]
 
-The monitor's picture shows the tiny model's run. Needs what `write_templates.py` needs.
+Those that show something after a run are shown after one: the monitor and Compare with the tiny model, the plan
+with its table. Needs what `write_templates.py` needs.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ import tempfile
 from PIL import Image
 
 from comfy_browser import open_browser, open_page
+from comfy_client import Graph
 from comfy_paths import REPOSITORY
 from comfy_server import ComfyServer
+from comfyui_qvg.qvg.demo import HEIGHT, NETWORK_FILE, PROMPTS, VAE_FILE, WIDTH
 from write_templates import FOLDER, open_template, run_in_frontend
 
 IMAGES = REPOSITORY / "web" / "docs" / "images"
-WIDTH = 640
-# the node's box on the screen: x, y, width, height
+PICTURE_WIDTH = 640
+# the box of the nodes of some types on the screen: x, y, width, height
 FRAME = """
-type => {
-  const node = app.graph.nodes.find(node => node.type === type)
-  app.canvas.deselectAll()
+({types, scale}) => {
+  const nodes = app.graph.nodes.filter(node => types.includes(node.type))
+  const left = Math.min(...nodes.map(node => node.pos[0])), right = Math.max(...nodes.map(node => node.pos[0] + node.size[0]))
+  const top = Math.min(...nodes.map(node => node.pos[1])), bottom = Math.max(...nodes.map(node => node.pos[1] + node.size[1]))
   const canvas = app.canvas
-  canvas.ds.scale = 1.4
-  canvas.ds.offset[0] = 100 - node.pos[0]
-  canvas.ds.offset[1] = 120 - node.pos[1]
+  canvas.deselectAll()
+  canvas.ds.scale = scale
+  canvas.ds.offset[0] = 100 - left
+  canvas.ds.offset[1] = 120 - top
   canvas.setDirty(true, true)
-  const [x, y] = [(node.pos[0] + canvas.ds.offset[0]) * 1.4, (node.pos[1] + canvas.ds.offset[1]) * 1.4]
-  return {x: x - 12, y: y - 30 * 1.4 - 34, width: node.size[0] * 1.4 + 24, height: node.size[1] * 1.4 + 30 * 1.4 + 50}
+  return {x: 100 * scale - 12, y: 90 * scale - 34, width: (right - left) * scale + 24, height: (bottom - top + 30) * scale + 50}
 }
 """
 ALONE = """
@@ -44,6 +48,65 @@ type => {
 """
 
 
+PLACE = """
+({places}) => {
+  for (const [type, number, x, y, width, height] of places) {
+    const node = app.graph.nodes.filter(node => node.type === type).sort((a, b) => a.id - b.id)[number]
+    node.pos = [x, y]
+    node.setSize([width, height])
+  }
+}
+"""
+# Compare and the three things that it makes, beside each other
+PLACES = [("QVGCompare", 0, 0, 5000, 330, 260), ("PreviewImage", 0, 380, 5000, 420, 300), ("PreviewImage", 1, 380, 5350, 420, 330),
+          ("PreviewImage", 2, 0, 5310, 330, 370)]
+
+
+def comparison() -> Graph:
+    """The tiny model's video with its own cache and with one bit, compared."""
+    graph = Graph()
+    model = graph.add("1", "UNETLoader", unet_name=NETWORK_FILE, weight_dtype="default")
+    vae = graph.add("2", "VAELoader", vae_name=VAE_FILE)
+    prompt = graph.add("3", "QVGDemoPrompt", text=PROMPTS[0], seed=18)
+    latent = graph.add("4", "EmptyARVideoLatent", width=WIDTH, height=HEIGHT, length=69, batch_size=1)
+    sampler = graph.add("5", "SamplerARVideo", num_frame_per_block=3)
+    videos = []
+    for number, preset in ((10, "Off"), (20, "Smallest")):
+        settings = graph.add(f"{number}", "QVGSettings", preset=preset)
+        quantized = graph.add(f"{number + 1}", "QVGQuantizeKVCache", model=model, settings=settings)
+        sigmas = graph.add(f"{number + 2}", "BasicScheduler", model=quantized, scheduler="simple", steps=4, denoise=1.0)
+        samples = graph.add(f"{number + 3}", "SamplerCustom", model=quantized, add_noise=True, noise_seed=0, cfg=1.0, positive=prompt,
+                            negative=prompt, sampler=sampler, sigmas=sigmas, latent_image=latent)
+        videos.append(graph.add(f"{number + 4}", "VAEDecode", samples=samples, vae=vae))
+    graph.add("30", "QVGCompare", first=videos[0], second=videos[1], white_at=0.25)
+    for number in range(3):
+        graph.add(f"{31 + number}", "PreviewImage", images=["30", number])
+    return graph
+
+
+def show(page, client, name: str) -> dict:
+    """Puts the node on the page as its help shows it; what to frame."""
+    if name == "QVGMemoryMonitor":
+        open_template(page, json.loads((FOLDER / "Tiny model - text to video.json").read_text()))
+        run_in_frontend(page, client)
+        return {"types": [name], "scale": 1.4}
+    if name == "QVGCompare":
+        page.evaluate("async graph => { await app.loadApiJson(graph, 'compare') }", comparison())
+        page.evaluate(PLACE, {"places": PLACES})
+        run_in_frontend(page, client)
+        page.evaluate(PLACE, {"places": PLACES})
+        page.wait_for_timeout(1500)
+        return {"types": [name, "PreviewImage"], "scale": 1.2}
+    page.evaluate(ALONE, name)
+    if name == "QVGPlanMemory":
+        page.evaluate("""app.graph.nodes[0].widgets.find(widget => widget.name === 'memory_gib').value = 12""")
+        page.evaluate("app.graph.nodes[0].setSize([760, 330])")
+        run_in_frontend(page, client)
+        page.wait_for_timeout(1000)
+        return {"types": [name], "scale": 1.1}
+    return {"types": [name], "scale": 1.4}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nodes", nargs="*")
@@ -53,17 +116,13 @@ def main() -> None:
         nodes = options.nodes or [name for name in server.client.object_info() if name.startswith("QVG")]
         with open_page(browser, server.url) as page:
             for name in nodes:
-                if name == "QVGMemoryMonitor":
-                    open_template(page, json.loads((FOLDER / "Tiny model - text to video.json").read_text()))
-                    run_in_frontend(page, server.client)
-                else:
-                    page.evaluate(ALONE, name)
-                box = page.evaluate(FRAME, name)
+                box = page.evaluate(FRAME, show(page, server.client, name))
                 page.wait_for_timeout(1000)
                 path = IMAGES / f"{name}.png"
                 page.screenshot(path=path, clip=box)
                 with Image.open(path) as picture:
-                    small = picture.convert("RGB").resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
+                    size = PICTURE_WIDTH, round(picture.height * PICTURE_WIDTH / picture.width)
+                    small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
                 small.quantize(128).save(path, optimize=True)
 
 
