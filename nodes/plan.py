@@ -53,7 +53,7 @@ class QVGPlanMemory(io.ComfyNode):
         memory = memory_gib or comfy.model_management.get_free_memory() / GIB
         found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory, offload=offload)
         table = plan.render(found, memory)
-        send_text(table, cls.hidden.unique_id)
+        send_text(plan.brief(found, memory), cls.hidden.unique_id)
         # a Wan VAE makes one frame of the first latent frame and four of each other
         frames = found["presets"][LABELS[preset]]["longest_latent_frames"]
         return io.NodeOutput(table, plan.to_json(found), 4 * frames - 3 if frames else 0)

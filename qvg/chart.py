@@ -111,7 +111,7 @@ def _draw_frames(canvas: _Canvas, box, values: Sequence[float], name: str, form:
         y = at(0, value)[1]
         canvas.draw.line((left, y, right, y), fill=GRID, width=round(canvas.unit))
         canvas.text(left - 8 * canvas.unit, y, form.format(value), 12, FAINT, "rm")
-    canvas.line([at(frame, value) for frame, value in enumerate(values)], colour)
+    canvas.line([at(frame, value) for frame, value in enumerate(values)], colour, 3)
     canvas.text(left, top - 10 * canvas.unit, f"{name}: mean {form.format(sum(values) / len(values))}", 12, FAINT)
     for frame in sorted({0, (len(values) - 1) // 2, len(values) - 1}):
         canvas.text(at(frame, low)[0], bottom + 12 * canvas.unit, str(frame) if frame else "frame 0", 12, FAINT, "mm")

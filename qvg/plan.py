@@ -109,6 +109,20 @@ def render(result: dict, vram_gib: float = 0) -> str:
     return "\n".join(lines)
 
 
+def brief(result: dict, vram_gib: float) -> str:
+    """`plan`'s result as sentences, a line a preset, for a place without columns."""
+    rows, shape = result["presets"], MODELS[result["model"]]
+    lines = [f"{result['seconds']:.1f} s at {result['width']} x {result['height']} in bf16: {rows['off']['bf16_bytes'] / GIB:.1f} GiB"]
+    for name, row in rows.items():
+        if name == "off":
+            continue
+        most = row["longest_latent_frames"]
+        lines.append(f"{name.capitalize()}: {row['peak_bytes'] / GIB:.1f} GiB at its peak ({row['peak_ratio']:.1f}x less), "
+                     f"{'fits' if row['fits'] else 'does not fit'} into {round(vram_gib, 1):g} GiB"
+                     + (f"; up to {shape.seconds(most):.0f} s would" if most and not shape.segment_frames else ""))
+    return "\n".join(lines)
+
+
 def room_on(model: str, card_gib: float) -> float:
     """GiB of a card that are left for the cache while `model` samples: without its weights in bf16 and `BESIDE_GIB`; at least 0.
 

@@ -11,7 +11,7 @@ from comfyui_qvg.qvg import cli
 from comfyui_qvg.qvg.budget import GIB, forecast
 from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.plan import BESIDE_GIB, CARDS, longest, plan, render_cards, room_on
+from comfyui_qvg.qvg.plan import BESIDE_GIB, CARDS, brief, longest, plan, render_cards, room_on
 from comfyui_qvg.qvg.settings import PRESETS
 
 MIB = 1 << 20
@@ -97,6 +97,18 @@ def test_offloaded(capsys):
     assert rows[0]["host_bytes"] == 0 and rows[1]["host_bytes"] > 0.9 * rows[1]["stored_bytes"]
     assert cli.main(["plan", "--model", "self-forcing", "--latent-frames", "60", "--offload"]) == 0
     assert "on host" in capsys.readouterr().out
+
+
+def test_brief_has_the_same_figures():
+    found = plan("self-forcing", seconds=30, vram_gib=7)
+    lines = brief(found, 7).splitlines()
+    assert len(lines) == len(PRESETS)
+    row = found["presets"]["balanced"]
+    (line,) = (line for line in lines if line.startswith("Balanced"))
+    seconds = MODELS["self-forcing"].seconds(row["longest_latent_frames"])
+    assert line == f"Balanced: {row['peak_bytes'] / GIB:.1f} GiB at its peak ({row['peak_ratio']:.1f}x less), fits into 7 GiB; " \
+                   f"up to {seconds:.0f} s would"
+    assert "does not fit" in lines[1]
 
 
 def test_bad_length(capsys):

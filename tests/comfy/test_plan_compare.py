@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from comfy_client import ComfyError
-from comfyui_qvg.qvg.plan import plan
+from comfyui_qvg.qvg.plan import brief, plan, render
 
 
 def planned(comfy, **inputs):
@@ -22,8 +22,8 @@ def test_plan_says_what_the_command_says(comfy):
     wanted = plan("self-forcing", seconds=30.0, vram_gib=24.0)
     assert json.loads(report) == json.loads(json.dumps(wanted))
     assert int(longest) == 4 * wanted["presets"]["balanced"]["longest_latent_frames"] - 3
-    assert "balanced" in table and "fits" in table
-    assert comfy.wait_for("text", lambda data: data["node"] == "1")["text"] == table
+    assert table == render(wanted, 24.0)
+    assert comfy.wait_for("text", lambda data: data["node"] == "1")["text"] == brief(wanted, 24.0)
 
 
 def test_plan_against_this_device(comfy):

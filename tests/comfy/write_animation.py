@@ -35,7 +35,7 @@ FRAME = """
   ds.offset[0] = 90 / scale - left
   ds.offset[1] = 150 / scale - top
   app.canvas.setDirty(true, true)
-  return {x: 82, y: 142, width: (right - left) * scale + 16, height: (bottom - top) * scale + 16}
+  return {x: 82, y: 142, width: (right - left) * scale + 16, height: (bottom - top) * scale + 24}
 }
 """
 STORED = "document.querySelector('.qvg-monitor').dataset.stored + document.querySelector('.qvg-monitor').dataset.phase"

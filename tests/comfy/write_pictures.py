@@ -33,9 +33,9 @@ FRAME = """
   canvas.deselectAll()
   canvas.ds.scale = scale
   canvas.ds.offset[0] = 100 - left
-  canvas.ds.offset[1] = 120 - top
+  canvas.ds.offset[1] = 160 - top
   canvas.setDirty(true, true)
-  return {x: 100 * scale - 12, y: 90 * scale - 34, width: (right - left) * scale + 24, height: (bottom - top + 30) * scale + 50}
+  return {x: 100 * scale - 12, y: 130 * scale - 34, width: (right - left) * scale + 24, height: (bottom - top + 30) * scale + 50}
 }
 """
 ALONE = """
@@ -100,10 +100,10 @@ def show(page, client, name: str) -> dict:
     page.evaluate(ALONE, name)
     if name == "QVGPlanMemory":
         page.evaluate("""app.graph.nodes[0].widgets.find(widget => widget.name === 'memory_gib').value = 12""")
-        page.evaluate("app.graph.nodes[0].setSize([760, 330])")
+        page.evaluate("app.graph.nodes[0].setSize([560, 340])")
         run_in_frontend(page, client)
         page.wait_for_timeout(1000)
-        return {"types": [name], "scale": 1.1}
+        return {"types": [name], "scale": 1.2}
     return {"types": [name], "scale": 1.4}
 
 

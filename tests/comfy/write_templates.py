@@ -84,7 +84,8 @@ async ({graph, columns, files, heights, core, pack}) => {
       }
       const box = new LiteGraph.LGraphGroup(group.title)
       box.pos = [x, top]
-      box.size = [width + 2 * MARGIN, y - top]
+      // Nodes 2.0 draws nodes somewhat higher
+      box.size = [width + 2 * MARGIN, y - top + 24]
       box.color = '#3f789e'
       app.graph.add(box)
       y += GAP
