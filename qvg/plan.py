@@ -110,16 +110,17 @@ def render(result: dict, vram_gib: float = 0) -> str:
 
 
 def brief(result: dict, vram_gib: float) -> str:
-    """`plan`'s result as sentences, a line a preset, for a place without columns."""
+    """`plan`'s result as sentences, a line a preset, for a place without columns. ComfyUI's Nodes 2.0 runs lines together."""
     rows, shape = result["presets"], MODELS[result["model"]]
-    lines = [f"{result['seconds']:.1f} s at {result['width']} x {result['height']} in bf16: {rows['off']['bf16_bytes'] / GIB:.1f} GiB"]
+    lines = [f"{result['seconds']:.1f} s at {result['width']} x {result['height']}: {rows['off']['bf16_bytes'] / GIB:.1f} GiB in bf16; "
+             f"{round(vram_gib, 1):g} GiB for the cache."]
     for name, row in rows.items():
         if name == "off":
             continue
         most = row["longest_latent_frames"]
-        lines.append(f"{name.capitalize()}: {row['peak_bytes'] / GIB:.1f} GiB at its peak ({row['peak_ratio']:.1f}x less), "
-                     f"{'fits' if row['fits'] else 'does not fit'} into {round(vram_gib, 1):g} GiB"
-                     + (f"; up to {shape.seconds(most):.0f} s would" if most and not shape.segment_frames else ""))
+        lines.append(f"{name.capitalize()}: peak {row['peak_bytes'] / GIB:.1f} GiB, {row['peak_ratio']:.1f}x less, "
+                     + ("fits" if row["fits"] else "does not fit")
+                     + (f"; longest {shape.seconds(most):.0f} s." if most and not shape.segment_frames else "."))
     return "\n".join(lines)
 
 

@@ -106,8 +106,8 @@ def test_brief_has_the_same_figures():
     row = found["presets"]["balanced"]
     (line,) = (line for line in lines if line.startswith("Balanced"))
     seconds = MODELS["self-forcing"].seconds(row["longest_latent_frames"])
-    assert line == f"Balanced: {row['peak_bytes'] / GIB:.1f} GiB at its peak ({row['peak_ratio']:.1f}x less), fits into 7 GiB; " \
-                   f"up to {seconds:.0f} s would"
+    assert line == (f"Balanced: peak {row['peak_bytes'] / GIB:.1f} GiB, {row['peak_ratio']:.1f}x less, fits; "
+                    f"longest {seconds:.0f} s.")
     assert "does not fit" in lines[1]
 
 

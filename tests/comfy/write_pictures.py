@@ -58,8 +58,8 @@ PLACE = """
 }
 """
 # Compare and the three things that it makes, beside each other
-PLACES = [("QVGCompare", 0, 0, 5000, 330, 260), ("PreviewImage", 0, 380, 5000, 420, 300), ("PreviewImage", 1, 380, 5350, 420, 330),
-          ("PreviewImage", 2, 0, 5310, 330, 370)]
+PLACES = [("QVGCompare", 0, 0, 5000, 330, 190), ("PreviewImage", 0, 380, 5000, 480, 220), ("PreviewImage", 1, 380, 5260, 480, 270),
+          ("PreviewImage", 2, 0, 5230, 330, 300)]
 
 
 def comparison() -> Graph:
@@ -68,7 +68,7 @@ def comparison() -> Graph:
     model = graph.add("1", "UNETLoader", unet_name=NETWORK_FILE, weight_dtype="default")
     vae = graph.add("2", "VAELoader", vae_name=VAE_FILE)
     prompt = graph.add("3", "QVGDemoPrompt", text=PROMPTS[0], seed=18)
-    latent = graph.add("4", "EmptyARVideoLatent", width=WIDTH, height=HEIGHT, length=69, batch_size=1)
+    latent = graph.add("4", "EmptyARVideoLatent", width=WIDTH, height=HEIGHT, length=33, batch_size=1)
     sampler = graph.add("5", "SamplerARVideo", num_frame_per_block=3)
     videos = []
     for number, preset in ((10, "Off"), (20, "Smallest")):
@@ -78,9 +78,12 @@ def comparison() -> Graph:
         samples = graph.add(f"{number + 3}", "SamplerCustom", model=quantized, add_noise=True, noise_seed=0, cfg=1.0, positive=prompt,
                             negative=prompt, sampler=sampler, sigmas=sigmas, latent_image=latent)
         videos.append(graph.add(f"{number + 4}", "VAEDecode", samples=samples, vae=vae))
-    graph.add("30", "QVGCompare", first=videos[0], second=videos[1], white_at=0.25)
-    for number in range(3):
-        graph.add(f"{31 + number}", "PreviewImage", images=["30", number])
+    graph.add("30", "QVGCompare", first=videos[0], second=videos[1], white_at=0.1)
+    # one moment of the two videos, where they differ
+    for number in range(2):
+        moment = graph.add(f"{41 + number}", "ImageFromBatch", image=["30", number], batch_index=30, length=1)
+        graph.add(f"{31 + number}", "PreviewImage", images=moment)
+    graph.add("33", "PreviewImage", images=["30", 2])
     return graph
 
 
@@ -115,6 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base, ComfyServer(base) as server, open_browser() as browser:
         nodes = options.nodes or [name for name in server.client.object_info() if name.startswith("QVG")]
         with open_page(browser, server.url) as page:
+            page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
             for name in nodes:
                 box = page.evaluate(FRAME, show(page, server.client, name))
                 page.wait_for_timeout(1000)
