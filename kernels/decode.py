@@ -22,6 +22,7 @@ from torch import Tensor
 from ..qvg import planes
 from ..qvg.codec import PaperSpan, PlainSpan, PlaneSpan
 from ..qvg.dispatch import Unsupported
+from .octets import bfloat16_octet, dequantize, fetch, octets, turn
 from .tiles import (
     HEAD_DIMS,
     converts_e4m3,
@@ -104,82 +105,6 @@ def _address(job, COLUMN: tl.constexpr, dtype: tl.constexpr):
     return tl.multiple_of(tl.load(job + COLUMN).to(tl.pointer_type(dtype)), 16)
 
 
-@triton.jit
-def _octets(x, ROWS: tl.constexpr, D: tl.constexpr):
-    """[ROWS, D] as eight tiles [ROWS, D / 8]: the first channels of all octets, the second ones, and so on."""
-    low, high = tl.split(tl.reshape(x, (ROWS, D // 8, 4, 2)))
-    x02, x13 = tl.split(tl.reshape(low, (ROWS, D // 8, 2, 2)))
-    x46, x57 = tl.split(tl.reshape(high, (ROWS, D // 8, 2, 2)))
-    x0, x4 = tl.split(x02)
-    x2, x6 = tl.split(x13)
-    x1, x5 = tl.split(x46)
-    x3, x7 = tl.split(x57)
-    return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@triton.jit
-def _bfloat16_octet(pointers):
-    """Eight neighbouring bf16 numbers, which `pointers` to int32 begin, as float32."""
-    w0, w1, w2, w3 = tl.load(pointers), tl.load(pointers + 1), tl.load(pointers + 2), tl.load(pointers + 3)
-    return (_low(w0), _high(w0), _low(w1), _high(w1), _low(w2), _high(w2), _low(w3), _high(w3))
-
-
-@triton.jit
-def _low(word):
-    return (word << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _high(word):
-    return (word & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _has(byte, CHANNEL: tl.constexpr):
-    return (byte & (1 << CHANNEL)) != 0
-
-
-@triton.jit
-def _fetch(local, octet, data, plane1, plane2, plane3, scales, ids, data_token, scale_token, id_token, id_stage,
-           BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, OCTETS: tl.constexpr):
-    """What is read of a tile's tokens before the centroids: bytes of the planes, codes of the scales, ids of every stage."""
-    at = local * data_token + octet
-    p0 = tl.load(data + at)
-    p1 = tl.load(plane1 + at) if BITS > 1 else p0
-    p2 = tl.load(plane2 + at) if BITS > 2 else p0
-    p3 = tl.load(plane3 + at) if BITS > 3 else p0
-    scale = tl.load(scales + local * scale_token)
-    for group in tl.static_range(1, GROUPS):
-        scale = tl.where(octet >= group * (OCTETS // GROUPS), tl.load(scales + local * scale_token + group), scale)
-    chosen = ()
-    for stage in tl.static_range(STAGES):
-        chosen = chosen + (tl.load(ids + stage * id_stage + local * id_token),)
-    return p0, p1, p2, p3, scale, chosen
-
-
-@triton.jit
-def _level(p0, p1, p2, p3, CHANNEL: tl.constexpr, BITS: tl.constexpr, l0, l1, l2, l3, l4, l5, l6, l7):
-    """One channel of an octet from the bytes of its planes and the levels of its token."""
-    size = l0
-    if BITS == 2:
-        size = tl.where(_has(p1, CHANNEL), l1, l0)
-    if BITS == 3:
-        size = tl.where(_has(p1, CHANNEL), tl.where(_has(p2, CHANNEL), l3, l2), tl.where(_has(p2, CHANNEL), l1, l0))
-    if BITS == 4:
-        high = tl.where(_has(p2, CHANNEL), tl.where(_has(p3, CHANNEL), l7, l6), tl.where(_has(p3, CHANNEL), l5, l4))
-        low = tl.where(_has(p2, CHANNEL), tl.where(_has(p3, CHANNEL), l3, l2), tl.where(_has(p3, CHANNEL), l1, l0))
-        size = tl.where(_has(p1, CHANNEL), high, low)
-    return tl.where(_has(p0, CHANNEL), size, -size)
-
-
-@triton.jit
-def _turn(even, odd, turns):
-    """A channel pair turned by (cos, sin), held in the halves of an int64."""
-    cos = turns.to(tl.int32).to(tl.float32, bitcast=True)
-    sin = (turns >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return even * cos - odd * sin, even * sin + odd * cos
-
-
 # numbers that change during a video would each be compiled for anew
 @triton.jit(do_not_specialize=["first_job", "first_head", "all_heads", "heads", "rows", "origin", "frames", "places"])
 def decode_kernel(
@@ -246,11 +171,11 @@ def decode_kernel(
         l0, l1, l2, l3 = tl.load(level) * unit, tl.load(level + 1) * unit, tl.load(level + 2) * unit, tl.load(level + 3) * unit
         l4, l5, l6, l7 = tl.load(level + 4) * unit, tl.load(level + 5) * unit, tl.load(level + 6) * unit, tl.load(level + 7) * unit
         # octets are read as words: of bf16 two channels, of E4M3 four
-        channels = _bfloat16_octet(_address(job, CHANNEL_SCALE, tl.int32) + row * (D // 2) + 4 * octet)
+        channels = bfloat16_octet(_address(job, CHANNEL_SCALE, tl.int32) + row * (D // 2) + 4 * octet)
         units = ()
         for stage in tl.static_range(STAGES):
             unit_at = (stage * rows + row) * (D // 2) + 4 * octet
-            units = units + (_bfloat16_octet(_address(job, CENTROID_SCALE, tl.int32) + unit_at),)
+            units = units + (bfloat16_octet(_address(job, CENTROID_SCALE, tl.int32) + unit_at),)
     first_frame = tl.load(job + FRAME).to(tl.int32) + origin
     per_place = 1.0 / places
 
@@ -263,7 +188,7 @@ def decode_kernel(
         if BITS > 1:
             prefetch(plane1 + line)
     if KIND == PLANES:
-        n0, n1, n2, n3, next_scale, next_ids = _fetch(
+        n0, n1, n2, n3, next_scale, next_ids = fetch(
             tl.minimum(tl.arange(0, TOKENS)[:, None], last), octet, data, plane1, plane2, plane3, scales, ids,
             data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
     for step in range(STEPS):
@@ -280,14 +205,14 @@ def decode_kernel(
                 codes = centroids.to(tl.pointer_type(tl.int64)) + stage * (centroid_stage // 8)
                 words = words + (tl.load(codes + next_ids[stage].to(tl.int32) * (D // 8) + octet),)
             # the next tile's bytes are on their way while this one is computed
-            n0, n1, n2, n3, next_scale, next_ids = _fetch(
+            n0, n1, n2, n3, next_scale, next_ids = fetch(
                 tl.minimum(token + TOKENS, last), octet, data, plane1, plane2, plane3, scales, ids,
                 data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
             m0, m1, m2, m3 = l0 * scale, l1 * scale, l2 * scale, l3 * scale
             m4, m5, m6, m7 = l4 * scale, l5 * scale, l6 * scale, l7 * scale
             x = ()
             for c in tl.static_range(8):
-                x = x + (_level(p0, p1, p2, p3, c, BITS, m0, m1, m2, m3, m4, m5, m6, m7) * channels[c],)
+                x = x + (dequantize(p0, p1, p2, p3, c, BITS, m0, m1, m2, m3, m4, m5, m6, m7) * channels[c],)
             for stage in tl.static_range(STAGES):
                 found = e4m3_octet(words[stage], NATIVE_E4M3)
                 y = ()
@@ -320,7 +245,7 @@ def decode_kernel(
                     tile += tl.load(centroids + stage * centroid_stage + chosen * D + channel).to(tl.float32)
                 # the released package rounds to bf16 before anything else sees the value
                 tile = round_to_bfloat16(tile)
-            x0, x1, x2, x3, x4, x5, x6, x7 = _octets(tile, TOKENS, D)
+            x0, x1, x2, x3, x4, x5, x6, x7 = octets(tile, TOKENS, D)
 
         if not is_value:
             # a quotient by way of float32, far cheaper than integer division: half a token keeps it away from whole
@@ -335,10 +260,10 @@ def decode_kernel(
             # not so at the octet where time ends, but a thread holds one octet, and what matters is that threads stand along a row
             left = angles + tl.max_contiguous(left, (1, D // 8))
             right = angles + tl.max_contiguous(right, (1, D // 8))
-            x0, x1 = _turn(x0, x1, tl.load(left))
-            x2, x3 = _turn(x2, x3, tl.load(left + D // 8))
-            x4, x5 = _turn(x4, x5, tl.load(right + D // 4))
-            x6, x7 = _turn(x6, x7, tl.load(right + 3 * (D // 8)))
+            x0, x1 = turn(x0, x1, tl.load(left))
+            x2, x3 = turn(x2, x3, tl.load(left + D // 8))
+            x4, x5 = turn(x4, x5, tl.load(right + D // 4))
+            x6, x7 = turn(x6, x7, tl.load(right + 3 * (D // 8)))
         even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
         odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
         x = tl.reshape(tl.join(even, odd), (TOKENS, D))

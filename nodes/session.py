@@ -112,7 +112,8 @@ class QVGSaveVideoSession(io.ComfyNode):
                 io.String.Input("name", default="my video", tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save. "
                                                                     "Default: my video."),
                 io.Int.Input("every_chunks", default=4, min=1, max=10000,
-                             tooltip="Chunks, or segments of LongCat-Video, between saves. The end and an interrupt save, too. Default: 4."),
+                             tooltip="Chunks, or segments of LongCat-Video, between saves. The end and an interrupt save, too. "
+                                     "Default: 4."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, saving.")])
 

@@ -21,6 +21,7 @@ from .codec import LevelTables, Span, TensorCodec
 from .offload import HostStore
 from .rope import Rope
 from .settings import PLAIN_BITS, QVGSettings
+from .workspace import Workspace
 
 SPAN_KINDS = ("planes", "scales", "ids", "plain")
 KINDS = (*SPAN_KINDS[:3], "codebooks", "plain")
@@ -321,51 +322,6 @@ def _runs(group: list[tuple[int, Entry]], shift: int) -> list[tuple[int, int, in
         else:
             runs.append((start, position, entry.frames))
     return runs
-
-
-class Workspace:
-    """Decoded K and V of a group of heads, reused by every layer and step; two of them where one is filled while the other is read.
-
-    side: the stream that fills them, on devices that have streams.
-    """
-
-    def __init__(self, geometry: Geometry, dtype: torch.dtype, device, capacity_frames: int | None):
-        self.geometry, self.dtype, self.device = geometry, dtype, device
-        self.group = budget.head_group(geometry.heads)
-        self.side = torch.cuda.Stream(device) if geometry.buffers > 1 else None
-        self.capacity = None if capacity_frames is None else capacity_frames * geometry.frame_tokens
-        self._storage: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._storage is None else self._storage.nbytes
-
-    def views(self, tokens: int, buffer: int = 0) -> tuple[Tensor, Tensor]:
-        """K and V [B, tokens, group, D], uninitialized. What an earlier call returned of this buffer is overwritten."""
-        size = self.geometry.batch * tokens * self.group * self.geometry.head_dim
-        if self._storage is None or self._storage.shape[1] < size:
-            # a quarter more where the length is unknown, so that a growing video does not reallocate at every chunk
-            room = max(tokens, self.capacity if self.capacity is not None else tokens + tokens // 4)
-            self._storage = None
-            self._storage = torch.empty(2 * self.geometry.buffers, self.geometry.batch * room * self.group * self.geometry.head_dim,
-                                        dtype=self.dtype, device=self.device)
-            if self.side is not None:
-                # what the present stream still does with that memory comes first; and a run that is broken off leaves work on the
-                # second stream, which must be done before the memory is given away
-                self.side.wait_stream(torch.cuda.current_stream(self.device))
-                self._storage.record_stream(self.side)
-        shape = (self.geometry.batch, tokens, self.group, self.geometry.head_dim)
-        return self._storage[2 * buffer, :size].view(shape), self._storage[2 * buffer + 1, :size].view(shape)
-
-    def halve(self) -> bool:
-        """Decode at most half as many heads at a time; False where it is one already."""
-        smaller = [group for group in range(1, self.group // 2 + 1) if self.geometry.heads % group == 0]
-        self.free()
-        self.group = max(smaller, default=self.group)
-        return bool(smaller)
-
-    def free(self) -> None:
-        self._storage = None
 
 
 class KVCache:
