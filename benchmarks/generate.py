@@ -203,20 +203,28 @@ def main(arguments: list[str]) -> None:
     missing = peers.quant_videogen()
     if not isinstance(missing, str) and device.type == "cuda":
         kinds.append(methods.Package)
-    rows = []
+    rows, limits = [], []
+
+    def note(show: bool) -> None:
+        columns = ("method", "context", "ms a chunk", "overhead %", "peak GiB", "state GiB", "ratio to bf16")
+        text = table(columns, [(
+            row["method"], row["context"], row.get("ms"), row.get("overhead_percent", row.get("error")),
+            row["peak_bytes"] / GIB if "peak_bytes" in row else None, row["state_bytes"] / GIB if "state_bytes" in row else None,
+            row.get("ratio")) for row in rows])
+        if limits:
+            columns = ("GiB", "method", "latent frames", "seconds of video", "did not fit")
+            text += "\n\n" + table(columns, [tuple(row.values()) for row in limits])
+        if isinstance(missing, str):
+            text += f"\n\nquant-videogen not measured: {missing}"
+        write(options.out, "generate", {
+            "environment": environment(device, command_line("generate", arguments)), "weights_bytes": scene.weights,
+            "activations_bytes": scene.activations, "rows": rows, "limits": limits}, text, show=show)
+
+    # on the disk after every context, so that a time limit loses the one under way alone
     for context in options.contexts or ([6, 27] if options.small else [21, 60, 120, 180]):
         rows += compare(scene, context, kinds, options.rounds)
-    limits = [row for limit in options.limits if device.type == "cuda" for row in capped(scene, limit, guesses(scene, limit))]
-    columns = ("method", "context", "ms a chunk", "overhead %", "peak GiB", "state GiB", "ratio to bf16")
-    text = table(columns, [(
-        row["method"], row["context"], row.get("ms"), row.get("overhead_percent", row.get("error")),
-        row["peak_bytes"] / GIB if "peak_bytes" in row else None, row["state_bytes"] / GIB if "state_bytes" in row else None,
-        row.get("ratio")) for row in rows])
-    if limits:
-        columns = ("GiB", "method", "latent frames", "seconds of video", "did not fit")
-        text += "\n\n" + table(columns, [tuple(row.values()) for row in limits])
-    if isinstance(missing, str):
-        text += f"\n\nquant-videogen not measured: {missing}"
-    write(options.out, "generate", {
-        "environment": environment(device, command_line("generate", arguments)), "weights_bytes": scene.weights,
-        "activations_bytes": scene.activations, "rows": rows, "limits": limits}, text)
+        note(show=False)
+    for limit in options.limits if device.type == "cuda" else ():
+        limits += capped(scene, limit, guesses(scene, limit))
+        note(show=False)
+    note(show=True)

@@ -106,17 +106,18 @@ class Bench:
         self.rows.append((op, backend, "", None, None, None, f"not measured: {reason}"))
 
 
-def reading(cache: KVCache) -> tuple[Callable, int]:
-    """A read of all heads of the layer, group by group, and the bytes that it has to move."""
-    layer = cache.layers[0]
-    views = cache.workspace.views(layer.tokens)
+def reading(cache: KVCache, together: bool = False) -> tuple[Callable, int]:
+    """A read of all heads of the layer, group by group as attention asks for them, or in one launch; and the bytes that it has to move."""
+    layer, geometry = cache.layers[0], cache.geometry
+    slices = [slice(0, geometry.heads)] if together else cache.head_slices()
+    shape = 1, layer.tokens, slices[0].stop - slices[0].start, geometry.head_dim
+    views = [torch.empty(shape, dtype=cache.workspace.dtype, device=cache.workspace.device) for _ in range(2)]
 
     def read() -> None:
-        for heads in cache.head_slices():
+        for heads in slices:
             layer.read(heads, *views)
 
-    decoded = 2 * layer.tokens * cache.geometry.heads * cache.geometry.head_dim * views[0].element_size()
-    return read, layer.nbytes + decoded
+    return read, layer.nbytes + len(slices) * sum(view.nbytes for view in views)
 
 
 def decode(bench: Bench, found: list[Case]) -> None:
@@ -128,6 +129,8 @@ def decode(bench: Bench, found: list[Case]) -> None:
              "no stage": BARE.both(stages=0), "1 stage of 256": BARE.both(stages=1, centroids=256)}
     for name, settings in (kinds | {name: PRESETS[name] for name in ("quality", "smallest", "paper", "off")}).items():
         bench.add("decode", bench.backend, case.label, *reading(filled(case, settings, bench.device)), note=name)
+    bench.add("decode", bench.backend, case.label, *reading(filled(case, BARE, bench.device), together=True),
+              note="2 planes, 2 stages of 128, every head in one launch")
     if bench.backend == "triton":
         compiled_twin(bench, case)
 
@@ -256,9 +259,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     bench = Bench(device, options.small)
-    for part in options.only:
+    for number, part in enumerate(options.only, 1):
         PARTS[part](bench, cases(options.small))
-    result = {"environment": environment(device, command_line("kernels", arguments)), "copy_bytes_per_second": bench.bandwidth,
-              "rows": [dict(zip(COLUMNS, row)) for row in bench.rows],
-              "refusals": [row for row in dispatch.report(device) if row[2]]}
-    write(options.out, "kernels", result, f"copy bandwidth {bench.bandwidth / 1e9:.0f} GB/s\n\n" + table(COLUMNS, bench.rows))
+        # on the disk after every part, so that a time limit loses the one under way alone
+        result = {"environment": environment(device, command_line("kernels", arguments)), "copy_bytes_per_second": bench.bandwidth,
+                  "rows": [dict(zip(COLUMNS, row)) for row in bench.rows],
+                  "refusals": [row for row in dispatch.report(device) if row[2]]}
+        write(options.out, "kernels", result, f"copy bandwidth {bench.bandwidth / 1e9:.0f} GB/s\n\n" + table(COLUMNS, bench.rows),
+              show=number == len(options.only))
