@@ -278,8 +278,11 @@ class TestOnGPU:
         def made():
             store = KVCache(QVGSettings.preset("quality"), layers=2, heads=8, head_dim=128, grid=(16, 24), device="cuda",
                             dtype=torch.float32, max_frames=90)
-            return list(Sampler(CachedNetwork(network, [Condition(prompt, store)]), Run(frames=90, sigmas=(1, 0)), (1, 16, 32, 48),
-                                device="cuda"))
+            try:
+                return list(Sampler(CachedNetwork(network, [Condition(prompt, store)]), Run(frames=90, sigmas=(1, 0)), (1, 16, 32, 48),
+                                    device="cuda"))
+            finally:
+                store.free()
 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
