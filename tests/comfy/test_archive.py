@@ -1,5 +1,6 @@
 """The registry's archive, unpacked under another folder name, works in ComfyUI as the checkout does."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from comfy_paths import REPOSITORY
 from comfy_server import ComfyServer
 from test_packaging import archive
 
-COMFY = Path(sys.executable).with_name("comfy")
+# beside this Python, or wherever it was installed without touching this environment
+COMFY = shutil.which("comfy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_the_page_loads_without_an_error_of_ours(server, browser):
         assert [text for kind, text in page.console if kind in ("error", "pageerror") and "quantvideogen" in text.lower()] == []
 
 
-@pytest.mark.skipif(not COMFY.is_file(), reason="comfy-cli is not installed: pip install comfy-cli")
+@pytest.mark.skipif(not COMFY, reason="comfy-cli is not installed: pip install comfy-cli")
 def test_comfy_cli_accepts_and_packs_the_same_files(tmp_path):
     """In a clone, because `comfy node pack` writes beside what it packs."""
     clone = tmp_path / "clone"
