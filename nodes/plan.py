@@ -33,7 +33,7 @@ class QVGPlanMemory(io.ComfyNode):
                                tooltip="GiB that the cache may take, the model's weights not counted. 0 takes what is free on this device "
                                        "when the node runs."),
                 io.Boolean.Input("offload", default=False, optional=True, advanced=True,
-                                 tooltip="Plan for frames that are kept in host memory, as offload in QVG Settings does."),
+                                 tooltip="Plan for frames that are kept in host memory, as offload in QVG Settings does. Default: off."),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="A line a preset: stored, peak, ratios, whether it fits."),
