@@ -155,9 +155,9 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
         residual = x[:, part].transpose(0, 1).float()
         for stage in range(stages):
             start = previous.values(stage, part) if warm else None
-            # what an epoch before has found is near, as the paper's centroid caching says (section 4.3)
             # kernels round to bf16 in their products anyhow, and read half as much
             seen = residual.bfloat16() if kernels and x.device.type != "cpu" else residual
+            # what an epoch before has found is near: the paper's centroid caching
             found = kmeans(seen, count, max(1, iterations // WARM) if warm else iterations, generator, start)
             scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).bfloat16()
             scale[scale == 0] = 1
