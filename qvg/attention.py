@@ -87,7 +87,7 @@ class CachedAttention:
         ahead.open(history, slices[0], tokens, self.shift)
         ahead.append(append, slices[0])
         coming = [(history, heads) for heads in slices[1:]]
-        coming += [(layer, slices[0]) for layer in self.cache.layers[history.number + 1:history.number + 2] if layer.tokens]
+        coming += [(layer, slices[0]) for layer in self.cache.layers[history.number + 1:history.number + 2] if layer.tokens == past]
         for number, heads in enumerate(slices):
             views = ahead.take()
             if number < len(coming):
