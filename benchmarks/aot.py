@@ -83,7 +83,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
     yield from _ones(nvidia)
     for dim in (128,) if few else TURNS:
         for kind in kinds if dim == 128 else kinds[:1]:
-            yield _decode(kind, dim, name, native_e4m3)
+            yield _decode(kind, dim, name, native_e4m3, target.arch // 10 if nvidia else 0)
         yield Variant(f"rotate-d{dim}", rotate.rotate_kernel, {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"},
                       {"D": dim, "LINES": 2048 // dim}, 4)
         try:
@@ -139,8 +139,8 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
         yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4)
 
 
-def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool) -> Variant:
-    tile = decode.Tiling.of(dim, name, kind.bits)
+def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool, major: int = 0) -> Variant:
+    tile = decode.Tiling.of(dim, name, kind.bits, major)
     pointers = {"jobs": "*i64", "levels": "*fp32", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
     label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
     return Variant(label, decode.decode_kernel, pointers, {

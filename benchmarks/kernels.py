@@ -242,7 +242,7 @@ def tune(bench: Bench, found: list[Case]) -> None:
     from ..kernels.decode import Tiling
 
     for tiling in tilings():
-        with mock.patch.object(Tiling, "of", staticmethod(lambda head_dim, name, bits=2: tiling)):  # noqa: B023
+        with mock.patch.object(Tiling, "of", staticmethod(lambda head_dim, name, bits=2, major=9: tiling)):  # noqa: B023
             cache = filled(case, BARE, bench.device)
             bench.add("decode", "triton", case.label, *reading(cache), note=f"{tiling}", repeats=10)
 

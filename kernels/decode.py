@@ -92,11 +92,13 @@ class Tiling:
         return {} if self.registers is None else {"maxnreg": self.registers}
 
     @staticmethod
-    def of(head_dim: int, name: str, bits: int = 2) -> Tiling:
-        """For a platform by its name, see `tiles.platform`."""
+    def of(head_dim: int, name: str, bits: int = 2, major: int = 9) -> Tiling:
+        """For a platform by its name, see `tiles.platform`; major: of NVIDIA's compute capability."""
         if name == "interpreter":
             return Tiling(tokens=4096 // head_dim, steps=2, warps=8)
-        return Tiling(tokens=1024 // head_dim, steps=8, warps=4, registers=64 if name == "cuda" and bits <= 2 else None)
+        # so few registers would spill from capability 10 on
+        few = name == "cuda" and major < 10 and bits <= 2
+        return Tiling(tokens=1024 // head_dim, steps=8, warps=4, registers=64 if few else None)
 
 
 @triton.jit
@@ -315,6 +317,7 @@ class Reader:
             raise Unsupported(no_kernel_for(head_dim))
         self._angles = angles or Angles(rope)
         self._rope, self._platform, self._head_dim = rope, platform(torch.device(device)), head_dim
+        self._major = torch.cuda.get_device_capability(device)[0] if self._platform == "cuda" else 0
         self._dtype, self._device = dtype, torch.device(device)
         self._rows: dict[int, Row] = {}
         self._places: list[tuple[int, int, int]] | None = None
@@ -347,7 +350,7 @@ class Reader:
         before = 0
         for kind, same in kinds.items():
             longest = max(columns[COUNT.value] for columns, _ in same)
-            tile = Tiling.of(self._head_dim, self._platform, kind.bits)
+            tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major)
             self._launches.append((kind, tile, before, len(same), triton.cdiv(longest, tile.tokens * tile.steps)))
             before += len(same)
         if jobs:
