@@ -36,7 +36,7 @@ def measure(client, seed: int) -> dict:
     wanted = graph()
     wanted["noise"]["inputs"]["noise_seed"] = seed
     client.messages.clear()
-    report = json.loads(client.run(wanted, timeout=300)["report"]["text"][0])
+    report = json.loads(client.run(wanted, timeout=900)["report"]["text"][0])
     ours = [message for message in client.messages if message.type == "qvg.memory"
             or (message.type == "text" and message.data["node"] == "quantize")
             or (message.type == "executed" and message.data["node"] == "monitor")]
