@@ -47,7 +47,7 @@ def _has(byte, CHANNEL: tl.constexpr):
 
 @triton.jit
 def fetch(local, octet, data, plane1, plane2, plane3, scales, ids, data_token, scale_token, id_token, id_stage,
-           BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, OCTETS: tl.constexpr):
+          BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, OCTETS: tl.constexpr):
     """What is read of a tile's tokens before the centroids: bytes of the planes, codes of the scales, ids of every stage."""
     at = local * data_token + octet
     p0 = tl.load(data + at)

@@ -5,6 +5,7 @@ and without a GPU Triton's interpreter, which has to be asked for before anythin
 import os
 
 import hypothesis
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -13,3 +14,12 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("pack", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("pack")
+
+
+@pytest.fixture
+def poison():
+    """What is read before it was written is no number, and sums on a GPU come out alike."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

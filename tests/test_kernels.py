@@ -23,15 +23,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 # the interpreter multiplies bf16 wrongly
 DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 
-pytestmark = pytest.mark.gpu if ON_GPU else []
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("poison"), *([pytest.mark.gpu] if ON_GPU else [])]
 
 
 def tokens(*shape, seed=0, dtype=torch.float32, clusters=6):

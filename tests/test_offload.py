@@ -22,16 +22,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 GRID, HEADS, DIM = (5, 7), 4, 64
 
-pytestmark = pytest.mark.gpu if ON_GPU else []
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """What is read before it was written is no number, and sums on a GPU come out alike."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.usefixtures("poison"), *([pytest.mark.gpu] if ON_GPU else [])]
 
 
 # small codebooks, which take little time and are not what is tested
