@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..qvg.dispatch import before_launch
 from .tiles import Product, e4m3_to_float32, require_channels_last
 
 # tokens of a program; fewer on cards whose registers do not hold them
@@ -64,6 +65,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     rows, tokens, dim = x.shape
     ids = torch.empty(rows, tokens, dtype=torch.int64, device=x.device)
     product = Product.of(dim, x.device, TOKENS)
+    before_launch("assign", dim, x.dtype, x.device)
     assign_kernel[(triton.cdiv(tokens, product.tokens), rows)](
         x, centroids.contiguous(), ids, tokens, centroids.shape[1], x.stride(0), x.stride(1),
         D=dim, TOKENS=product.tokens, BLOCK=product.block, PRODUCT=product.dtype,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..qvg import planes
 from ..qvg.codec import PaperSpan, PlainSpan, PlaneSpan
-from ..qvg.dispatch import Unsupported
+from ..qvg.dispatch import Unsupported, before_launch
 from .octets import bfloat16_octet, dequantize, fetch, octets, turn
 from .tiles import (
     HEAD_DIMS,
@@ -351,6 +351,7 @@ class Reader:
         for kind, same in kinds.items():
             longest = max(columns[COUNT.value] for columns, _ in same)
             tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major)
+            before_launch("decode", kind, self._head_dim, self._dtype, self._device)
             self._launches.append((kind, tile, before, len(same), triton.cdiv(longest, tile.tokens * tile.steps)))
             before += len(same)
         if jobs:

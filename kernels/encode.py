@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..qvg import planes
 from ..qvg.codec import PlaneSpan
+from ..qvg.dispatch import before_launch
 from ..qvg.smoothing import Codebook
 from .assign import nearest
 from .tiles import (
@@ -137,6 +138,7 @@ def encode(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> 
     largest = torch.zeros(rows, dtype=torch.int32, device=x.device)
     book = codebook.centroids, codebook.centroid_scale, codebook.channel_scale
     native, product, tile = converts_e4m3(x.device), Product.of(dim, x.device), 4096 // dim
+    before_launch("encode", bits, stages, groups, dim, x.dtype, x.device)
     assign_stages_kernel[(triton.cdiv(tokens, product.tokens), rows)](
         x, *book, span.ids, largest, tokens, rows, count, x.stride(0), x.stride(1), *span.ids.stride(),
         STAGES=stages, GROUPS=groups, D=dim, TOKENS=product.tokens, BLOCK=product.block, PRODUCT=product.dtype,

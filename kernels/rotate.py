@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.dispatch import Unsupported
+from ..qvg.dispatch import Unsupported, before_launch
 from .tiles import require_channels_last
 
 
@@ -37,6 +37,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, tokens, heads, dim = batched.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     lines, block = tokens * heads, 2048 // dim
+    before_launch("rotate", dim, x.dtype, x.device)
     rotate_kernel[(triton.cdiv(lines, block), batch)](
         x, cos.contiguous(), sin.contiguous(), out, lines, tokens, heads, *batched.stride()[:3], D=dim, LINES=block, num_warps=4)
     return out

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..qvg.dispatch import before_launch
 from .tiles import Product, require_channels_last
 
 # enough programs for every multiprocessor, few enough that the partial sums stay small beside the tokens
@@ -90,6 +91,7 @@ def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
     sizes = torch.empty(parts, rows, count, dtype=torch.float32, device=x.device)
     means = torch.empty(rows, count, dim, dtype=torch.float32, device=x.device)
     ids, centroids = ids.contiguous(), centroids.contiguous()
+    before_launch("update", dim, x.dtype, x.device)
     sums_kernel[(parts, blocks, rows)](
         x, ids, sums, sizes, tokens, count, x.stride(0), x.stride(1), share,
         D=dim, TOKENS=product.tokens, BLOCK=product.block, PRECISION=product.precision,

@@ -18,6 +18,7 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
+from ..qvg import dispatch
 from ..qvg.budget import GIB, Geometry, buffers_on, forecast
 from ..qvg.cache import KVCache
 from ..qvg.chart import format_bytes
@@ -100,7 +101,7 @@ class ARSampler(comfy.samplers.Sampler):
         given = options.noise == "core" or not noise.any() or not self.max_denoise(model_wrap, sigmas)
         sampler = Sampler(model, run, (*x.shape[:2], *x.shape[3:]), device=x.device, noise=x if given else None,
                           start=None if session else self._start(base, model_wrap, x))
-        with model.installed():
+        with model.installed(), dispatch.on_compile(self._say):
             made = self._run(sampler, base, callback, log, x)
         return base.model_sampling.inverse_noise_scaling(sigmas[-1], made)
 
@@ -150,8 +151,10 @@ class ARSampler(comfy.samplers.Sampler):
                 # core gives out what the last call shows as denoised_output
                 shown = torch.cat([video[:, :, :event.first], shown], 2)
             callback(at, shown, shown, total)
+        self._say(event.message if isinstance(event, Adapted) else meter.line(event, sampler) if event.chunk is not None else "")
+
+    def _say(self, text: str) -> None:
         if self.options.node_id:
-            text = event.message if isinstance(event, Adapted) else meter.line(event, sampler) if event.chunk is not None else ""
             send_text(text, self.options.node_id)
 
 

@@ -24,6 +24,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
+from ..qvg import dispatch
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
 from ..qvg.segments import SegmentFile, Segments, SegmentSession, digest
 from .adapters import longcat
@@ -102,8 +103,10 @@ class LongVideo:
         """Make one more, of which `shown` video frames are there already."""
         given, frames = made.given, latent_frames(self.length)
         known = 0 if given is None else given.shape[2]
-        send_text(f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given", self.node_id)
-        new = sampler(segment, given, frames - known)
+        text = f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given"
+        send_text(text, self.node_id)
+        with dispatch.on_compile(lambda sentence: send_text(f"{text}\n{sentence}" if sentence else text, self.node_id)):
+            new = sampler(segment, given, frames - known)
         whole = new if given is None else torch.cat([given.to(new), new], dim=2)
         if self.carry == "latents":
             made.add(new if made.parts else whole, new.shape[2], whole[:, :, -latent_frames(self.given_frames):])

@@ -68,6 +68,10 @@ class RunLog:
         with self._own_time():
             self._show_sometimes()
 
+    def say(self, sentence: str) -> None:
+        """Show what the run waits for, below the title; with an empty sentence what it shows at other times."""
+        self._write(f"{self.title}\n{sentence}" if sentence else self.text())
+
     def end(self) -> None:
         """The run is over, finished or not."""
         self.ended = True
@@ -94,13 +98,15 @@ class RunLog:
         self._last_update = time.monotonic()
         # free memory alone can end a run, so it is asked for when it is shown and not before
         self.free_bytes = int(comfy.model_management.get_free_memory())
-        text = self.text()
-        if self.node_id and text != self._written:
-            send_text(text, self.node_id)
-            self._written = text
+        self._write(self.text())
         if self.watched.nodes:
             live.send(self.watched, self.state() | {"points": [point(stats) for stats in self.history[self._sent:]]})
         self._sent = len(self.history)
+
+    def _write(self, text: str) -> None:
+        if self.node_id and text != self._written:
+            send_text(text, self.node_id)
+            self._written = text
 
     @property
     def title(self) -> str:

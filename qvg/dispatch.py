@@ -2,6 +2,7 @@
 
     dispatch.run("assign", twin, x, centroids)      # the fastest backend that can
     with dispatch.force("torch"): ...               # this one or an error that says why not
+    with dispatch.on_compile(print): ...            # told when a kernel is about to be compiled
 
 Every op has a torch twin, which is its definition and runs on every device. `kernels/` holds the same ops in Triton for CUDA and ROCm;
 it is imported when an op first meets such a device, never before, and what stands in its way is kept as a sentence: triton is missing,
@@ -34,7 +35,9 @@ _DEVICES = ("cuda",)
 _forced: ContextVar[str | None] = ContextVar("qvg_backend", default=None)
 # what a kernel that had been chosen said when it ran: (op, device type) -> sentence
 _failures: dict[tuple[str, str], str] = {}
-_used: set[str] = set()
+_listeners: ContextVar[tuple[Callable[[str], None], ...]] = ContextVar("qvg_listeners", default=())
+# kernels that this process has launched, each with what it was compiled for
+_launched: set[tuple] = set()
 
 
 class Unsupported(ValueError):
@@ -51,6 +54,32 @@ def force(backend: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def on_compile(listener: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `listener` gets a sentence before a kernel is compiled, and an empty one when that is done. Listeners around it do, too."""
+    token = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+def before_launch(op: str, *variant) -> None:
+    """For kernels to call before a launch. variant: what the compiler must know of it, and the device."""
+    key = op, *variant
+    if key not in _launched:
+        _launched.add(key)
+        # Triton keeps what it compiled on the disk, and only then knows whether it has to
+        sentence = f"Preparing GPU kernels (compiled on the first run): {op}"
+        logging.info("QVG: %s", sentence)
+        _tell(sentence)
+
+
+def _tell(sentence: str) -> None:
+    for listener in _listeners.get():
+        listener(sentence)
 
 
 @cache
@@ -99,10 +128,8 @@ def run(op: str, twin: Callable, *arguments) -> Any:
     if not reason and torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         reason = "Triton kernels have no gradients"
     if not reason:
+        launched = len(_launched)
         try:
-            if op not in _used:
-                _used.add(op)
-                logging.info("QVG: the Triton kernel of %s is compiled where this machine has not yet done so, which takes seconds", op)
             with _current(device):
                 return _kernels()[0][op](*arguments)
         except Unsupported as error:
@@ -116,6 +143,9 @@ def run(op: str, twin: Callable, *arguments) -> Any:
             reason = f"the Triton kernel failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
             _failures[op, device.type] = reason
             logging.warning("QVG: %s runs in plain torch from here on: %s", op, reason)
+        finally:
+            if len(_launched) > launched:
+                _tell("")
     if forced:
         raise Unsupported(f"{op} cannot run on {forced}: {reason}.")
     return twin(*arguments)

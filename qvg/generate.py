@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import storage
+from . import dispatch, storage
 from .budget import GIB
 from .cache import KVCache
 from .chart import format_bytes
@@ -241,14 +241,18 @@ def main(arguments) -> None:
     if arguments.start and session is None:
         start = encode_stream(vae, read_frames(arguments.start, WIDTH, HEIGHT).to(arguments.device))
     meter = Meter()
+
+    def show(text: str) -> None:
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
     try:
         # closed here, not when it is collected: an interrupt between two events must save as well
-        with closing(generate(network, vae, embed_prompt, job, start=start, resume=session)) as events:
+        with dispatch.on_compile(show), closing(generate(network, vae, embed_prompt, job, start=start, resume=session)) as events:
             for event, sampler in events:
                 if isinstance(event, Adapted):
                     print(event.message, file=sys.stderr)
                 elif event.chunk is not None:
-                    print(f"\r\x1b[K{meter.line(event, sampler)}", end="", file=sys.stderr, flush=True)
+                    show(meter.line(event, sampler))
     except KeyboardInterrupt:
         print(f"\nInterrupted. {job.out} holds what was made; the same command with --resume goes on.", file=sys.stderr)
         return

@@ -1,12 +1,14 @@
 """The trained tiny model does what its words say, and the demo measures caches with it."""
 
 import json
+import sys
 
 import av
 import pytest
 import torch
 from PIL import Image
 
+from comfyui_qvg.qvg import dispatch
 from comfyui_qvg.qvg.cli import main
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH, load_tiny, run
 from comfyui_qvg.qvg.demo.prompts import COLOURS, parse_prompt
@@ -97,6 +99,18 @@ def test_demo_prints_its_tables(report, capsys):
     print(run.render(report[1]))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[4:11]] == list(report[1]["runs"])
+
+
+def test_the_progress_bar_tells_of_kernels_that_are_compiled(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "_launched", set())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with run.bar("warm-up") as progress:
+        dispatch.before_launch("encode")
+        progress(1, 2)
+    dispatch.before_launch("decode")
+    lines = [line.removeprefix("\x1b[K").split(maxsplit=1)[1] for line in capsys.readouterr().err.split("\r")[1:]]
+    assert lines[0] == "Preparing GPU kernels (compiled on the first run): encode"
+    assert lines[1].endswith("1/2") and lines[2].strip().endswith(" s") and len(lines) == 3
 
 
 @pytest.mark.parametrize("arguments, sentence", [

@@ -3,11 +3,15 @@
 import builtins
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from comfyui_qvg.qvg import cli, dispatch, smoothing
+from comfyui_qvg.qvg.attention import CachedAttention
+from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.settings import PRESETS
 
 X, TABLE = torch.randn(2, 30, 64), torch.randn(2, 5, 64)
 
@@ -90,6 +94,68 @@ def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel, monkeypa
     monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
     assert smoothing.assign(X, TABLE).shape == (2, 30)
     assert "C compiler" in dispatch.refusal("assign", "cpu")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A process that has launched no kernel yet."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "_launched", set())
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLD = "Preparing GPU kernels (compiled on the first run): {}"
+
+
+def test_a_kernel_is_told_of_before_it_is_compiled(fresh):
+    """Once for what it must be compiled for, and again when that is done; to all listeners, and to nobody afterwards."""
+    x, table = X.to(DEVICE), TABLE.to(DEVICE)
+    said, outer = [], []
+    with dispatch.force("triton"):
+        with dispatch.on_compile(outer.append):
+            with dispatch.on_compile(said.append):
+                smoothing.assign(x, table)
+                assert said == [TOLD.format("assign"), ""]
+                smoothing.assign(x[:, :11], table[:, :2])
+                assert len(said) == 2, "other sizes are not compiled for"
+                smoothing.assign(x.half(), table)
+                assert said[2:] == said[:2], "another dtype is"
+            smoothing.update(x, torch.zeros(2, 30, dtype=torch.int64, device=DEVICE), table)
+        assert outer == [*said, TOLD.format("update"), ""]
+        smoothing.assign(x.repeat(1, 1, 2), table.repeat(1, 1, 2))
+    assert len(outer) == 6
+
+
+def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
+    """Frames that grow old are decoded by another kernel, in the middle of a run."""
+    settings = replace(PRESETS["balanced"], sink_frames=1, recent_frames=1)
+    cache = KVCache(settings, layers=1, heads=1, head_dim=64, grid=(2, 2), device=DEVICE, dtype=torch.float32, chunk_frames=1)
+    said = []
+    with dispatch.force("triton"), dispatch.on_compile(said.append):
+        for frame in range(4):
+            q, k, v = torch.randn(3, 1, 4, 1, 64, device=DEVICE)
+            CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
+            if frame == 1:
+                early = len(said)
+    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(dispatch.OPS)
+    assert said[-1] == "" and TOLD.format("decode") in said[early:]
+    seen = len(said)
+    with dispatch.force("triton"), dispatch.on_compile(said.append):
+        CachedAttention(cache, start_frame=4, frames=1, store=True)(0, q, k, v)
+    assert len(said) == seen
+
+
+def test_a_kernel_that_fails_is_no_longer_told_of(fresh, broken_kernel, monkeypatch):
+    def fail(*arguments):
+        dispatch.before_launch("assign")
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"assign": fail}, ""))
+    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
+    said = []
+    with dispatch.on_compile(said.append):
+        assert smoothing.assign(X, TABLE).shape == smoothing.assign(X, TABLE).shape == (2, 30)
+    assert said == [TOLD.format("assign"), ""]
 
 
 def test_info_prints_backends_and_reasons(capsys):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from comfyui_qvg.benchmarks import soak
-from comfyui_qvg.qvg import storage
+from comfyui_qvg.qvg import dispatch, storage
 from comfyui_qvg.qvg.cli import main
 from comfyui_qvg.qvg.demo import NETWORK_PATH, PROMPTS, VAE_PATH
 from comfyui_qvg.qvg.generate import generate, resumed
@@ -173,6 +173,20 @@ def test_the_command(tmp_path, capsys):
     assert main(["generate", "--resume", "--seconds", "1", "--out", str(out), "--device", "cpu"]) == 0
     assert len(frames(out)) == 17
     assert "latent frames, session in" in capsys.readouterr().err
+
+
+@trained
+def test_the_command_tells_of_kernels_that_are_compiled(tmp_path, capsys, monkeypatch):
+    """Of one kernel, in Triton's interpreter where there is no GPU: there, all of them take minutes."""
+    ops = pytest.importorskip("comfyui_qvg.kernels.ops", reason="kernels are written in Triton")
+    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"rotate": ops.OPS["rotate"]}, ""))
+    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(dispatch, "_launched", set())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert main(["generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--out", str(tmp_path / "ball.mp4"), "--device", device]) == 0
+    lines = [line.removeprefix("\x1b[K") for line in capsys.readouterr().err.split("\r")]
+    told = lines.index("Preparing GPU kernels (compiled on the first run): rotate")
+    assert lines[told + 1] == "" and lines[told + 2].startswith("chunk 1/1, step 1/4")
 
 
 @trained

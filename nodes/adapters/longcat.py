@@ -21,6 +21,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
+from ...qvg import dispatch
 from ...qvg.attention import CachedAttention
 from ...qvg.budget import Geometry, buffers_on
 from ...qvg.cache import KVCache
@@ -169,7 +170,8 @@ class Hook:
                      self.latents.shape[2], *map(format_bytes, (found.stored_bytes, found.peak_bytes, found.bf16_bytes)),
                      self.settings.name)
         try:
-            return executor(noise, *args, **kwargs)
+            with dispatch.on_compile(self.log.say):
+                return executor(noise, *args, **kwargs)
         finally:
             self.log.end()
 

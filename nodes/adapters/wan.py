@@ -13,7 +13,7 @@ import comfy.model_management
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
-from ...qvg import budget
+from ...qvg import budget, dispatch
 from ...qvg.attention import CachedAttention
 from ...qvg.budget import Geometry
 from ...qvg.cache import KVCache
@@ -163,7 +163,8 @@ class Hook:
         own, self.model = self.model, guider.model_patcher.model
         try:
             self._plan(guider, noise.shape, sampler)
-            return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+            with dispatch.on_compile(self.log.say):
+                return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
             self.free()
             self.model = own

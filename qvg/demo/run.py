@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .. import metrics
+from .. import dispatch, metrics
 from ..attention import widened
 from ..cache import CacheStats, KVCache
 from ..chart import format_bytes
@@ -192,12 +192,16 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal's line; in a file, one line when it is done."""
     start, live = time.perf_counter(), sys.stderr.isatty()
 
-    def show(done: int, of_all: int) -> None:
+    def write(text: str) -> None:
         if live:
-            filled = 30 * done // of_all
-            print(f"\r\x1b[K{title:<22}[{'#' * filled}{'.' * (30 - filled)}] {done}/{of_all}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{title:<22}{text}", end="", file=sys.stderr, flush=True)
 
-    yield show
+    def show(done: int, of_all: int) -> None:
+        filled = 30 * done // of_all
+        write(f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{of_all}")
+
+    with dispatch.on_compile(write):
+        yield show
     print(f"{chr(13) + chr(27) + '[K' if live else ''}{title:<22}{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
