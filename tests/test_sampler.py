@@ -271,29 +271,38 @@ class TestOnGPU:
         assert torch.equal(cpu._draw(3, step), gpu._draw(3, step).cpu())
 
     def test_a_full_gpu_is_survived(self):
-        """The same run with 60 % of the memory that it took before: something is given up, and the video is finished."""
+        """The same run with two fifths less for its cache than it took before: something is given up, and the video is finished."""
         network = CausalWan(WanSizes(dim=1024, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval().cuda()
         prompt = network.project_context(torch.randn(1, 3, 8, device="cuda"))
 
-        def made():
+        def made(frames):
             store = KVCache(QVGSettings.preset("quality"), layers=2, heads=8, head_dim=128, grid=(16, 24), device="cuda",
-                            dtype=torch.float32, max_frames=90)
+                            dtype=torch.float32)
             try:
-                return list(Sampler(CachedNetwork(network, [Condition(prompt, store)]), Run(frames=90, sigmas=(1, 0)), (1, 16, 32, 48),
-                                    device="cuda"))
+                return list(Sampler(CachedNetwork(network, [Condition(prompt, store)]), Run(frames=frames, sigmas=(1, 0)),
+                                    (1, 16, 32, 48), device="cuda"))
             finally:
                 store.free()
 
+        made(6)  # what libraries allocate once and keep is no part of the measured run
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        assert not any(isinstance(event, Adapted) for event in made())
-        limit = before + 0.6 * (torch.cuda.max_memory_allocated() - before)
+        events = made(90)
+        assert not any(isinstance(event, Adapted) for event in events)
+        # The run needed `needed`, of which `held` was its cache (both are most at the end) and the rest what a pass computes with, which
+        # giving up cannot lessen. With less than `needed` something must be given up. A history of a few frames and a workspace of one
+        # head come to a tenth of `held`, so that with 60 % of it a half of `held` is left to an allocator that wastes some.
+        needed, held = torch.cuda.max_memory_allocated() - before, events[-1].stats.peak_bytes
+        assert held < needed
+        # the limit counts what is reserved, and that is more than what other tests have left allocated
         torch.cuda.empty_cache()
+        limit = torch.cuda.memory_reserved() + needed - 0.4 * held
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
         try:
-            events = made()
+            events = made(90)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         assert any(isinstance(event, Adapted) for event in events)
         assert sum(event.latents.shape[2] for event in events if isinstance(event, ChunkDone)) == 90
+        assert events[-1].stats.peak_bytes < held
