@@ -1,11 +1,12 @@
 """One chunk of the full-size causal Wan 1.3B at 832 x 480, with each way to keep its history.
 
-    qvg bench generate [--small] [--out DIR] [--contexts 21 60 120 180] [--limits 12 24]
+    qvg bench generate [--small] [--out DIR] [--contexts 21 60 120 180] [--only balanced offload] [--limits 12 24]
 
 A chunk is four noisy passes and the clean one, which stores. Weights are random, which changes no timing and says nothing of quality; the
 history is filled with clusters of tokens. bf16 is measured first and last, and overhead is against the mean of the two. Bytes are the
-allocator's peak during a chunk, less weights and less what the same pass needs without any history. `--limits` caps the allocator at so
-many GiB, weights included, fills the forecast's longest video, and runs its last pass.
+allocator's peak during a chunk, less weights and less what the same pass needs without any history; what an offloaded cache keeps in host
+memory has a column of its own. `--limits` caps the allocator at so many GiB, weights included, fills the forecast's longest video, and
+runs its last pass.
 
     qvg bench generate --model longcat ...      a segment of LongCat-Video instead, see `benchmarks.longcat`
 """
@@ -16,7 +17,7 @@ import argparse
 import gc
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +34,14 @@ from .measure import command_line, environment, progress, table, write
 FULL = WanSizes(dim=1536, ffn_dim=8960, layers=30, text_dim=4096)
 SMALL = WanSizes(dim=256, ffn_dim=128, layers=2, text_dim=16)
 CHUNK = 3
+# beside bf16; names as `--only` takes them
+KINDS = {
+    "balanced": methods.ours(PRESETS["balanced"]),
+    "one-stream": methods.ours(PRESETS["balanced"], overlap=False),
+    "offload": methods.ours(replace(PRESETS["balanced"], offload=True)),
+    "released": methods.Released,
+    "package": methods.Package,
+}
 
 
 @dataclass
@@ -110,7 +119,7 @@ def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int)
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - began))
     found = {"method": method.name, "context": context, "ms": statistics.median(times), "ms_all": times, "fill_s": filled,
-             "state_bytes": method.state_bytes()}
+             "state_bytes": method.state_bytes(), "host_bytes": method.host_bytes()}
     if cuda:
         found["peak_bytes"] = torch.cuda.max_memory_allocated() - scene.weights - scene.activations
     del method
@@ -192,6 +201,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="qvg bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs")
     parser.add_argument("--contexts", type=int, nargs="+", help="latent frames behind the chunk, multiples of 3")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="methods beside bf16")
     parser.add_argument("--limits", type=float, nargs="*", default=[], metavar="GIB")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
@@ -199,17 +209,16 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     scene = make(device, options.small)
-    kinds = [methods.ours(PRESETS["balanced"]), methods.ours(PRESETS["balanced"], overlap=False), methods.Released]
     missing = peers.quant_videogen()
-    if not isinstance(missing, str) and device.type == "cuda":
-        kinds.append(methods.Package)
+    absent = isinstance(missing, str) or device.type != "cuda"
+    kinds = [kind for name, kind in KINDS.items() if name in options.only and not (absent and kind is methods.Package)]
     rows, limits = [], []
 
     def note(show: bool) -> None:
-        columns = ("method", "context", "ms a chunk", "overhead %", "peak GiB", "state GiB", "ratio to bf16")
+        columns = ("method", "context", "ms a chunk", "overhead %", "peak GiB", "state GiB", "host GiB", "ratio to bf16")
         text = table(columns, [(
             row["method"], row["context"], row.get("ms"), row.get("overhead_percent", row.get("error")),
-            row["peak_bytes"] / GIB if "peak_bytes" in row else None, row["state_bytes"] / GIB if "state_bytes" in row else None,
+            *(row[name] / GIB if name in row else None for name in ("peak_bytes", "state_bytes", "host_bytes")),
             row.get("ratio")) for row in rows])
         if limits:
             columns = ("GiB", "method", "latent frames", "seconds of video", "did not fit")

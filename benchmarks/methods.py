@@ -61,7 +61,11 @@ class Method:
         raise NotImplementedError
 
     def state_bytes(self) -> int:
+        """On the device."""
         raise NotImplementedError
+
+    def host_bytes(self) -> int:
+        return 0
 
 
 class Core(Method):
@@ -119,7 +123,11 @@ class Ours(Method):
 
     def state_bytes(self) -> int:
         stats = self.cache.stats()
-        return stats.stored_bytes + stats.workspace_bytes
+        visiting = self.cache.host.device_bytes if self.cache.host else 0
+        return stats.stored_bytes - stats.host_bytes + stats.workspace_bytes + visiting
+
+    def host_bytes(self) -> int:
+        return self.cache.stats().host_bytes
 
 
 def ours(settings: QVGSettings, overlap: bool = True) -> type[Ours]:

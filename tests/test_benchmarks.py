@@ -35,9 +35,19 @@ def test_kernels(tmp_path):
 
 def test_generate(tmp_path):
     rows = bench("generate", tmp_path, "--contexts", "6", "--rounds", "1")["rows"]
-    assert [row["method"] for row in rows] == ["bf16", "qvg balanced", "qvg balanced, one stream", "released method", "bf16"]
+    assert [row["method"] for row in rows] == [
+        "bf16", "qvg balanced", "qvg balanced, one stream", "qvg balanced, offloaded", "released method", "bf16"]
     assert rows[0]["state_bytes"] > rows[1]["state_bytes"] > 0
     assert all(row["ms"] > 0 for row in rows)
+    assert [row["host_bytes"] > 0 for row in rows] == [row["method"].endswith("offloaded") for row in rows]
+
+
+def test_generate_one_method(tmp_path, capsys):
+    rows = bench("generate", tmp_path, "--contexts", "6", "--rounds", "1", "--only", "offload")["rows"]
+    assert [row["method"] for row in rows] == ["bf16", "qvg balanced, offloaded", "bf16"]
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "generate", "--help"])
+    assert "balanced,one-stream,offload,released,package" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not NETWORK_PATH.is_file(), reason="the tiny model's weights are not in this checkout")
