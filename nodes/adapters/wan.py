@@ -8,6 +8,7 @@ Object patches on a clone carry the hook, so that the model is untouched in ever
 from __future__ import annotations
 
 import logging
+import math
 
 import comfy.model_management
 from comfy.ldm.modules.attention import optimized_attention
@@ -25,6 +26,8 @@ from .checks import check_run, evaluated, is_autoregressive
 KEY = "quantvideogen"
 PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward_block", "get_dtype")
 ATTENTION_PATCH = "diffusion_model.blocks.{}.self_attn.forward"
+# float32 tensors of the whole video that a run holds: noise, the latent that it begins from, their mixture, the result
+WHOLE_LATENTS = 4
 
 
 def compute_dtype(model):
@@ -98,6 +101,7 @@ class Hook:
         self.grid: tuple[int, int] | None = None
         self.frames = 0
         self.chunk_frames = 0
+        self.pass_frames = 0
         self.reserved = 0
 
     @property
@@ -180,16 +184,25 @@ class Hook:
         itemsize = comfy.model_management.dtype_size(self.get_dtype())
         forecast = budget.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)
+        own_caches = getattr(sampler, "keeps_own_caches", False)
+        # core stores the frames that are given in one pass; what another pack's sampler passes at once is not known
+        given = 0 if own_caches or start is None else start.shape[2]
+        self.pass_frames = max(self.chunk_frames, given) if own_caches or is_autoregressive(sampler) else self.frames
         # a sampler with caches of its own has one for each condition
-        self.reserved = forecast.peak_bytes * (len(evaluated(guider)) if getattr(sampler, "keeps_own_caches", False) else 1)
+        self.reserved = forecast.peak_bytes * (len(evaluated(guider)) if own_caches else 1)
+        self.reserved += WHOLE_LATENTS * 4 * math.prod(shape)
         self.log.start(self.frames, forecast)
         logging.info("QVG: the KV cache of %d latent frames will take %s, %s at its peak (bf16: %s), preset %s", self.frames,
                      *map(format_bytes, (forecast.stored_bytes, forecast.peak_bytes, forecast.bf16_bytes)), self.settings.name)
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
-        """Ask core to leave room for the cache, which its estimate does not know: its bytes are added as so many more frames."""
+        """Ask core to leave room for a pass and for the cache. Its own estimate is of a pass over the whole video, for which it would move
+        weights off the device, and knows no cache; what it is told here is a number of frames that takes as much."""
         frame = model.model.memory_required([noise_shape[0], noise_shape[1], 1, *noise_shape[3:]])
-        shape = list(noise_shape)
+        shape, management = list(noise_shape), comfy.model_management
+        if management.xformers_enabled() or management.pytorch_attention_flash_attention():
+            # a pass, and as much again for encoding; other kinds of attention also need room for the scores of the whole history
+            shape[2] = min(shape[2], 2 * self.pass_frames)
         shape[2] += -(-self.reserved // max(1, int(frame)))
         return executor(model, shape, conds, *args, **kwargs)
 

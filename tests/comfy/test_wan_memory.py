@@ -30,8 +30,8 @@ def patched(loaded):
     return quantize(loaded, QVGSettings.preset("balanced"))
 
 
-def sample(model, at_call=lambda call: None):
-    """Core's autoregressive run; `at_call(n)` is called after the n-th noisy step."""
+def sample(model, at_call=lambda call: None, frames=FRAMES, sampler=None):
+    """Core's autoregressive run, or that of another sampler; `at_call(n)` is called after the n-th noisy step."""
     import comfy.sample
     import comfy.samplers
 
@@ -43,9 +43,9 @@ def sample(model, at_call=lambda call: None):
 
     sigmas = torch.tensor([1.0, 0.8333, 0.0])
     condition = [[embed_prompt(PROMPTS[0]), {}]]
-    latent = torch.zeros(1, 16, FRAMES, 8, 12)
+    latent = torch.zeros(1, 16, frames, 8, 12)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": CHUNK})
+    sampler = sampler or comfy.samplers.ksampler("ar_video", {"num_frame_per_block": CHUNK})
     return comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, condition, condition, latent, callback=callback,
                                       disable_pbar=True, seed=0)
 
@@ -100,7 +100,9 @@ def test_the_model_without_the_node_is_untouched(loaded, patched):
     assert torch.equal(sample(patched), quantized)
 
 
-def test_core_is_asked_for_the_caches_bytes(patched, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """(most, least) bytes of free memory that core was asked for by each run."""
     import comfy.model_management
 
     asked = []
@@ -111,6 +113,10 @@ def test_core_is_asked_for_the_caches_bytes(patched, monkeypatch):
         return load(models, *args, **kwargs)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", note)
+    return asked
+
+
+def test_core_is_asked_for_the_caches_bytes(patched, asked):
     from comfyui_qvg.nodes.run_log import ATTACHMENT
 
     sample(patched)
@@ -118,6 +124,39 @@ def test_core_is_asked_for_the_caches_bytes(patched, monkeypatch):
     needed = patched.get_attachment(ATTACHMENT).forecast.peak_bytes
     ((required, least),) = asked
     assert least >= plain + needed and required >= least
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_core_is_asked_for_a_chunk_and_not_for_the_whole_video(patched, asked, monkeypatch, own):
+    """Where attention keeps no scores, as on most GPUs: frames that are not in a pass cost what cache and latents take of them."""
+    import comfy.model_management
+
+    from comfyui_qvg.nodes.long_video import ARSampler, Options
+    from comfyui_qvg.nodes.run_log import ATTACHMENT
+
+    monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
+    sampler = ARSampler(Options(chunk_frames=CHUNK)) if own else None
+    estimate, expected = patched.model.memory_required, []
+    for frames in (30, 60):
+        sample(patched, frames=frames, sampler=sampler)
+        cache, latents = patched.get_attachment(ATTACHMENT).forecast.peak_bytes, 4 * 4 * 16 * frames * 8 * 12
+        expected.append(estimate([1, 16, 2 * CHUNK, 8, 12]) + cache + latents)
+    frame = estimate([1, 16, 1, 8, 12])
+    for (most, least), bytes_ in zip(asked, expected):
+        assert bytes_ <= least <= bytes_ + frame and most >= least
+    assert asked[1][1] < estimate([1, 16, 60, 8, 12]) / 4
+
+
+def test_frames_given_to_core_are_one_pass(patched, asked, monkeypatch):
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
+    sample(patched, frames=60)
+    given = patched.clone()
+    given.model_options["transformer_options"]["ar_config"] = {"initial_latent": torch.zeros(1, 16, 12, 8, 12)}
+    sample(given, frames=60)
+    (_, without), (_, least) = asked
+    assert least - without > 0.9 * patched.model.memory_required([1, 16, 2 * (12 - CHUNK), 8, 12])
 
 
 def test_positions_do_not_alias_late_in_a_video(patched, loaded):
