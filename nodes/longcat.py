@@ -105,7 +105,7 @@ class LongVideo:
         known = 0 if given is None else given.shape[2]
         text = f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given"
         send_text(text, self.node_id)
-        with dispatch.on_compile(lambda sentence: send_text(f"{text}\n{sentence}" if sentence else text, self.node_id)):
+        with dispatch.on_compile(lambda sentence: send_text(sentence or text, self.node_id)):
             new = sampler(segment, given, frames - known)
         whole = new if given is None else torch.cat([given.to(new), new], dim=2)
         if self.carry == "latents":

@@ -69,8 +69,8 @@ class RunLog:
             self._show_sometimes()
 
     def say(self, sentence: str) -> None:
-        """Show what the run waits for, below the title; with an empty sentence what it shows at other times."""
-        self._write(f"{self.title}\n{sentence}" if sentence else self.text())
+        """Show what the run waits for; with an empty sentence what it shows at other times."""
+        self._write(sentence or self.text())
 
     def end(self) -> None:
         """The run is over, finished or not."""
