@@ -71,8 +71,8 @@ def before_launch(op: str, *variant) -> None:
     key = op, *variant
     if key not in _launched:
         _launched.add(key)
-        # Triton keeps what it compiled on the disk, and only then knows whether it has to
-        sentence = f"Preparing GPU kernels (compiled on the first run): {op}"
+        # where Triton finds it on the disk, compiled in an earlier run, this is said for a moment only
+        sentence = f"Compiling GPU kernels (first run): {op}"
         logging.info("QVG: %s", sentence)
         _tell(sentence)
 

@@ -109,7 +109,7 @@ def test_the_progress_bar_tells_of_kernels_that_are_compiled(capsys, monkeypatch
         progress(1, 2)
     dispatch.before_launch("decode")
     lines = [line.removeprefix("\x1b[K").split(maxsplit=1)[1] for line in capsys.readouterr().err.split("\r")[1:]]
-    assert lines[0] == "Preparing GPU kernels (compiled on the first run): encode"
+    assert lines[0] == "Compiling GPU kernels (first run): encode"
     assert lines[1].endswith("1/2") and lines[2].strip().endswith(" s") and len(lines) == 3
 
 

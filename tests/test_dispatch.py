@@ -104,7 +104,7 @@ def fresh(monkeypatch):
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLD = "Preparing GPU kernels (compiled on the first run): {}"
+TOLD = "Compiling GPU kernels (first run): {}"
 
 
 def test_a_kernel_is_told_of_before_it_is_compiled(fresh):

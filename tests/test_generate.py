@@ -185,7 +185,7 @@ def test_the_command_tells_of_kernels_that_are_compiled(tmp_path, capsys, monkey
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert main(["generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--out", str(tmp_path / "ball.mp4"), "--device", device]) == 0
     lines = [line.removeprefix("\x1b[K") for line in capsys.readouterr().err.split("\r")]
-    told = lines.index("Preparing GPU kernels (compiled on the first run): rotate")
+    told = lines.index("Compiling GPU kernels (first run): rotate")
     assert lines[told + 1] == "" and lines[told + 2].startswith("chunk 1/1, step 1/4")
 
 

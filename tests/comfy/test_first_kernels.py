@@ -7,7 +7,7 @@ from comfy_client import Graph
 from comfyui_qvg.qvg.demo import PROMPTS
 from random_models import write_random_models
 
-TOLD = "Preparing GPU kernels (compiled on the first run): rotate"
+TOLD = "Compiling GPU kernels (first run): rotate"
 PRETEND = '''
 import sys
 
