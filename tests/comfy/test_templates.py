@@ -37,6 +37,16 @@ def test_the_browser_is_told_of_every_template(comfy):
     assert sorted(listed[PACK]) == sorted(TEMPLATES)
 
 
+# with all that its node needs today, which may be more than when the template was written
+OVERLAPS = """() => {
+  const boxes = app.rootGraph.nodes.map(({title, pos: [x, y], size: [width, height]}, i) => ({
+    title, left: x, right: x + width, top: y - LiteGraph.NODE_TITLE_HEIGHT,
+    bottom: y + Math.max(height, app.rootGraph.nodes[i].computeSize()[1])}))
+  const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom
+  return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => meet(a, b)).map(b => [a.title, b.title]))
+}"""
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_files_as_the_browser_wants_them(comfy, name):
     """A picture of the same name, a known version, and the pack of each node, so that a missing one can be installed."""
@@ -73,6 +83,7 @@ def test_opens_in_the_frontend_as_described(page, name):
     assert page.evaluate("app.rootGraph.nodes.filter(node => !LiteGraph.registered_node_types[node.type]).length") == 0
     if template.runs:
         assert page.evaluate("app.rootGraph.nodes.filter(node => node.has_errors).length") == 0
+    assert page.evaluate(OVERLAPS) == [], "a node hides part of another"
     kinds = {key: node["class_type"] for key, node in template.graph.items()}
     assert sorted(node["class_type"] for node in prompt.values()) == sorted(kinds.values())
     # the frontend numbers nodes as they are made, in the graph's order
