@@ -40,6 +40,17 @@ TARGETS = {
 TURNS = {64: 12, 128: 22, 256: 44}
 
 
+def _pairs(**types: str) -> dict[str, str]:
+    """Pointers of K and of V by name."""
+    return {prefix + name: kind for name, kind in types.items() for prefix in ("", "other_")}
+
+
+PREPARED = {"table": "*bf16", "norms": "*fp32"}
+ENCODED = {**_pairs(x="*bf16", codes="*u8", units="*bf16", channel_scale="*bf16", ids="*u8"), "largest": "*i32"}
+WRITTEN = {**_pairs(scales="*u8", plane0="*u8", plane1="*u8", plane2="*u8", plane3="*u8", exponents="*i8"),
+           **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A kernel with the constants that it is compiled with. pointers: its arguments that are not int32, with their types."""
@@ -91,11 +102,10 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         except Unsupported:
             continue
         product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
-        matrix = {"PRODUCT": cut.dtype}
         for dtype in ("*bf16", "*fp32"):
             yield Variant(f"assign-d{dim}-{dtype[1:]}", assign.assign_kernel, {
-                "x": dtype, "centroids": "*fp32", "ids": "*i64"},
-                {"D": dim, **product, **matrix, "TOKENS": Product.on(name, dim, assign.TOKENS).tokens}, cut.warps)
+                "x": dtype, "table": "*bf16", "norms": "*fp32", "ids": "*i64"},
+                {"D": dim, **product}, cut.warps)
             yield Variant(f"update-d{dim}-{dtype[1:]}", update.sums_kernel, {
                 "x": dtype, "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"},
                 {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps)
@@ -104,34 +114,35 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         yield Variant(f"means-d{dim}", update.means_kernel, {
             "x": "*fp32", "ids": "*i64", "centroids": "*fp32", "sums": "*fp32", "sizes": "*fp32", "means": "*fp32"},
             {"D": dim, "SEARCH": update.SEARCH // dim}, 4)
-        book = {"x": "*bf16", "codes": "*u8", "units": "*bf16", "channel_scale": "*bf16", "ids": "*u8", "largest": "*i32"}
+        yield Variant(f"prepare-d{dim}", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": dim, "BLOCK": assign.PREPARED}, 4)
+        yield Variant(f"encode-prepare-d{dim}", encode.prepare_kernel, {**_pairs(codes="*u8", units="*bf16"), **PREPARED},
+                      {"D": dim, "STAGES": 2, "BLOCK": assign.PREPARED, "NATIVE_E4M3": native_e4m3}, 4)
         for bits, stages, groups in ((2, 2, 1), (4, 2, 2)):
             shape = {"STAGES": stages, "GROUPS": groups, "D": dim, "NATIVE_E4M3": native_e4m3}
-            yield Variant(f"encode-assign-d{dim}-g{groups}", encode.assign_stages_kernel, book,
-                          {**shape, **product, **matrix}, cut.warps)
-            bytes_ = dict.fromkeys(("scales", "plane0", "plane1", "plane2", "plane3"), "*u8")
-            borders = {f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}
-            yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {
-                **book, **bytes_, **borders, "exponents": "*i8"}, {**shape, "BITS": bits, "TOKENS": 4096 // dim}, 8)
+            yield Variant(f"encode-assign-d{dim}-g{groups}", encode.assign_stages_kernel, {**ENCODED, **PREPARED},
+                          {**shape, **product, "TOKENS": Product.on(name, dim, encode.ASSIGNED).tokens}, cut.warps,
+                          encode.assign_options(name, dim, target.arch // 10 if nvidia else 0).get("maxnreg"))
+            yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {**ENCODED, **WRITTEN},
+                          {**shape, "BITS": bits, "TOKENS": encode.WRITTEN // dim}, 4)
 
 
 def _ones(nvidia: bool) -> Iterator[Variant]:
     """Every kernel with all its numbers 1, which a launch makes constants of."""
     cut = Product.on("cuda" if nvidia else "rdna", 64)
     product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
-    book = {"x": "*bf16", "codes": "*u8", "units": "*bf16", "channel_scale": "*bf16", "ids": "*u8", "largest": "*i32"}
     shape = {"STAGES": 1, "GROUPS": 1, "D": 64, "NATIVE_E4M3": False}
-    planes = {**dict.fromkeys(("scales", "plane0", "plane1", "plane2", "plane3"), "*u8"),
-              **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}, "exponents": "*i8"}
     sums = {"x": "*fp32", "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"}
     decoded = _decode(decode.Kind(decode.PLANES.value, 2, 1, 1), 64, "rdna", False)
     found = [
-        ("assign", assign.assign_kernel, {"x": "*bf16", "centroids": "*fp32", "ids": "*i64"}, {"D": 64, **product, "PRODUCT": cut.dtype}),
+        ("assign", assign.assign_kernel, {"x": "*bf16", **PREPARED, "ids": "*i64"}, {"D": 64, **product}),
+        ("prepare", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": 64, "BLOCK": assign.PREPARED}),
+        ("encode-prepare", encode.prepare_kernel, {**_pairs(codes="*u8", units="*bf16"), **PREPARED},
+         {"D": 64, "STAGES": 1, "BLOCK": assign.PREPARED, "NATIVE_E4M3": False}),
         ("update", update.sums_kernel, sums, {"D": 64, **product, "PRECISION": cut.precision}),
         ("means", update.means_kernel, {**sums, "centroids": "*fp32", "means": "*fp32"}, {"D": 64, "SEARCH": 32}),
         ("rotate", rotate.rotate_kernel, {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"}, {"D": 64, "LINES": 32}),
-        ("encode-assign", encode.assign_stages_kernel, book, {**shape, **product, "PRODUCT": cut.dtype}),
-        ("encode-write", encode.write_planes_kernel, {**book, **planes}, {**shape, "BITS": 1, "TOKENS": 64}),
+        ("encode-assign", encode.assign_stages_kernel, {**ENCODED, **PREPARED}, {**shape, **product}),
+        ("encode-write", encode.write_planes_kernel, {**ENCODED, **WRITTEN}, {**shape, "BITS": 1, "TOKENS": 64}),
         ("decode", decoded.kernel, decoded.pointers, decoded.constants),
     ]
     for name, kernel, arguments, constants in found:

@@ -28,6 +28,7 @@ from .tiles import (
     converts_e4m3,
     e4m3_octet,
     e4m3_to_float32,
+    major,
     no_kernel_for,
     platform,
     power_of_two,
@@ -317,7 +318,7 @@ class Reader:
             raise Unsupported(no_kernel_for(head_dim))
         self._angles = angles or Angles(rope)
         self._rope, self._platform, self._head_dim = rope, platform(torch.device(device)), head_dim
-        self._major = torch.cuda.get_device_capability(device)[0] if self._platform == "cuda" else 0
+        self._major = major(device)
         self._dtype, self._device = dtype, torch.device(device)
         self._rows: dict[int, Row] = {}
         self._places: list[tuple[int, int, int]] | None = None

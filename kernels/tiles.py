@@ -127,6 +127,10 @@ class Product:
     warps: int
     stages: int = 2
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == tl.float32 else torch.bfloat16
+
     @staticmethod
     def of(head_dim: int, device: torch.device, tokens: int = 64) -> Product:
         return Product.on(platform(device), head_dim, tokens)
@@ -156,6 +160,12 @@ def platform(device: torch.device) -> str:
     if not torch.version.hip:
         return "cuda"
     return "cdna" if torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9") else "rdna"
+
+
+@lru_cache
+def major(device: torch.device) -> int:
+    """Of the compute capability of an NVIDIA card, 0 elsewhere."""
+    return torch.cuda.get_device_capability(device)[0] if platform(device) == "cuda" else 0
 
 
 def require_channels_last(x: torch.Tensor) -> None:

@@ -63,8 +63,9 @@ class CachedAttention:
         if not history.tokens:
             out = self.attention(q, turned, v)
         else:
-            groups = self._decoded(history, turned, v)
-            out = torch.cat([self._attend_group(heads, q, turned, v, keys, values) for heads, keys, values in groups], dim=2)
+            out = None
+            for heads, keys, values in self._decoded(history, turned, v):
+                out = self._attend_group(heads, q, turned, v, keys, values, out)
         if self.store:
             history.append(k, v, self.frames, self.newest)
         return out
@@ -100,16 +101,20 @@ class CachedAttention:
             yield heads, *views
             ahead.release()
 
-    def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Some heads of the chunk over what `_decoded` gave."""
-        batch, past, outs = self.cache.geometry.batch, keys.shape[1] - k.shape[1], []
+    def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor | None) -> Tensor:
+        """Some heads of the chunk over what `_decoded` gave, written to `out`, which the first group makes."""
+        batch, past = self.cache.geometry.batch, keys.shape[1] - k.shape[1]
         # the conditions of a CFG batch differ in their own tokens only, so they take turns behind the one history
         for start in range(0, q.shape[0], batch):
             own = slice(start, start + batch)
             if start:
                 keys[:, past:], values[:, past:] = k[own, :, heads], v[own, :, heads]
-            outs.append(self.attention(q[own, :, heads], keys, values))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+            found = self.attention(q[own, :, heads], keys, values)
+            if out is None:
+                out = found.new_empty(q.shape)
+            # joining the groups afterwards would move every number twice
+            out[own, :, heads] = found
+        return out
 
 
 class _Ahead:

@@ -87,9 +87,6 @@ class Side:
         self.codec = codec
         self.book = None
 
-    def encode(self, x: Tensor, bits: int) -> Span:
-        return self.codec.encode(x, bits, None if bits in PLAIN_BITS else self.book)
-
 
 class Entry:
     """One span of K and of V with its place in time; the tensors behind a `budget.PlannedSpan`.
@@ -207,7 +204,7 @@ class LayerCache:
             self.trained, self.epoch_frames = True, 0
         if any(needs):
             self.epoch_frames += frames
-        spans = [side.encode(x, width) for side, x, width in zip(sides, pair, bits)]
+        spans = codec.encode([side.codec for side in sides], pair, bits, [side.book for side in sides])
         entry = Entry(first, frames, sink, sides, spans, owner)
         if not any(needs):
             entry.books = (None, None)

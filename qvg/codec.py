@@ -243,7 +243,20 @@ class TensorCodec:
             codes = paper.encode(x, codebook.centroids, ids, bits=bits, block=min(self.settings.group, x.shape[-1]),
                                  symmetric=self.settings.symmetric)
             return PaperSpan(codes, ids, codebook, bits)
-        return dispatch.run("encode", _encode_planes, x, bits, codebook, self.groups, self.settings.gain)
+        return dispatch.run("encode", _encode_alike, bits, self.groups, [self.settings.gain], [codebook], x)[0]
+
+
+def encode(codecs: list[TensorCodec], pair: list[Tensor], bits: list[int], books: list) -> list[Span]:
+    """K and V [T, R, D] at once, where one call can do both; otherwise as `TensorCodec.encode` does each."""
+    alike = {(codec.kind, codec.groups, width, book.centroids.shape) for codec, width, book in zip(codecs, bits, books) if book is not None}
+    if None in books or len(alike) > 1 or codecs[0].kind == "paper" or set(bits) & set(PLAIN_BITS):
+        return [codec.encode(x, width, book) for codec, x, width, book in zip(codecs, pair, bits, books)]
+    return dispatch.run("encode", _encode_alike, bits[0], codecs[0].groups, [codec.settings.gain for codec in codecs], books, *pair)
+
+
+def _encode_alike(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs: Tensor) -> list[PlaneSpan]:
+    """Tensors [T, R, D] that are alike, as are their codebooks -> a span with `bits` planes of each."""
+    return [_encode_planes(x, bits, book, groups, gain) for x, book, gain in zip(xs, books, gains)]
 
 
 def _encode_int8(x: Tensor, groups: int) -> PlainSpan:
@@ -262,7 +275,7 @@ def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: 
     for part in smoothing.row_slices(rows, 4 * tokens * (count + 3 * dim)):
         residual, ids = smoothing.subtract(x[:, part].float(), codebook, part)
         span.ids[:, :, part] = ids.transpose(1, 2)
-        y = residual.transpose(0, 1) / codebook.channel_scale[part].float()
+        y = residual.transpose(0, 1) * codebook.channel_scale[part].float().reciprocal()
         grouped = y.unflatten(-1, (groups, -1))
         rms = grouped.square().mean(-1).sqrt()
         # frexp: largest = mantissa * 2 ** exponent with the mantissa in [0.5, 1), so that the row's largest scale is in [128, 256)
@@ -272,7 +285,7 @@ def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: 
         span.scales[:, part] = codes
         scale = torch.ldexp(e4m3.decode(codes), exponent[:, None])[..., None]
         # a group whose scale rounds to zero is read back as zero, whatever its signs say
-        z = torch.where(scale > 0, grouped / scale, 0).flatten(-2)
+        z = (grouped * torch.where(scale > 0, scale.reciprocal(), 0)).flatten(-2)
         for stored, plane in zip(span.planes, planes.encode(z, bits)):
             stored[:, part] = plane
     return span

@@ -26,6 +26,8 @@ SCRATCH_BYTES = 64 << 20
 KERNEL_SCRATCH_BYTES = 128 << 20
 # how many times fewer k-means steps a codebook takes that starts from one of the epoch before
 WARM = 4
+# tokens a centroid that a codebook is trained on; a context that arrives whole has several times as many, which would find the same
+SEEN = 64
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,11 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
           previous: Codebook | None = None) -> Codebook:
     """A codebook of x [T, R, D]; `previous` is the epoch before, whose centroids it starts from.
 
-    `stages` may be 0: then there are no centroids, only channel scales.
+    `stages` may be 0: then there are no centroids, only channel scales. Of more than `SEEN` tokens a centroid every second, third and so
+    on is looked at.
     """
+    if stages:
+        x = x[::max(1, x.shape[0] // (SEEN * count))]
     tokens, rows, dim = x.shape
     warm = previous is not None and previous.centroids.shape[0] == stages and previous.centroids.shape[2] == count
     codes = torch.empty(stages, rows, count, dim, dtype=torch.uint8, device=x.device)
@@ -156,7 +161,10 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
         for stage in range(stages):
             start = previous.values(stage, part) if warm else None
             # kernels round to bf16 in their products anyhow, and read half as much
-            seen = residual.bfloat16() if kernels and x.device.type != "cpu" else residual
+            if kernels and x.device.type != "cpu":
+                seen = x[:, part].transpose(0, 1) if not stage and x.dtype == torch.bfloat16 else residual.bfloat16()
+            else:
+                seen = residual
             # what an epoch before has found is near: the paper's centroid caching
             found = kmeans(seen, count, max(1, iterations // WARM) if warm else iterations, generator, start)
             scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).bfloat16()
@@ -165,7 +173,7 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
             codes[stage, part] = e4m3.encode(found / scale.float())
             scales[stage, part] = scale
             stored = e4m3.decode(codes[stage, part]) * scale.float()
-            ids = assign(residual, stored)
+            ids = assign(seen, stored)
             residual = residual - stored.gather(1, ids[..., None].expand_as(residual))
         rms = residual.square().mean(1).sqrt()
         # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
