@@ -13,7 +13,7 @@ large the values are (keys and values to 1500 occur).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class PlaneSpan:
     ids: Tensor
     codebook: Codebook
     gain: str
+    _by_row: tuple[list[Tensor], Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod
     def empty(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> PlaneSpan:
@@ -88,6 +89,14 @@ class PlaneSpan:
     def drop(self, bits: int) -> None:
         """Forget all but the first `bits` planes; their memory is given back at once."""
         del self.planes[bits:]
+        self._by_row = None
+
+    @property
+    def by_row(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Views of planes [R, T, D / 8], scales [R, T, G] and ids [S, R, T], as they lie in memory; made once, since a span is read often."""
+        if self._by_row is None:
+            self._by_row = [plane.transpose(0, 1) for plane in self.planes], self.scales.transpose(0, 1), self.ids.transpose(1, 2)
+        return self._by_row
 
     def decode(self, rows: slice, tables: LevelTables) -> Tensor:
         """float32 [T, r, D]"""
@@ -191,19 +200,27 @@ def _decode_side(spans: list[Span], rows: slice, tables: LevelTables) -> Tensor:
 def _decode_planes(sides: list[list[PlaneSpan]], rows: slice, tables: LevelTables) -> Tensor:
     """float32 [sides, T of all, r, D] of sides that agree in everything but their codebooks."""
     spans = [span for side in sides for span in side]
-    first, shape = spans[0], (len(sides), -1)
+    first, parts = spans[0], [span.by_row for span in spans]
+    total = len(first.exponents)
+    # where few rows are left out, to copy them too takes less than to slice many short spans
+    sliced = len(spans) == 1 or 2 * len(range(total)[rows]) < total
 
-    def joined(parts: list[Tensor]) -> Tensor:
-        return parts[0] if len(spans) == 1 else torch.cat(parts)
+    def joined(tensors: list[Tensor], axis: int = 0) -> Tensor:
+        """The rows, which `axis` counts, of tensors that follow each other along the tokens, which the next axis counts."""
+        wanted = (slice(None),) * axis + (rows,)
+        if sliced:
+            tensors = [tensor[wanted] for tensor in tensors]
+        x = tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis + 1)
+        return x if sliced else x[wanted]
 
-    x = tables(first.bits, first.gain)([joined([span.planes[plane][:, rows] for span in spans]) for plane in range(first.bits)])
-    exponents = torch.stack([span.exponents[rows] for span in spans])[:, None, :, None].int()
-    scale = e4m3.decode(joined([span.scales[:, rows] for span in spans])).unflatten(0, (len(spans), -1))
-    scale = torch.ldexp(scale, exponents).flatten(0, 1)
+    x = tables(first.bits, first.gain)([joined([planes[number] for planes, _, _ in parts]) for number in range(first.bits)])
+    exponents = torch.stack([span.exponents for span in spans], dim=1)[rows].int()
+    scale = e4m3.decode(joined([scales for _, scales, _ in parts])).unflatten(1, (len(spans), -1))
+    scale = torch.ldexp(scale, exponents[..., None, None]).flatten(1, 2)
     x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
-    # [T of all sides, S, r] -> [sides, S, T, r]
-    ids = joined([span.ids[:, :, rows].transpose(0, 1) for span in spans]).unflatten(0, shape).transpose(1, 2)
-    return smoothing.restore([side[0].codebook for side in sides], x.unflatten(0, shape), ids, rows)
+    ids = joined([ids for _, _, ids in parts], axis=1).unflatten(2, (len(sides), -1))
+    x = smoothing.restore([side[0].codebook for side in sides], x.unflatten(1, (len(sides), -1)), ids, rows)
+    return x.permute(1, 2, 0, 3)
 
 
 class TensorCodec:

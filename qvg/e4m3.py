@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 MAX = 448.0
+# codes from which on a CPU converts faster by way of float16, which it has instructions for
+MANY = 4096
 
 
 def table(device=None) -> Tensor:
@@ -29,4 +31,8 @@ def decode(codes: Tensor) -> Tensor:
     """uint8 codes -> float32."""
     if codes.device.type == "mps":
         return table(codes.device)[codes.long()]
+    if codes.device.type == "cpu" and codes.numel() >= MANY:
+        # the bits of a float16 that is 256 times smaller: with int8's sign above them, and once more where float16 has another bit
+        halves = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~(1 << 14)).view(torch.float16)
+        return halves.float().mul_(256)
     return codes.view(torch.float8_e4m3fn).float()

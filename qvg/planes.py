@@ -12,7 +12,7 @@ second moment (1 / sqrt(1 - mse)), "unbiased" keeps the mean of many tokens (1 /
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch import Tensor
@@ -72,16 +72,15 @@ def levels(planes: int, gain: str = "mse") -> list[float]:
 def pack(bits: Tensor) -> Tensor:
     """bool [..., D] -> uint8 [..., D / 8]; channel i is bit i % 8 of byte i // 8."""
     # eight bytes of 0 or 1 as one whole number: this factor moves the i-th of them to bit 56 + i, and no two to the same bit
-    return ((bits.view(torch.uint8).view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
+    return (bits.view(torch.uint8).view(torch.int64) * 0x0102040810204080).view(torch.uint8)[..., 7::8]
 
 
 def encode(z: Tensor, planes: int) -> list[Tensor]:
     """Planes of z [..., D], which should look like a unit Gaussian: `planes` tensors uint8 [..., D / 8], most significant first."""
     magnitude = z.abs()
-    cell = torch.zeros(z.shape, dtype=torch.uint8, device=z.device)
-    for border in thresholds(planes):
-        cell += magnitude >= border
-    return [pack(z >= 0)] + [pack((cell >> (planes - 1 - plane)) & 1 > 0) for plane in range(1, planes)]
+    above = [pack(magnitude >= border) for border in thresholds(planes)]
+    # Bit n of the number of borders below a magnitude flips at every 2**n-th of them, so that only whole bytes are counted with.
+    return [pack(z >= 0)] + [reduce(torch.bitwise_xor, above[step - 1::step]) for step in (2 ** n for n in range(planes - 2, -1, -1))]
 
 
 class LevelTable:
@@ -95,9 +94,10 @@ class LevelTable:
         self.planes = planes
         self.width = 8 if planes <= 2 else 4
         positive = levels(planes, gain)
-        # index bit (plane * width + channel)
-        pattern = torch.arange(2 ** (planes * self.width))
-        bit = [[(pattern >> (plane * self.width + channel)) & 1 for channel in range(self.width)] for plane in range(planes)]
+        # where a plane's bits of these channels begin in an index; `_halves` leaves them in this order
+        begins = (0, 8) if planes <= 2 else (4, 12, 0, 8)
+        pattern = torch.arange(2 ** (8 if planes == 1 else 16))
+        bit = [[(pattern >> (begin + channel)) & 1 for channel in range(self.width)] for begin in begins[:planes]]
         columns = []
         for channel in range(self.width):
             cell = sum(bit[plane][channel] << (planes - 1 - plane) for plane in range(1, planes)) + torch.zeros_like(pattern)
@@ -106,14 +106,18 @@ class LevelTable:
 
     def __call__(self, planes: list[Tensor]) -> Tensor:
         """uint8 [..., D / 8] a plane -> float32 [..., D]."""
-        index = planes[0].int()
-        if self.width == 8:
-            for number, plane in enumerate(planes[1:self.planes], 1):
-                index = torch.add(index, plane, alpha=1 << (8 * number))
-        else:
-            low, high = index & 0x0F, index >> 4
-            for number, plane in enumerate(planes[1:self.planes], 1):
-                low = torch.add(low, plane & 0x0F, alpha=1 << (4 * number))
-                high = torch.add(high, plane >> 4, alpha=1 << (4 * number))
-            index = torch.stack([low, high], dim=-1).flatten(-2)
+        planes = planes[:self.planes]
+        index = _halves(planes) if self.width == 4 else planes[0].int()
+        if self.planes == 2:
+            index.add_(planes[1], alpha=1 << 8)
         return self.values.index_select(0, index.flatten()).view(*index.shape[:-1], -1)
+
+
+def _halves(planes: list[Tensor]) -> Tensor:
+    """Three or four planes uint8 [..., N] -> int32 [..., 2 * N]: the lower halves of their bytes as one index, and the upper ones."""
+    if len(planes) == 3:
+        planes = [*planes, torch.zeros_like(planes[0])]
+    words = torch.stack(planes, dim=-1).view(torch.int32).squeeze(-1)
+    index = torch.stack([words, words >> 4], dim=-1).bitwise_and_(0x0F0F0F0F)
+    # moves the halves of planes 0 and 1 to bits 20 and 28, between those of 2 and 3 at bits 16 and 24
+    return index.mul_(1 + (1 << 20)).bitwise_right_shift_(16).bitwise_and_(0xFFFF).flatten(-2)

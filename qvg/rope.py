@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import dispatch
 
+REMEMBERED = 256  # stretches of frames, some kB each
+
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
     """Channels that turn with time, height and width. Source: Wan 2.1, rope_params."""
@@ -29,6 +31,8 @@ class Rope:
         self.theta = theta
         self.dims = axis_dims(head_dim)
         self._space: Tensor | None = None  # cos and sin of rows and columns, the same for every frame
+        self._places: Tensor | None = None  # the same as unit complex numbers [h * w, 1, pairs], for `turn` on a CPU
+        self._times: dict[tuple[int, int], Tensor] = {}
 
     def angles(self, positions: Tensor, dim: int) -> Tensor:
         """[N] positions -> [N, dim / 2] angles, float64 where the device has it."""
@@ -63,12 +67,21 @@ class Rope:
             cos, sin = self.tables(first, frames, x.device)
             return rotate(x, cos[:, None], sin[:, None])
         # every frame turns alike in space and every place alike in time, so that nothing as large as x is needed
-        time = self.angles(torch.arange(first, first + frames), self.dims[0])
-        time = torch.complex(time.cos().float(), time.sin().float())
-        pairs = torch.view_as_complex(x.view(frames, -1, x.shape[1], x.shape[2] // 2, 2))
-        pairs[..., :time.shape[1]] *= time[:, None, None]
-        pairs[..., time.shape[1]:] *= torch.complex(*self.space(x.device))[:, None]
+        time, pairs = self._turns(first, frames), torch.view_as_complex(x.unflatten(0, (frames, -1)).unflatten(-1, (-1, 2)))
+        if self._places is None:
+            self._places = torch.complex(*self.space("cpu"))[:, None]
+        pairs[..., :time.shape[-1]].mul_(time)
+        pairs[..., time.shape[-1]:].mul_(self._places)
         return x
+
+    def _turns(self, first: int, frames: int) -> Tensor:
+        """[frames, 1, 1, pairs that turn with time] unit complex numbers, the same for every layer and step and so remembered."""
+        if (first, frames) not in self._times:
+            if len(self._times) >= REMEMBERED:
+                self._times.clear()
+            time = self.angles(torch.arange(first, first + frames), self.dims[0])
+            self._times[first, frames] = torch.complex(time.cos().float(), time.sin().float())[:, None, None]
+        return self._times[first, frames]
 
     def apply(self, x: Tensor, first: int, frames: int) -> Tensor:
         """Turn x [B, T, H, D] with T = frames * h * w tokens, frame-major, to its positions. Returns x's dtype."""

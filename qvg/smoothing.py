@@ -59,24 +59,24 @@ class Codebook:
 def restore(books: list[Codebook], residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
     """What `subtract` and the channel scales took away is put back, for tensors that lie one behind the other and have a codebook each.
 
-    residual float32 [N, T, r, D] for N books alike in shape, which is overwritten; ids uint8 [N, S, T, r] -> float32 [N, T, r, D].
+    residual float32 [r, N, T, D] for N books alike in shape, which is overwritten; ids uint8 [S, r, N, T] -> float32 [r, N, T, D].
     """
-    channel = torch.stack([book.channel_scale[rows] for book in books]).float()[:, None]
+    channel = torch.stack([book.channel_scale[rows] for book in books], dim=1).float()[:, :, None]
     if not books[0].stages:
         return residual.mul_(channel)
     values = e4m3.decode(torch.stack([book.centroids[:, rows] for book in books]))
     values *= torch.stack([book.centroid_scale[:, rows] for book in books]).float()
     count, stages, heads, size, dim = values.shape
-    place = torch.arange(count * stages * heads, dtype=torch.int32, device=ids.device).view(count, stages, 1, heads) * size
-    # [N, S, T, r] -> the centroids of every token and row, side by side
-    index = (ids.int() + place).movedim(1, -1).reshape(-1, stages)
+    place = torch.arange(0, count * stages * heads * size, size, dtype=torch.int32, device=ids.device)
+    # [S, r, N, T] -> the centroids of every token and row, side by side
+    index = (ids.int() + place.view(count, stages, heads, 1).permute(1, 2, 0, 3)).movedim(0, -1).reshape(-1, stages)
     table = values.view(-1, dim)
     if ids.device.type == "cpu":
         # fetches and adds all stages in one pass, ten times as fast as any other gather
         sums = F.embedding_bag(index, table, mode="sum")
     else:
         sums = F.embedding(index, table).sum(1)
-    return torch.addcmul(sums.view_as(residual), residual, channel)
+    return sums.view_as(residual).addcmul_(residual, channel)
 
 
 def row_slices(rows: int, bytes_per_row: int, limit: int = SCRATCH_BYTES) -> list[slice]:
@@ -111,6 +111,8 @@ def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
     sizes = one_hot.sum(1)
     means = torch.bmm(one_hot.transpose(1, 2), x) / sizes.clamp(min=1)[..., None]
     empty = sizes == 0
+    if x.device.type == "cpu" and not empty.any():  # elsewhere to ask would be to wait
+        return means
     share = x.shape[1] // count
     error = (x - centroids.gather(1, ids[..., None].expand_as(x))).square().sum(-1)
     worst = error[:, :share * count].unflatten(1, (count, share)).argmax(-1) + share * torch.arange(count, device=x.device)
@@ -157,7 +159,7 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
     scratch = (3 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
     for part in row_slices(rows, 4 * tokens * scratch[0], scratch[1]):
         generator.set_state(state)
-        residual = x[:, part].transpose(0, 1).float()
+        residual = x[:, part].transpose(0, 1).float().contiguous()
         for stage in range(stages):
             start = previous.values(stage, part) if warm else None
             # kernels round to bf16 in their products anyhow, and read half as much
@@ -174,7 +176,7 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
             scales[stage, part] = scale
             stored = e4m3.decode(codes[stage, part]) * scale.float()
             ids = assign(seen, stored)
-            residual = residual - stored.gather(1, ids[..., None].expand_as(residual))
+            residual = residual - picked(stored, ids)
         rms = residual.square().mean(1).sqrt()
         # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
         floor = 1e-3 * rms.square().mean(-1, keepdim=True).sqrt()
@@ -186,11 +188,17 @@ def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.
 
 def subtract(x: Tensor, codebook: Codebook, rows: slice) -> tuple[Tensor, Tensor]:
     """x [T, r, D] float32 of the given rows -> (residual [r, T, D] float32, ids uint8 [S, r, T])."""
-    residual = x.transpose(0, 1)
+    residual = x.transpose(0, 1).contiguous()
     ids = torch.empty(codebook.stages, *residual.shape[:2], dtype=torch.uint8, device=x.device)
     for stage in range(codebook.stages):
         values = codebook.values(stage, rows)
         nearest = assign(residual, values)
         ids[stage] = nearest
-        residual = residual - values.gather(1, nearest[..., None].expand_as(residual))
+        residual = residual - picked(values, nearest)
     return residual, ids
+
+
+def picked(values: Tensor, ids: Tensor) -> Tensor:
+    """What tokens chose: values [R, C, D], ids int64 [R, T] -> [R, T, D]. On a CPU four times as fast as `gather`."""
+    rows, count = values.shape[:2]
+    return F.embedding(ids + torch.arange(0, rows * count, count, device=ids.device)[:, None], values.flatten(0, 1))
