@@ -251,11 +251,12 @@ class LayerCache:
             for batch in range(geometry.batch):
                 rows = slice(batch * geometry.heads + heads.start, batch * geometry.heads + heads.stop)
                 key, value = codec.decode([[entry.spans[side] for entry in entries] for side in range(2)], rows, tables)
-                done = 0
-                for start, first, frames in _runs(group, shift):
+                runs, done = _runs(group, shift), 0
+                key = self.owner.rope.turn(key, [(first, frames) for _, first, frames in runs])
+                for start, _, frames in runs:
                     count = frames * geometry.frame_tokens
                     at, part = slice(start * geometry.frame_tokens, start * geometry.frame_tokens + count), slice(done, done + count)
-                    keys[batch, at] = self.owner.rope.turn(key[part], first, frames)
+                    keys[batch, at] = key[part]
                     values[batch, at] = value[part]
                     done += count
 
@@ -272,6 +273,8 @@ class LayerCache:
                 groups.append([(before, entry)])
                 room.append(most - entry.frames)
             before += entry.frames
+        for group in groups:
+            group.sort(key=lambda member: (member[1].key_bits, member[1].value_bits))
         return groups
 
     @property

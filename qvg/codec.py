@@ -14,6 +14,7 @@ large the values are (keys and values to 1500 occur).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -30,12 +31,12 @@ class LevelTables:
 
     def __init__(self, device):
         self.device = device
-        self._tables: dict[tuple[int, str], planes.LevelTable] = {}
+        self._tables: dict[str, planes.LevelTable] = {}
 
-    def __call__(self, bits: int, gain: str) -> planes.LevelTable:
-        if (bits, gain) not in self._tables:
-            self._tables[bits, gain] = planes.LevelTable(bits, gain, self.device)
-        return self._tables[bits, gain]
+    def __call__(self, gain: str) -> planes.LevelTable:
+        if gain not in self._tables:
+            self._tables[gain] = planes.LevelTable(gain, self.device)
+        return self._tables[gain]
 
 
 @dataclass
@@ -170,21 +171,23 @@ Span = PlaneSpan | PlainSpan | PaperSpan
 
 def like(a: Span, b: Span) -> bool:
     """Whether `decode` can take two spans of one tensor in one go."""
-    if type(a) is not type(b) or a.bits != b.bits or a.codebook is not b.codebook:
+    if type(a) is not type(b) or a.codebook is not b.codebook:
         return False
     if isinstance(a, PlaneSpan):
         return a.scales.shape == b.scales.shape and a.gain == b.gain
-    return isinstance(a, PlainSpan) and a.bits == 16
+    return isinstance(a, PlainSpan) and a.bits == b.bits == 16
 
 
 def decode(sides: list[list[Span]], rows: slice, tables: LevelTables) -> list[Tensor]:
     """K and V, each given as spans that are all `like` the first: float32 [T of all, r, D] of each.
 
-    Short spans cost more in calls than in arithmetic, so on a CPU this is several times faster than one after the other.
+    Short spans cost more in calls than in arithmetic, so on a CPU this is several times faster than one after the other, and faster
+    still where spans of equal bits follow each other.
     """
     firsts = [spans[0] for spans in sides]
-    shapes = {(span.bits, span.gain, span.scales.shape, span.codebook.centroids.shape) for span in firsts if isinstance(span, PlaneSpan)}
-    if len(shapes) == 1 and all(isinstance(span, PlaneSpan) for span in firsts):
+    shapes = {(span.gain, span.scales.shape, span.codebook.centroids.shape) for span in firsts if isinstance(span, PlaneSpan)}
+    if (len(shapes) == 1 and all(isinstance(span, PlaneSpan) for span in firsts)
+            and all(len({span.bits for span in pair}) == 1 for pair in zip(*sides))):
         return list(_decode_planes(sides, rows, tables))
     return [_decode_side(spans, rows, tables) for spans in sides]
 
@@ -213,14 +216,19 @@ def _decode_planes(sides: list[list[PlaneSpan]], rows: slice, tables: LevelTable
         x = tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis + 1)
         return x if sliced else x[wanted]
 
-    x = tables(first.bits, first.gain)([joined([planes[number] for planes, _, _ in parts]) for number in range(first.bits)])
+    # the spans of each width, of one side after the other
+    count, groups = len(sides[0]), []
+    for bits, run in groupby(range(count), key=lambda number: spans[number].bits):
+        numbers = list(run)
+        group = [parts[side * count + number][0] for side in range(len(sides)) for number in numbers]
+        groups.append([joined([planes[plane] for planes in group]).unflatten(1, (len(sides), -1)) for plane in range(bits)])
+    x = tables(first.gain)(*groups)
     exponents = torch.stack([span.exponents for span in spans], dim=1)[rows].int()
     scale = e4m3.decode(joined([scales for _, scales, _ in parts])).unflatten(1, (len(spans), -1))
     scale = torch.ldexp(scale, exponents[..., None, None]).flatten(1, 2)
-    x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
+    x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.unflatten(1, (len(sides), -1))[..., None])
     ids = joined([ids for _, _, ids in parts], axis=1).unflatten(2, (len(sides), -1))
-    x = smoothing.restore([side[0].codebook for side in sides], x.unflatten(1, (len(sides), -1)), ids, rows)
-    return x.permute(1, 2, 0, 3)
+    return smoothing.restore([side[0].codebook for side in sides], x, ids, rows).permute(1, 2, 0, 3)
 
 
 class TensorCodec:

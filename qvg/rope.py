@@ -7,12 +7,14 @@ here are whole numbers and angles are float32 from float64 frequencies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import dispatch
 
-REMEMBERED = 256  # stretches of frames, some kB each
+REMEMBERED = 256  # lists of positions, some kB each
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -32,7 +34,7 @@ class Rope:
         self.dims = axis_dims(head_dim)
         self._space: Tensor | None = None  # cos and sin of rows and columns, the same for every frame
         self._places: Tensor | None = None  # the same as unit complex numbers [h * w, 1, pairs], for `turn` on a CPU
-        self._times: dict[tuple[int, int], Tensor] = {}
+        self._times: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
     def angles(self, positions: Tensor, dim: int) -> Tensor:
         """[N] positions -> [N, dim / 2] angles, float64 where the device has it."""
@@ -61,27 +63,30 @@ class Rope:
         both = torch.cat([time[:, :, None].expand(*shape, -1), self.space(device)[:, None].expand(*shape, -1)], dim=-1).flatten(1, 2)
         return both[0], both[1]
 
-    def turn(self, x: Tensor, first: int, frames: int) -> Tensor:
-        """Turn x [T, R, D] float32 with T = frames * h * w tokens to its positions; x is overwritten where the device allows."""
+    def turn(self, x: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+        """Turn x [T, R, D] float32 to its positions, given as runs of frames, each by its first frame and how many they are, with
+        T = frames * h * w tokens in all; x is overwritten where the device allows."""
         if x.device.type != "cpu":
-            cos, sin = self.tables(first, frames, x.device)
+            tables = [self.tables(first, frames, x.device) for first, frames in runs]
+            cos, sin = tables[0] if len(tables) == 1 else map(torch.cat, zip(*tables))
             return rotate(x, cos[:, None], sin[:, None])
         # every frame turns alike in space and every place alike in time, so that nothing as large as x is needed
-        time, pairs = self._turns(first, frames), torch.view_as_complex(x.unflatten(0, (frames, -1)).unflatten(-1, (-1, 2)))
         if self._places is None:
             self._places = torch.complex(*self.space("cpu"))[:, None]
+        time = self._turns(tuple(runs))
+        pairs = torch.view_as_complex(x.unflatten(0, (len(time), -1)).unflatten(-1, (-1, 2)))
         pairs[..., :time.shape[-1]].mul_(time)
         pairs[..., time.shape[-1]:].mul_(self._places)
         return x
 
-    def _turns(self, first: int, frames: int) -> Tensor:
+    def _turns(self, runs: tuple[tuple[int, int], ...]) -> Tensor:
         """[frames, 1, 1, pairs that turn with time] unit complex numbers, the same for every layer and step and so remembered."""
-        if (first, frames) not in self._times:
+        if runs not in self._times:
             if len(self._times) >= REMEMBERED:
                 self._times.clear()
-            time = self.angles(torch.arange(first, first + frames), self.dims[0])
-            self._times[first, frames] = torch.complex(time.cos().float(), time.sin().float())[:, None, None]
-        return self._times[first, frames]
+            time = self.angles(torch.cat([torch.arange(first, first + frames) for first, frames in runs]), self.dims[0])
+            self._times[runs] = torch.complex(time.cos().float(), time.sin().float())[:, None, None]
+        return self._times[runs]
 
     def apply(self, x: Tensor, first: int, frames: int) -> Tensor:
         """Turn x [B, T, H, D] with T = frames * h * w tokens, frame-major, to its positions. Returns x's dtype."""
