@@ -297,7 +297,7 @@ def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: 
     tokens, rows, dim = x.shape
     span = PlaneSpan.empty(x, bits, codebook, groups, gain)
     count = codebook.centroids.shape[2]
-    for part in smoothing.row_slices(rows, 4 * tokens * (count + 3 * dim)):
+    for part in smoothing.row_slices(rows, 4 * tokens * (count + 5 * dim)):
         residual, ids = smoothing.subtract(x[:, part].float(), codebook, part)
         span.ids[:, :, part] = ids.transpose(1, 2)
         y = residual.transpose(0, 1) * codebook.channel_scale[part].float().reciprocal()

@@ -78,10 +78,14 @@ def pack(bits: Tensor) -> Tensor:
 
 def encode(z: Tensor, planes: int) -> list[Tensor]:
     """Planes of z [..., D], which should look like a unit Gaussian: `planes` tensors uint8 [..., D / 8], most significant first."""
-    magnitude = z.abs()
-    above = [pack(magnitude >= border) for border in thresholds(planes)]
+    borders, magnitude = thresholds(planes), z.abs()
+    above = torch.empty(1 + len(borders), *z.shape, dtype=torch.bool, device=z.device)
+    torch.ge(z, 0, out=above[0])
+    for border, room in zip(borders, above[1:]):
+        torch.ge(magnitude, border, out=room)
+    sign, *above = pack(above)
     # Bit n of the number of borders below a magnitude flips at every 2**n-th of them, so that only whole bytes are counted with.
-    return [pack(z >= 0)] + [reduce(torch.bitwise_xor, above[step - 1::step]) for step in (2 ** n for n in range(planes - 2, -1, -1))]
+    return [sign] + [reduce(torch.bitwise_xor, above[step - 1::step]) for step in (2 ** n for n in range(planes - 2, -1, -1))]
 
 
 class LevelTable:
@@ -94,25 +98,27 @@ class LevelTable:
     def __init__(self, gain: str, device):
         pattern, rows = torch.arange(PATTERNS), []
         for planes in range(1, MAX_PLANES + 1):
-            # plane 0 in the two highest bits, the lower channel in the lower of them
-            bit = [[(pattern >> (6 - 2 * plane + channel)) & 1 for channel in range(2)] for plane in range(planes)]
+            bit = [[(pattern >> (2 * plane + channel)) & 1 for channel in range(2)] for plane in range(planes)]
             magnitude = torch.tensor(levels(planes, gain), dtype=torch.float32)
             cell = [sum(bit[plane][channel] << (planes - 1 - plane) for plane in range(1, planes)) + 0 * pattern for channel in range(2)]
-            rows.append(torch.stack([magnitude[cell[channel]] * (2 * bit[0][channel] - 1) for channel in range(2)], dim=1))
+            pairs = torch.stack([magnitude[cell[channel]] * (2 * bit[0][channel] - 1) for channel in range(2)], dim=1)
+            # an index comes as a signed byte, so that the upper half is first
+            rows.append(pairs.roll(PATTERNS // 2, 0))
         self.values = torch.cat(rows).view(torch.int64).flatten().to(device)
-        self.shifts = torch.tensor([0, 2, 4, 6], dtype=torch.int32, device=device)
+        # Two neighbouring bits of every byte of a word, for each of their four places, and what brings them together in the highest
+        # byte: no two products of it fall on the same bit.
+        self.masks = torch.tensor([3, 12, 48, -64], dtype=torch.int8).repeat_interleave(4).view(torch.int32).to(device)
+        self.factors = torch.tensor([0x01041040 >> shift for shift in (0, 2, 4, 6)], dtype=torch.int32, device=device)
 
     def __call__(self, *groups: list[Tensor]) -> Tensor:
         """Groups of tokens that hold equally many planes: uint8 [..., T, D / 8] each -> float32 [..., T of all, D]."""
         words = [_words(group) for group in groups]
         joined = words[0] if len(words) == 1 else torch.cat(words, dim=-2)
-        # The two bits of each plane stand 8 bits apart; the factor brings them together in the highest byte, and no two to the same bit.
-        index = (joined[..., None] >> self.shifts).bitwise_and_(0x03030303).mul_(0x40100401).bitwise_right_shift_(24).bitwise_and_(0xFF)
+        index = (joined[..., None] & self.masks).mul_(self.factors).bitwise_right_shift_(24)
         start = 0
         for group, part in zip(groups, words):
             stop = start + part.shape[-2]
-            if len(group) > 1:
-                index[..., start:stop, :, :].add_(PATTERNS * (len(group) - 1))
+            index[..., start:stop, :, :].add_(PATTERNS * (len(group) - 1) + PATTERNS // 2)
             start = stop
         return self.values.index_select(0, index.flatten()).view(torch.float32).view(*joined.shape[:-1], -1)
 
