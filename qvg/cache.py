@@ -274,7 +274,7 @@ class LayerCache:
                 room.append(most - entry.frames)
             before += entry.frames
         for group in groups:
-            group.sort(key=lambda member: (member[1].key_bits, member[1].value_bits))
+            group.sort(key=lambda member: [span.bits for span in member[1].spans])
         return groups
 
     @property

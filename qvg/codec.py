@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,16 @@ class LevelTables:
         return self._tables[gain]
 
 
+class ByRow(NamedTuple):
+    """A span's parts as they lie in memory, made once because it is read often: views of planes [R, T, D / 8], scales [R, T, G] and
+    ids [S, R, T], and the power of two that multiplies the scales, float32 [R, 1, 1]."""
+
+    planes: list[Tensor]
+    scales: Tensor
+    ids: Tensor
+    factor: Tensor
+
+
 @dataclass
 class PlaneSpan:
     """Residual planes under a shared codebook.
@@ -55,7 +66,7 @@ class PlaneSpan:
     ids: Tensor
     codebook: Codebook
     gain: str
-    _by_row: tuple[list[Tensor], Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+    _by_row: ByRow | None = field(default=None, init=False, repr=False, compare=False)
 
     @staticmethod
     def empty(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: str) -> PlaneSpan:
@@ -93,10 +104,11 @@ class PlaneSpan:
         self._by_row = None
 
     @property
-    def by_row(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Views of planes [R, T, D / 8], scales [R, T, G] and ids [S, R, T], as they lie in memory; made once, since a span is read often."""
+    def by_row(self) -> ByRow:
         if self._by_row is None:
-            self._by_row = [plane.transpose(0, 1) for plane in self.planes], self.scales.transpose(0, 1), self.ids.transpose(1, 2)
+            factor = torch.ldexp(torch.ones_like(self.exponents, dtype=torch.float32), self.exponents.int())[:, None, None]
+            parts = [plane.transpose(0, 1) for plane in self.planes]
+            self._by_row = ByRow(parts, self.scales.transpose(0, 1), self.ids.transpose(1, 2), factor)
         return self._by_row
 
     def decode(self, rows: slice, tables: LevelTables) -> Tensor:
@@ -206,7 +218,7 @@ def _decode_planes(sides: list[list[PlaneSpan]], rows: slice, tables: LevelTable
     first, parts = spans[0], [span.by_row for span in spans]
     total = len(first.exponents)
     # where few rows are left out, to copy them too takes less than to slice many short spans
-    sliced = len(spans) == 1 or 2 * len(range(total)[rows]) < total
+    sliced = 2 * len(range(total)[rows]) < total
 
     def joined(tensors: list[Tensor], axis: int = 0) -> Tensor:
         """The rows, which `axis` counts, of tensors that follow each other along the tokens, which the next axis counts."""
@@ -216,18 +228,14 @@ def _decode_planes(sides: list[list[PlaneSpan]], rows: slice, tables: LevelTable
         x = tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis + 1)
         return x if sliced else x[wanted]
 
-    # the spans of each width, of one side after the other
-    count, groups = len(sides[0]), []
-    for bits, run in groupby(range(count), key=lambda number: spans[number].bits):
-        numbers = list(run)
-        group = [parts[side * count + number][0] for side in range(len(sides)) for number in numbers]
-        groups.append([joined([planes[plane] for planes in group]).unflatten(1, (len(sides), -1)) for plane in range(bits)])
-    x = tables(first.gain)(*groups)
-    exponents = torch.stack([span.exponents for span in spans], dim=1)[rows].int()
-    scale = e4m3.decode(joined([scales for _, scales, _ in parts])).unflatten(1, (len(spans), -1))
-    scale = torch.ldexp(scale, exponents[..., None, None]).flatten(1, 2)
-    x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.unflatten(1, (len(sides), -1))[..., None])
-    ids = joined([ids for _, _, ids in parts], axis=1).unflatten(2, (len(sides), -1))
+    most, tokens, blank = max(span.bits for span in spans), len(first.scales), torch.zeros_like(parts[0].planes[0])
+    held = joined([part.planes[plane] if plane < len(part.planes) else blank for plane in range(most) for part in parts])
+    widths = [(bits, tokens * len(list(run))) for bits, run in groupby(span.bits for span in sides[0])]
+    x = tables(first.gain)(held.unflatten(1, (most, len(sides), -1)), widths)
+    scale = e4m3.decode(joined([part.scales for part in parts])).unflatten(1, (len(spans), -1))
+    scale = scale.mul_(torch.stack([part.factor for part in parts], dim=1)[rows]).unflatten(1, (len(sides), -1)).flatten(2, 3)
+    x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
+    ids = joined([part.ids for part in parts], axis=1).unflatten(2, (len(sides), -1))
     return smoothing.restore([side[0].codebook for side in sides], x, ids, rows).permute(1, 2, 0, 3)
 
 

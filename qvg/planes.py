@@ -110,22 +110,15 @@ class LevelTable:
         self.masks = torch.tensor([3, 12, 48, -64], dtype=torch.int8).repeat_interleave(4).view(torch.int32).to(device)
         self.factors = torch.tensor([0x01041040 >> shift for shift in (0, 2, 4, 6)], dtype=torch.int32, device=device)
 
-    def __call__(self, *groups: list[Tensor]) -> Tensor:
-        """Groups of tokens that hold equally many planes: uint8 [..., T, D / 8] each -> float32 [..., T of all, D]."""
-        words = [_words(group) for group in groups]
-        joined = words[0] if len(words) == 1 else torch.cat(words, dim=-2)
-        index = (joined[..., None] & self.masks).mul_(self.factors).bitwise_right_shift_(24)
+    def __call__(self, planes: Tensor, widths: list[tuple[int, int]]) -> Tensor:
+        """planes uint8 [..., P, N, T, D / 8], of which tokens that hold fewer have zeros; widths: how many planes the next tokens hold,
+        and how many tokens they are, until all are told -> float32 [..., N, T, D]."""
+        first, *others = planes.int().unbind(-4)
+        for number, plane in enumerate(others, 1):
+            first.add_(plane, alpha=1 << (8 * number))
+        index = (first[..., None] & self.masks).mul_(self.factors).bitwise_right_shift_(24)
         start = 0
-        for group, part in zip(groups, words):
-            stop = start + part.shape[-2]
-            index[..., start:stop, :, :].add_(PATTERNS * (len(group) - 1) + PATTERNS // 2)
-            start = stop
-        return self.values.index_select(0, index.flatten()).view(torch.float32).view(*joined.shape[:-1], -1)
-
-
-def _words(planes: list[Tensor]) -> Tensor:
-    """Planes uint8 -> int32 of the same shape, a plane a byte, the first lowest."""
-    words = planes[0].int()
-    for number, plane in enumerate(planes[1:], 1):
-        words.add_(plane, alpha=1 << (8 * number))
-    return words
+        for held, tokens in widths:
+            index[..., start:start + tokens, :, :].add_(PATTERNS * (held - 1) + PATTERNS // 2)
+            start += tokens
+        return self.values.index_select(0, index.flatten()).view(torch.float32).view(*first.shape[:-1], -1)
