@@ -120,7 +120,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         for bits, stages, groups in ((2, 2, 1), (4, 2, 2)):
             shape = {"STAGES": stages, "GROUPS": groups, "D": dim, "NATIVE_E4M3": native_e4m3}
             yield Variant(f"encode-assign-d{dim}-g{groups}", encode.assign_stages_kernel, {**ENCODED, **PREPARED},
-                          {**shape, **product, "TOKENS": Product.on(name, dim, encode.ASSIGNED).tokens}, cut.warps,
+                          {**shape, **product, "TOKENS": Product.on(name, dim, encode.assigned_tokens(dim)).tokens}, cut.warps,
                           encode.assign_options(name, dim, target.arch // 10 if nvidia else 0).get("maxnreg"))
             yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {**ENCODED, **WRITTEN},
                           {**shape, "BITS": bits, "TOKENS": encode.WRITTEN // dim}, 4)

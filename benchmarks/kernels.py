@@ -20,13 +20,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..qvg import dispatch, smoothing
+from ..qvg import codec, dispatch, smoothing
 from ..qvg.cache import KVCache
 from ..qvg.models.catalogue import MODELS
 from ..qvg.rope import rotate
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
-from .measure import command_line, copy_bandwidth, environment, microseconds, progress, table, write
+from .measure import command_line, copy_bandwidth, environment, kernel_microseconds, microseconds, progress, table, write
 
 COLUMNS = ("op", "backend", "shape", "us", "MB", "% of copy", "note")
 BARE = replace(PRESETS["balanced"], name="balanced, old spans", sink_frames=0, recent_frames=0)
@@ -165,9 +165,9 @@ def encode(bench: Bench, found: list[Case]) -> None:
         layer = filled(replace(case, frames=case.chunk), BARE, bench.device).layers[0]
         codecs, books = [side.codec for side in layer.sides], [side.book for side in layer.sides]
         label = f"{case.model}, {case.chunk} frames, {case.heads} x {case.head_dim}"
-        spans = [codec.encode(x, 2, book) for codec, x, book in zip(codecs, pair, books)]
+        spans = codec.encode(codecs, pair, (2, 2), books)
         size = sum(x.nbytes for x in pair) + sum(sum(span.bytes_by_kind().values()) for span in spans)
-        bench.add("encode", bench.backend, label, lambda: [c.encode(x, 2, b) for c, x, b in zip(codecs, pair, books)], size,  # noqa: B023
+        bench.add("encode", bench.backend, label, lambda: codec.encode(codecs, pair, (2, 2), books), size,  # noqa: B023
                   note="K and V, 2 planes, 2 stages of 128")
         rows = torch.cat([x.transpose(0, 1) for x in pair]).contiguous()
         start = rows[:, :codecs[0].settings.codebook_size(rows.shape[1])].float().contiguous()
@@ -179,10 +179,14 @@ def encode(bench: Bench, found: list[Case]) -> None:
         bench.add("update", bench.backend, label, lambda: smoothing.update(exact, ids, start), exact.nbytes + ids.nbytes,  # noqa: B023
                   note=f"K and V, {count} centroids, float32 tokens")
 
-        def train():
-            return [codec.train(x, torch.Generator().manual_seed(0)) for codec, x in zip(codecs, pair)]  # noqa: B023
+        for name, earlier in (("the first of a video, 8 iterations", [None, None]), ("a later epoch, 2 iterations", books)):
+            def train(earlier=earlier):
+                return [codec.train(x, torch.Generator().manual_seed(0), book) for codec, x, book in zip(codecs, pair, earlier)]  # noqa: B023
 
-        bench.add("train", bench.backend, label, train, note="K and V, 2 stages, 8 iterations, with the host's time", ahead=False)
+            bench.add("train", bench.backend, label, train, note=f"K and V, 2 stages, {name}, with the host's time", ahead=False)
+            if bench.device.type == "cuda":
+                bench.rows.append(("train", bench.backend, label, kernel_microseconds(train), None, None,
+                                   f"K and V, 2 stages, {name}, the kernels alone"))
         bench.add("k-means", bench.backend, label, lambda: smoothing.kmeans(exact, count, 8, None, start),  # noqa: B023
                   note=f"K and V, {count} centroids, 8 iterations, float32 tokens, with the host's time", ahead=False)
         if case.model not in ("longcat", "hy-worldplay-8b"):

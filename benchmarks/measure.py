@@ -65,6 +65,15 @@ def microseconds(function: Callable, device: torch.device, repeats: int = 20, co
     return statistics.median(1e3 * start.elapsed_time(end) for start, end in pairs)
 
 
+def kernel_microseconds(function: Callable) -> float:
+    """What the kernels of one call take on a CUDA device, added up: a call of hundreds of launches waits for the host between them."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages())
+
+
 def copy_bandwidth(device: torch.device, size: int) -> float:
     """Bytes a second, read and written, of a copy within the device's memory."""
     source = torch.empty(size, dtype=torch.uint8, device=device)

@@ -98,7 +98,7 @@ class Tiling:
         if name == "interpreter":
             return Tiling(tokens=4096 // head_dim, steps=2, warps=8)
         # so few registers would spill from capability 10 on
-        few = name == "cuda" and major < 10 and bits <= 2
+        few = name == "cuda" and major < 10
         return Tiling(tokens=1024 // head_dim, steps=8, warps=4, registers=64 if few else None)
 
 

@@ -32,10 +32,13 @@ from .tiles import (
 )
 
 MAX_BORDERS = 2 ** (planes.MAX_PLANES - 1) - 1
-# tokens that a program assigns; fewer on cards whose registers do not hold them
-ASSIGNED = 128
 # numbers that a program writes as planes
 WRITTEN = 4096
+
+
+def assigned_tokens(head_dim: int) -> int:
+    """Tokens that a program of `assign_stages_kernel` takes; fewer on cards whose registers do not hold them."""
+    return min(head_dim, 128)
 
 
 def assign_options(name: str, head_dim: int, major: int) -> dict:
@@ -216,7 +219,7 @@ def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs:
         xs = [other.contiguous() for other in xs]
         x = xs[0]
     spans = [PlaneSpan.empty(x, bits, book, groups, gain) for x, book, gain in zip(xs, books, gains)]
-    native, product, tile = converts_e4m3(x.device), Product.of(dim, x.device, ASSIGNED), WRITTEN // dim
+    native, product, tile = converts_e4m3(x.device), Product.of(dim, x.device, assigned_tokens(dim)), WRITTEN // dim
     table = torch.empty(len(xs), stages, rows, count, dim, dtype=product.torch_dtype, device=x.device)
     norms = torch.empty(len(xs), stages, rows, count, dtype=torch.float32, device=x.device)
     largest = torch.zeros(len(xs), rows, dtype=torch.int32, device=x.device)

@@ -8,6 +8,7 @@ the finished chunk stores: noisy passes leave no trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -63,9 +64,15 @@ class CachedAttention:
         if not history.tokens:
             out = self.attention(q, turned, v)
         else:
-            out = None
-            for heads, keys, values in self._decoded(history, turned, v):
-                out = self._attend_group(heads, q, turned, v, keys, values, out)
+            # made before any stream but the present one is at work, because each of them writes its heads here
+            out = torch.empty_like(q)
+            try:
+                for heads, keys, values in self._decoded(history, turned, v):
+                    with self._ahead.lane() if self._ahead else nullcontext():
+                        self._attend_group(heads, q, turned, v, keys, values, out)
+            finally:
+                if self._ahead:
+                    self._ahead.close()
         if self.store:
             history.append(k, v, self.frames, self.newest)
         return out
@@ -101,28 +108,24 @@ class CachedAttention:
             yield heads, *views
             ahead.release()
 
-    def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor | None) -> Tensor:
-        """Some heads of the chunk over what `_decoded` gave, written to `out`, which the first group makes."""
+    def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Some heads of the chunk over what `_decoded` gave, to `out`."""
         batch, past = self.cache.geometry.batch, keys.shape[1] - k.shape[1]
         # the conditions of a CFG batch differ in their own tokens only, so they take turns behind the one history
         for start in range(0, q.shape[0], batch):
             own = slice(start, start + batch)
             if start:
                 keys[:, past:], values[:, past:] = k[own, :, heads], v[own, :, heads]
-            found = self.attention(q[own, :, heads], keys, values)
-            if out is None:
-                out = found.new_empty(q.shape)
-            # joining the groups afterwards would move every number twice
-            out[own, :, heads] = found
-        return out
+            out[own, :, heads] = self.attention(q[own, :, heads], keys, values)
 
 
 class _Ahead:
     """Decodes a group of heads on a second stream while the group before attends, and while a layer ends the first group of the next.
 
-    Attention seldom fills a device to its last multiprocessor, so what is decoded beside it costs next to nothing. Two buffers take
-    turns; events say when one is ready, and when what reads it is done. Lives as long as a pass, in which no history changes before
-    its layer was read.
+    Attention seldom fills a device to its last multiprocessor, so what is decoded beside it costs next to nothing. For the same reason
+    groups attend on two streams in turn: what the last blocks of one leave idle, the next one takes, as it would if all heads attended at
+    once. Two buffers take turns; events say when one is ready, and when what reads it is done. Lives as long as a pass, in which no
+    history changes before its layer was read.
     """
 
     def __init__(self, cache: KVCache):
@@ -131,6 +134,7 @@ class _Ahead:
         self._buffer = 0  # the one that is being filled
         self._filled: tuple | None = None  # what it was begun for
         self._views: tuple[Tensor, Tensor] | None = None
+        self._attends: torch.cuda.Stream | None = None
 
     @property
     def _present(self) -> torch.cuda.Stream:
@@ -139,7 +143,8 @@ class _Ahead:
     def open(self, history: LayerCache, heads: slice, tokens: int, shift: int) -> None:
         """A layer is read from here on: what the present stream made of its tokens may be copied, and its first group is decoded unless
         it is already."""
-        self._made = self._present.record_event()
+        self._made, self._home = self._present.record_event(), self._present
+        self._workspace.lane.wait_event(self._made)
         if self._filled != (history.number, heads, tokens):
             self.begin(history, heads, tokens)
             self.decode(history, shift)
@@ -163,12 +168,21 @@ class _Ahead:
             copy(heads, *self._views)
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """The views that were filled last, for which the present stream waits; the other buffer is filled next."""
+        """The views that were filled last, for which the stream that attends to them waits; the other buffer is filled next."""
         views, self._taken = self._views, self._buffer
-        self._present.wait_event(self._workspace.side.record_event())
+        self._attends = self._workspace.lane if self._attends is self._home else self._home
+        self._attends.wait_event(self._workspace.side.record_event())
         self._buffer, self._filled, self._views = (self._buffer + 1) % len(self._free), None, None
         return views
 
+    def lane(self) -> AbstractContextManager:
+        """Inside, work goes to the stream that attends to the views taken last."""
+        return torch.cuda.stream(self._attends)
+
     def release(self) -> None:
-        """All that reads the views taken last has been given to the present stream."""
-        self._free[self._taken] = self._present.record_event()
+        """All that reads the views taken last has been given to its stream."""
+        self._free[self._taken] = self._attends.record_event()
+
+    def close(self) -> None:
+        """The present stream waits for what the others still do of this layer."""
+        self._present.wait_stream(self._workspace.lane)

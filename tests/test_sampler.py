@@ -295,9 +295,9 @@ class TestOnGPU:
         # head come to a tenth of `held`, so that with 60 % of it a half of `held` is left to an allocator that wastes some.
         needed, held = torch.cuda.max_memory_allocated() - before, events[-1].stats.peak_bytes
         assert held < needed
-        # the limit counts what is reserved, and that is more than what other tests have left allocated
+        # the limit is of what is reserved, of which what other tests have left unused would be room for the cache
         torch.cuda.empty_cache()
-        limit = torch.cuda.memory_reserved() + needed - 0.4 * held
+        limit = torch.cuda.memory_allocated() + needed - 0.4 * held
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
         try:
             events = made(90)
