@@ -61,6 +61,7 @@ class Variant:
     constants: dict
     warps: int
     registers: int | None = None
+    stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,10 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         for dtype in ("*bf16", "*fp32"):
             yield Variant(f"assign-d{dim}-{dtype[1:]}", assign.assign_kernel, {
                 "x": dtype, "table": "*bf16", "norms": "*fp32", "ids": "*i64"},
-                {"D": dim, **product}, cut.warps)
+                {"D": dim, **product}, cut.warps, stages=cut.stages)
             yield Variant(f"update-d{dim}-{dtype[1:]}", update.sums_kernel, {
                 "x": dtype, "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"},
-                {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps)
+                {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps, stages=cut.stages)
             if few:
                 break
         yield Variant(f"means-d{dim}", update.means_kernel, {
@@ -121,7 +122,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             shape = {"STAGES": stages, "GROUPS": groups, "D": dim, "NATIVE_E4M3": native_e4m3}
             yield Variant(f"encode-assign-d{dim}-g{groups}", encode.assign_stages_kernel, {**ENCODED, **PREPARED},
                           {**shape, **product, "TOKENS": Product.on(name, dim, encode.assigned_tokens(dim)).tokens}, cut.warps,
-                          encode.assign_options(name, dim, target.arch // 10 if nvidia else 0).get("maxnreg"))
+                          encode.assign_options(name, dim, target.arch // 10 if nvidia else 0).get("maxnreg"), cut.stages)
             yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {**ENCODED, **WRITTEN},
                           {**shape, "BITS": bits, "TOKENS": encode.WRITTEN // dim}, 4)
 
@@ -147,7 +148,7 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
     ]
     for name, kernel, arguments, constants in found:
         numbers = {argument: 1 for argument in kernel.arg_names if argument not in {**arguments, **constants}}
-        yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4)
+        yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4, stages=cut.stages)
 
 
 def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool, major: int = 0) -> Variant:
@@ -167,7 +168,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in variant.constants
                and (variant.pointers.get(name, "").startswith("*") or name.endswith(("_stride", "_stage", "_token", "_row")))}
     source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
-    options = {"num_warps": variant.warps, "num_stages": 2}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
     if variant.registers is not None:
         options["maxnreg"] = variant.registers
     compiled = triton.compile(source, target=target, options=options)

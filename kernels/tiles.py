@@ -145,7 +145,7 @@ class Product:
             # these multiply from registers alone, of which they have few
             if head_dim > 128:
                 raise Unsupported(f"a product over heads of {head_dim} channels does not fit the registers of an RDNA card")
-            return Product(32, 32, tl.bfloat16, "ieee", 4 if head_dim <= 64 else 8)
+            return Product(32, 32, tl.bfloat16, "ieee", 4 if head_dim <= 64 else 8, stages=1)
         block, warps = 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8
         if name == "interpreter":
             return Product(min(tokens, 64), block, tl.float32, "ieee", warps)
