@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from comfyui_qvg.qvg import planes
+from comfyui_qvg.qvg import planes, smoothing
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
 from comfyui_qvg.qvg.budget import GIB, Geometry, forecast
 from comfyui_qvg.qvg.cache import KVCache
@@ -192,3 +192,18 @@ def test_small_budget_is_refused():
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_json_round_trip(name):
     assert QVGSettings.from_json(PRESETS[name].to_json()) == PRESETS[name]
+
+
+def test_a_part_of_many_tokens_finds_the_same_codebook(monkeypatch):
+    """A context that arrives whole is looked at in part; its codebook leaves hardly more of all tokens than one of all of them. Without
+    clusters, where two searches end in different places anyhow."""
+    x = torch.randn(6000, 2, 64, generator=generator()) * torch.logspace(0.7, -0.7, 64)
+    left, seen = [], []
+    real = smoothing.kmeans
+    monkeypatch.setattr(smoothing, "kmeans", lambda x, *more: seen.append(x.shape[1]) or real(x, *more))
+    for most in (smoothing.SEEN, 10**6):
+        monkeypatch.setattr(smoothing, "SEEN", most)
+        book = smoothing.train(x, 2, 16, 8, generator(1))
+        left.append(smoothing.subtract(x, book, slice(0, 2))[0].square().mean())
+    assert seen == [1200, 1200, 6000, 6000]
+    assert left[0] <= 1.05 * left[1]
