@@ -181,7 +181,7 @@ def encode(bench: Bench, found: list[Case]) -> None:
 
         for name, earlier in (("the first of a video, 8 iterations", [None, None]), ("a later epoch, 2 iterations", books)):
             def train(earlier=earlier):
-                return [codec.train(x, torch.Generator().manual_seed(0), book) for codec, x, book in zip(codecs, pair, earlier)]  # noqa: B023
+                return [side.train(x, torch.Generator().manual_seed(0), book) for side, x, book in zip(codecs, pair, earlier)]  # noqa: B023
 
             bench.add("train", bench.backend, label, train, note=f"K and V, 2 stages, {name}, with the host's time", ahead=False)
             if bench.device.type == "cuda":

@@ -45,6 +45,14 @@ def nearest(x, table, norms, count, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK
     return (bits ^ (bits >> 31)) & 255
 
 
+@triton.jit
+def prepare(block, table, norms, at, number, inside, D: tl.constexpr):
+    """Store float32 centroids [BLOCK, D] and half their norms for `nearest`, as rows `at + number` of what `table` and `norms` begin."""
+    place = (at + number)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(table + place, block.to(table.dtype.element_ty), mask=inside[:, None])
+    tl.store(norms + at + number, 0.5 * tl.sum(block * block, axis=1), mask=inside)
+
+
 @triton.jit(do_not_specialize=["count"])
 def prepare_kernel(centroids, table, norms, count, D: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (blocks of centroids, rows)."""
@@ -52,9 +60,7 @@ def prepare_kernel(centroids, table, norms, count, D: tl.constexpr, BLOCK: tl.co
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < count
     place = (at + number)[:, None] * D + tl.arange(0, D)[None, :]
-    block = tl.load(centroids + place, mask=inside[:, None], other=0.0)
-    tl.store(table + place, block.to(table.dtype.element_ty), mask=inside[:, None])
-    tl.store(norms + at + number, 0.5 * tl.sum(block * block, axis=1), mask=inside)
+    prepare(tl.load(centroids + place, mask=inside[:, None], other=0.0), table, norms, at, number, inside, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "count"])

@@ -17,7 +17,7 @@ from ..qvg import planes
 from ..qvg.codec import PlaneSpan
 from ..qvg.dispatch import before_launch
 from ..qvg.smoothing import Codebook
-from .assign import PREPARED, nearest
+from .assign import PREPARED, nearest, prepare
 from .octets import bfloat16_octet, octets
 from .tiles import (
     Product,
@@ -65,9 +65,7 @@ def prepare_kernel(codes, other_codes, units, other_units, table, norms, count, 
     at = (index * count + number)[:, None] * D + channel
     unit = tl.load(tl.where(side == 0, units, other_units) + index * D + channel).to(tl.float32)
     block = e4m3_to_float32(tl.load(tl.where(side == 0, codes, other_codes) + at, mask=inside[:, None], other=0), NATIVE_E4M3) * unit
-    start = side.to(tl.int64) * STAGES * rows * count
-    tl.store(table + start * D + at, block.to(table.dtype.element_ty), mask=inside[:, None])
-    tl.store(norms + start + index * count + number, 0.5 * tl.sum(block * block, axis=1), mask=inside)
+    prepare(block, table, norms, (side.to(tl.int64) * STAGES * rows + index) * count, number, inside, D)
 
 
 @triton.jit

@@ -331,7 +331,7 @@ def _train_paper(x: Tensor, stages: int, count: int, iterations: int, generator:
         values = smoothing.kmeans(residual.float(), count, iterations, generator).bfloat16()
         found.append(values)
         ids = smoothing.assign(residual.float(), values.float())
-        residual = residual - values.gather(1, ids[..., None].expand_as(residual))
+        residual = residual - smoothing.picked(values, ids)
     return PaperCodebook(torch.stack(found) if found else x.new_empty(0, x.shape[1], 0, x.shape[2]))
 
 
@@ -341,5 +341,5 @@ def _paper_ids(x: Tensor, centroids: Tensor) -> Tensor:
     for values in centroids:
         ids = smoothing.assign(residual.float(), values.float())
         found.append(ids.transpose(0, 1).to(torch.uint8))
-        residual = residual - values.gather(1, ids[..., None].expand_as(residual))
+        residual = residual - smoothing.picked(values, ids)
     return torch.stack(found) if found else torch.empty(0, *x.shape[:2], dtype=torch.uint8, device=x.device)

@@ -114,7 +114,7 @@ def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
     if x.device.type == "cpu" and not empty.any():  # elsewhere to ask would be to wait
         return means
     share = x.shape[1] // count
-    error = (x - centroids.gather(1, ids[..., None].expand_as(x))).square().sum(-1)
+    error = (x - picked(centroids, ids)).square().sum(-1)
     worst = error[:, :share * count].unflatten(1, (count, share)).argmax(-1) + share * torch.arange(count, device=x.device)
     candidates = x.gather(1, worst[..., None].expand_as(means))
     return torch.where(empty[..., None], candidates, means)
