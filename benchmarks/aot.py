@@ -46,9 +46,11 @@ def _pairs(**types: str) -> dict[str, str]:
 
 
 PREPARED = {"table": "*bf16", "norms": "*fp32"}
-ENCODED = {**_pairs(x="*bf16", codes="*u8", units="*bf16", channel_scale="*bf16", ids="*u8"), "largest": "*i32"}
-WRITTEN = {**_pairs(scales="*u8", plane0="*u8", plane1="*u8", plane2="*u8", plane3="*u8", exponents="*i8"),
-           **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}}
+CODEBOOKS = {**_pairs(codes="*u8", units="*bf16", channel_scale="*bf16"), **PREPARED, "factors": "*fp32"}
+ENCODED = {**_pairs(x="*bf16", codes="*u8", ids="*u8", plane0="*u8", plane1="*u8", plane2="*u8", plane3="*u8"),
+           **PREPARED, "factors": "*fp32", "roots": "*fp32", **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}}
+ROTATED = {**_pairs(x="*bf16", out="*bf16"), "cos": "*fp32", "sin": "*fp32", "value": "*bf16", "keys": "*bf16", "values": "*bf16"}
+SCALES = {"roots": "*fp32", **_pairs(scales="*u8", exponents="*i8")}
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
     for dim in (128,) if few else TURNS:
         for kind in kinds if dim == 128 else kinds[:1]:
             yield _decode(kind, dim, name, native_e4m3, target.arch // 10 if nvidia else 0)
-        yield Variant(f"rotate-d{dim}", rotate.rotate_kernel, {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"},
-                      {"D": dim, "LINES": 2048 // dim}, 4)
+        for places in (False, True):
+            yield Variant(f"rotate-d{dim}{'-places' * places}", rotate.rotate_kernel, ROTATED,
+                          {"D": dim, "LINES": 2048 // dim, "PLACES": places}, 4)
         try:
             cut = Product.on(name, dim)
         except Unsupported:
@@ -116,15 +119,13 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             "x": "*fp32", "ids": "*i64", "centroids": "*fp32", "sums": "*fp32", "sizes": "*fp32", "means": "*fp32"},
             {"D": dim, "SEARCH": update.SEARCH // dim}, 4)
         yield Variant(f"prepare-d{dim}", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": dim, "BLOCK": assign.PREPARED}, 4)
-        yield Variant(f"encode-prepare-d{dim}", encode.prepare_kernel, {**_pairs(codes="*u8", units="*bf16"), **PREPARED},
+        yield Variant(f"encode-prepare-d{dim}", encode.prepare_kernel, CODEBOOKS,
                       {"D": dim, "STAGES": 2, "BLOCK": assign.PREPARED, "NATIVE_E4M3": native_e4m3}, 4)
         for bits, stages, groups in ((2, 2, 1), (4, 2, 2)):
-            shape = {"STAGES": stages, "GROUPS": groups, "D": dim, "NATIVE_E4M3": native_e4m3}
-            yield Variant(f"encode-assign-d{dim}-g{groups}", encode.assign_stages_kernel, {**ENCODED, **PREPARED},
-                          {**shape, **product, "TOKENS": Product.on(name, dim, encode.assigned_tokens(dim)).tokens}, cut.warps,
-                          encode.assign_options(name, dim, target.arch // 10 if nvidia else 0).get("maxnreg"), cut.stages)
-            yield Variant(f"encode-write-d{dim}-b{bits}", encode.write_planes_kernel, {**ENCODED, **WRITTEN},
-                          {**shape, "BITS": bits, "TOKENS": encode.WRITTEN // dim}, 4)
+            yield Variant(f"encode-d{dim}-b{bits}", encode.encode_kernel, ENCODED, {
+                "STAGES": stages, "GROUPS": groups, "BITS": bits, "D": dim, "NATIVE_E4M3": native_e4m3,
+                **product}, encode.encode_warps(cut, dim, target.arch // 10 if nvidia else 0), stages=cut.stages)
+    yield Variant("encode-scales", encode.scales_kernel, SCALES, {"BLOCK": encode.SCALES}, 8)
 
 
 def _ones(nvidia: bool) -> Iterator[Variant]:
@@ -137,17 +138,18 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
     found = [
         ("assign", assign.assign_kernel, {"x": "*bf16", **PREPARED, "ids": "*i64"}, {"D": 64, **product}),
         ("prepare", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": 64, "BLOCK": assign.PREPARED}),
-        ("encode-prepare", encode.prepare_kernel, {**_pairs(codes="*u8", units="*bf16"), **PREPARED},
+        ("encode-prepare", encode.prepare_kernel, CODEBOOKS,
          {"D": 64, "STAGES": 1, "BLOCK": assign.PREPARED, "NATIVE_E4M3": False}),
         ("update", update.sums_kernel, sums, {"D": 64, **product, "PRECISION": cut.precision}),
         ("means", update.means_kernel, {**sums, "centroids": "*fp32", "means": "*fp32"}, {"D": 64, "SEARCH": 32}),
-        ("rotate", rotate.rotate_kernel, {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "out": "*bf16"}, {"D": 64, "LINES": 32}),
-        ("encode-assign", encode.assign_stages_kernel, {**ENCODED, **PREPARED}, {**shape, **product}),
-        ("encode-write", encode.write_planes_kernel, {**ENCODED, **WRITTEN}, {**shape, "BITS": 1, "TOKENS": 64}),
+        ("rotate", rotate.rotate_kernel, ROTATED, {"D": 64, "LINES": 32, "PLACES": True}),
+        ("encode", encode.encode_kernel, ENCODED, {**shape, "BITS": 1, **product}),
+        ("encode-scales", encode.scales_kernel, SCALES, {"BLOCK": 64}),
         ("decode", decoded.kernel, decoded.pointers, decoded.constants),
     ]
     for name, kernel, arguments, constants in found:
-        numbers = {argument: 1 for argument in kernel.arg_names if argument not in {**arguments, **constants}}
+        numbers = {parameter.name: 1 for parameter in kernel.params
+                   if parameter.name not in {**arguments, **constants} and not parameter.do_not_specialize}
         yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4, stages=cut.stages)
 
 

@@ -24,43 +24,40 @@ MAX_CENTROIDS = 256
 
 @triton.jit
 def nearest(x, table, norms, count, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Ids int32 [TOKENS] of the rows of x [TOKENS, D], in the number type of `table` [count, D]; ties take the lower id.
+    """Ids int32 [TOKENS] of the rows of x [TOKENS, D], in the number type of `table` [count, D], of which `BLOCK` go at a time.
 
-    norms [count] float32 are half those of the centroids. |x|^2 is the same for every centroid and is left out. The least score and its
-    place are found as one number: the place stands in the lowest bits of the score, turned over where it is negative, so that a lower
-    place is the lesser number in both cases.
+    norms [count] float32 are half those of the centroids. |x|^2 is the same for every centroid and is left out. The highest score and its
+    place are found as one number: the lowest bits of the score count its place backwards, so that of equal scores above zero the lower
+    id wins, and below zero the higher one.
     """
-    best = tl.full((TOKENS,), float("inf"), tl.float32)
-    channel = tl.arange(0, D)
+    best = tl.full((TOKENS,), float("-inf"), tl.float32)
+    number = tl.arange(0, BLOCK)
+    # offsets within a block do not change, and those that the compiler knows cost no instruction
+    within = number[:, None] * D + tl.arange(0, D)[None, :]
     for start in range(0, count, BLOCK):
-        number = start + tl.arange(0, BLOCK)
-        inside = number < count
-        block = tl.load(table + number[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0)
-        half = tl.load(norms + number, mask=inside, other=3e38)
-        score = half[None, :] - tl.dot(x, tl.trans(block), input_precision="ieee")
-        bits = score.to(tl.int32, bitcast=True)
-        bits = (bits & -256) | (number[None, :] ^ ((bits >> 31) & 255))
-        best = tl.minimum(best, tl.min(bits.to(tl.float32, bitcast=True), axis=1))
-    bits = best.to(tl.int32, bitcast=True)
-    return (bits ^ (bits >> 31)) & 255
+        block = tl.load(table + start * D + within)
+        score = tl.dot(x, tl.trans(block), input_precision="ieee") - tl.load(norms + start + number)[None, :]
+        bits = (score.to(tl.int32, bitcast=True) & -256) | ((255 - start) - number)[None, :]
+        best = tl.maximum(best, tl.max(bits.to(tl.float32, bitcast=True), axis=1))
+    return 255 - (best.to(tl.int32, bitcast=True) & 255)
 
 
 @triton.jit
-def prepare(block, table, norms, at, number, inside, D: tl.constexpr):
-    """Store float32 centroids [BLOCK, D] and half their norms for `nearest`, as rows `at + number` of what `table` and `norms` begin."""
+def prepare(block, table, norms, at, number, count, D: tl.constexpr):
+    """Store float32 centroids [BLOCK, D] and half their norms for `nearest`, as rows `at + number` of what `table` and `norms` begin.
+    Those from `count` on only fill the last block and are never near."""
     place = (at + number)[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(table + place, block.to(table.dtype.element_ty), mask=inside[:, None])
-    tl.store(norms + at + number, 0.5 * tl.sum(block * block, axis=1), mask=inside)
+    tl.store(table + place, block.to(table.dtype.element_ty))
+    tl.store(norms + at + number, tl.where(number < count, 0.5 * tl.sum(block * block, axis=1), 3e38))
 
 
-@triton.jit(do_not_specialize=["count"])
-def prepare_kernel(centroids, table, norms, count, D: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "padded"])
+def prepare_kernel(centroids, table, norms, count, padded, D: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (blocks of centroids, rows)."""
-    at = tl.program_id(1).to(tl.int64) * count
+    row = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = number < count
-    place = (at + number)[:, None] * D + tl.arange(0, D)[None, :]
-    prepare(tl.load(centroids + place, mask=inside[:, None], other=0.0), table, norms, at, number, inside, D)
+    place = (row * count + number)[:, None] * D + tl.arange(0, D)[None, :]
+    prepare(tl.load(centroids + place, mask=(number < count)[:, None], other=0.0), table, norms, row * padded, number, count, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "count"])
@@ -84,11 +81,12 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
         raise Unsupported(f"{count} centroids are more than the {MAX_CENTROIDS} that the kernel tells apart")
     ids = torch.empty(rows, tokens, dtype=torch.int64, device=x.device)
     product = Product.of(dim, x.device)
-    table = torch.empty(rows, count, dim, dtype=product.torch_dtype, device=x.device)
-    norms = torch.empty(rows, count, dtype=torch.float32, device=x.device)
+    padded = triton.cdiv(count, product.block) * product.block
+    table = torch.empty(rows, padded, dim, dtype=product.torch_dtype, device=x.device)
+    norms = torch.empty(rows, padded, dtype=torch.float32, device=x.device)
     before_launch("assign", dim, x.dtype, x.device)
-    prepare_kernel[(triton.cdiv(count, PREPARED), rows)](centroids.contiguous(), table, norms, count, D=dim, BLOCK=PREPARED, num_warps=4)
+    prepare_kernel[(padded // PREPARED, rows)](centroids.contiguous(), table, norms, count, padded, D=dim, BLOCK=PREPARED, num_warps=4)
     assign_kernel[(triton.cdiv(tokens, product.tokens), rows)](
-        x, table, norms, ids, tokens, count, x.stride(0), x.stride(1),
+        x, table, norms, ids, tokens, padded, x.stride(0), x.stride(1),
         D=dim, TOKENS=product.tokens, BLOCK=product.block, num_warps=product.warps, num_stages=product.stages)
     return ids

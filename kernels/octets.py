@@ -24,6 +24,20 @@ def octets(x, ROWS: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def tile_of(x, ROWS: tl.constexpr, D: tl.constexpr):
+    """What `octets` took apart."""
+    low = tl.join(tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6])), tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7])))
+    return tl.reshape(low, (ROWS, D))
+
+
+@triton.jit
+def float32_octet(pointers):
+    """Eight neighbouring float32 numbers, which `pointers` begin."""
+    return (tl.load(pointers), tl.load(pointers + 1), tl.load(pointers + 2), tl.load(pointers + 3),
+            tl.load(pointers + 4), tl.load(pointers + 5), tl.load(pointers + 6), tl.load(pointers + 7))
+
+
+@triton.jit
 def bfloat16_octet(pointers):
     """Eight neighbouring bf16 numbers, which `pointers` to int32 begin, as float32."""
     w0, w1, w2, w3 = tl.load(pointers), tl.load(pointers + 1), tl.load(pointers + 2), tl.load(pointers + 3)

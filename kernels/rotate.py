@@ -1,4 +1,4 @@
-"""RoPE on tokens, in one pass over them. Twin: `qvg.rope.rotate`."""
+"""RoPE on a chunk's own tokens, in one pass over them. Twins: `qvg.rope.rotate` and `qvg.rope.turn_chunk`."""
 
 from __future__ import annotations
 
@@ -11,33 +11,67 @@ from ..qvg.dispatch import Unsupported, before_launch
 from .tiles import require_channels_last
 
 
-@triton.jit(do_not_specialize=["lines", "tokens", "heads"])
-def rotate_kernel(x, cos, sin, out, lines, tokens, heads, x_batch, x_token, x_head,
-                  D: tl.constexpr, LINES: tl.constexpr):
-    """LINES heads of neighbouring tokens, [LINES, D]; out is contiguous. Grid: (blocks of lines, batch)."""
+@triton.jit(do_not_specialize=["lines", "heads", "placed", "rooms"])
+def rotate_kernel(x, other_x, cos, sin, out, other_out, value, keys, values, lines, heads, placed, rooms, x_batch, x_token, x_head,
+                  value_batch, value_token, value_head, room_batch, room_token, D: tl.constexpr, LINES: tl.constexpr, PLACES: tl.constexpr):
+    """LINES heads of neighbouring tokens, [LINES, D], of x or of other_x; both outs are contiguous. PLACES: the first `placed` heads of
+    other_x, turned, also go to `keys`, and those of `value` as they are to `values`, [rooms, tokens, placed, D] each.
+
+    Grid: (blocks of lines, batch, tensors).
+    """
+    batch, second = tl.program_id(1).to(tl.int64), tl.program_id(2) == 1
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    mask = (line < lines)[:, None]
-    token, head = line // heads, line % heads
+    inside = line < lines
+    mask = inside[:, None]
+    token, head = (line // heads).to(tl.int64), line % heads
     channel, pair = tl.arange(0, D)[None, :], tl.arange(0, D // 2)[None, :]
-    batch = tl.program_id(1).to(tl.int64)
-    tile = tl.load(x + batch * x_batch + token.to(tl.int64)[:, None] * x_token + head[:, None] * x_head + channel, mask=mask, other=0.0)
-    at = token.to(tl.int64)[:, None] * (D // 2) + pair
+    tile = tl.load(tl.where(second, other_x, x) + batch * x_batch + token[:, None] * x_token + head[:, None] * x_head + channel,
+                   mask=mask, other=0.0)
+    at = token[:, None] * (D // 2) + pair
     c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
     even, odd = tl.split(tl.reshape(tile.to(tl.float32), (LINES, D // 2, 2)))
-    turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (LINES, D))
-    tl.store(out + (batch * lines + line.to(tl.int64)[:, None]) * D + channel, turned.to(tile.dtype), mask=mask)
+    turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (LINES, D)).to(tile.dtype)
+    tl.store(tl.where(second, other_out, out) + (batch * lines + line.to(tl.int64)[:, None]) * D + channel, turned, mask=mask)
+    if PLACES:
+        if second and batch < rooms:
+            mask = (inside & (head < placed))[:, None]
+            room = batch * room_batch + token[:, None] * room_token + head[:, None] * D + channel
+            tl.store(keys + room, turned, mask=mask)
+            tile = tl.load(value + batch * value_batch + token[:, None] * value_token + head[:, None] * value_head + channel, mask=mask)
+            tl.store(values + room, tile, mask=mask)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, T, H, D] or [T, H, D]; cos and sin float32 [T, 1, D / 2] -> like x, contiguous."""
-    require_channels_last(x)
     batched = x if x.ndim == 4 else x[None]
-    if batched.ndim != 4 or cos.shape != (batched.shape[1], 1, x.shape[-1] // 2):
+    return _launch("rotate", batched, batched, cos, sin, 1)[0].view(x.shape)
+
+
+def turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    """See `qvg.rope.turn_chunk`; both turned tensors are contiguous."""
+    if q.shape != k.shape or q.stride() != k.stride() or q.dtype != k.dtype:
+        raise Unsupported("queries and keys that differ in shape, layout or type are not turned together")
+    if room is None:
+        return _launch("turn", q, k, cos, sin, 2)
+    keys, values = room
+    if keys.stride() != values.stride() or keys.stride()[2:] != (keys.shape[-1], 1) or {keys.dtype, values.dtype, v.dtype} != {k.dtype}:
+        raise Unsupported("a workspace that differs from the tokens in type, or in layout within itself, is filled by copies")
+    if v.shape != k.shape:
+        raise Unsupported(f"values {tuple(v.shape)} are not the keys' {tuple(k.shape)}")
+    require_channels_last(v)
+    return _launch("turn", q, k, cos, sin, 2, v, keys, values)
+
+
+def _launch(op: str, x: Tensor, other: Tensor, cos: Tensor, sin: Tensor, tensors: int, *placed: Tensor) -> list[Tensor]:
+    require_channels_last(x)
+    if x.ndim != 4 or cos.shape != (x.shape[1], 1, x.shape[-1] // 2):
         raise Unsupported(f"tokens {tuple(x.shape)} and angles {tuple(cos.shape)} are not [B, T, H, D] and [T, 1, D / 2]")
-    batch, tokens, heads, dim = batched.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, tokens, heads, dim = x.shape
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(tensors)]
     lines, block = tokens * heads, 2048 // dim
-    before_launch("rotate", dim, x.dtype, x.device)
-    rotate_kernel[(triton.cdiv(lines, block), batch)](
-        x, cos.contiguous(), sin.contiguous(), out, lines, tokens, heads, *batched.stride()[:3], D=dim, LINES=block, num_warps=4)
-    return out
+    value, keys, values = placed or (x, x, x)
+    before_launch(op, dim, x.dtype, bool(placed), x.device)
+    rotate_kernel[(triton.cdiv(lines, block), batch, tensors)](
+        x, other, cos.contiguous(), sin.contiguous(), outs[0], outs[-1], value, keys, values, lines, heads, keys.shape[2], len(keys),
+        *x.stride()[:3], *value.stride()[:3], *keys.stride()[:2], D=dim, LINES=block, PLACES=bool(placed), num_warps=4)
+    return outs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache, LayerCache
-from .rope import rotate
+from .rope import turn_chunk
 
 # q [B, T, H, D], k and v [B, N, H, D] -> [B, T, H, D]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,24 +51,28 @@ class CachedAttention:
         self.shift = max(0, start_frame + frames - position_limit) if position_limit else 0
         self._angles: tuple[Tensor, Tensor] | None = None
 
-    def _turn(self, x: Tensor) -> Tensor:
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of the chunk's positions, [T, 1, D / 2]."""
         if self._angles is None:
-            cos, sin = self.cache.rope.tables(self.start_frame - self.shift, self.frames, x.device)
+            device = self.cache.workspace.device
+            cos, sin = self.cache.rope.tables(self.start_frame - self.shift, self.frames, device)
             self._angles = cos[:, None], sin[:, None]
-        return rotate(x, *self._angles)
+        return self._angles
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         history = self.cache.layers[layer]
-        turned = self._turn(k)
-        q = self._turn(q)
-        if not history.tokens:
+        past = history.tokens
+        room = tuple(part[:, past:] for part in self.cache.workspace.views(past + k.shape[1])) if past else None
+        q, turned = turn_chunk(q, k, v, *self.angles, room)
+        if not past:
             out = self.attention(q, turned, v)
         else:
             # made before any stream but the present one is at work, because each of them writes its heads here
             out = torch.empty_like(q)
             try:
-                for heads, keys, values in self._decoded(history, turned, v):
-                    with self._ahead.lane() if self._ahead else nullcontext():
+                for heads, keys, values, lane in self._decoded(history, turned, v):
+                    with lane:
                         self._attend_group(heads, q, turned, v, keys, values, out)
             finally:
                 if self._ahead:
@@ -77,36 +81,26 @@ class CachedAttention:
             history.append(k, v, self.frames, self.newest)
         return out
 
-    def _decoded(self, history: LayerCache, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Groups of heads in turn: their history, decoded, and behind it the chunk's own tokens (of a CFG batch, the first condition's)."""
+    def _decoded(self, history: LayerCache, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, AbstractContextManager]]:
+        """Groups of heads in turn: their history, decoded, behind it the chunk's own tokens (of a CFG batch, the first condition's), and
+        where they attend. Those of the first group are there already."""
         workspace, past, slices, batch = self.cache.workspace, history.tokens, self.cache.head_slices(), self.cache.geometry.batch
-        tokens, ahead = past + k.shape[1], self._ahead
+        tokens = past + k.shape[1]
 
         def append(heads: slice, keys: Tensor, values: Tensor) -> None:
             keys[:, past:], values[:, past:] = k[:batch, :, heads], v[:batch, :, heads]
 
-        if ahead is None:
+        if self._ahead is None:
             for heads in slices:
                 keys, values = workspace.views(tokens)
                 history.read(heads, keys[:, :past], values[:, :past], self.shift)
-                append(heads, keys, values)
-                yield heads, keys, values
+                if heads.start:
+                    append(heads, keys, values)
+                yield heads, keys, values, nullcontext()
             return
-        ahead.open(history, slices[0], tokens, self.shift)
-        ahead.append(append, slices[0])
-        coming = [(history, heads) for heads in slices[1:]]
-        coming += [(layer, slices[0]) for layer in self.cache.layers[history.number + 1:history.number + 2] if layer.tokens == past]
-        for number, heads in enumerate(slices):
-            views = ahead.take()
-            if number < len(coming):
-                layer, group = coming[number]
-                ahead.begin(layer, group, layer.tokens + k.shape[1])
-                # A copy goes first, for the next layer one that it will overwrite: meanwhile attention to the group before takes the
-                # multiprocessors that it can use, and what is decoded takes the others. The other way round attention would wait.
-                ahead.append(append, group)
-                ahead.decode(layer, self.shift)
-            yield heads, *views
-            ahead.release()
+        following = next(iter(self.cache.layers[history.number + 1:history.number + 2]), None)
+        for number, lane in enumerate(self._ahead.groups(history, slices, tokens, self.shift, append, following)):
+            yield slices[number], *workspace.views(tokens, number % 2), lane
 
     def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
         """Some heads of the chunk over what `_decoded` gave, to `out`."""
@@ -120,69 +114,55 @@ class CachedAttention:
 
 
 class _Ahead:
-    """Decodes a group of heads on a second stream while the group before attends, and while a layer ends the first group of the next.
+    """Decodes a group of heads while the group before attends, and while a layer ends the first group of the next.
 
     Attention seldom fills a device to its last multiprocessor, so what is decoded beside it costs next to nothing. For the same reason
     groups attend on two streams in turn: what the last blocks of one leave idle, the next one takes, as it would if all heads attended at
-    once. Two buffers take turns; events say when one is ready, and when what reads it is done. Lives as long as a pass, in which no
-    history changes before its layer was read.
+    once. A group is decoded on the stream and into the buffer that it attends on and from, so that the streams wait for each other only
+    where a layer begins and ends. There are two and no more, the present one and `Workspace.side`: an H100 needs 0.6 us longer to
+    start each kernel of a network while two other streams wait for it (measured), and no longer while one does. Lives as long as a pass,
+    in which no history changes before its layer was read.
     """
 
     def __init__(self, cache: KVCache):
-        self._workspace = cache.workspace
-        self._free: list[torch.cuda.Event | None] = [None] * cache.geometry.buffers
-        self._buffer = 0  # the one that is being filled
-        self._filled: tuple | None = None  # what it was begun for
-        self._views: tuple[Tensor, Tensor] | None = None
-        self._attends: torch.cuda.Stream | None = None
+        self._workspace, self._offloads = cache.workspace, cache.host is not None
+        self._filled: tuple | None = None  # what the first buffer was filled for
 
     @property
     def _present(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._workspace.device)
 
-    def open(self, history: LayerCache, heads: slice, tokens: int, shift: int) -> None:
-        """A layer is read from here on: what the present stream made of its tokens may be copied, and its first group is decoded unless
-        it is already."""
-        self._made, self._home = self._present.record_event(), self._present
-        self._workspace.lane.wait_event(self._made)
-        if self._filled != (history.number, heads, tokens):
-            self.begin(history, heads, tokens)
-            self.decode(history, shift)
+    def _decode(self, history: LayerCache, heads: slice, tokens: int, shift: int, buffer: int) -> None:
+        keys, values = self._workspace.views(tokens, buffer)
+        history.read(heads, keys[:, :history.tokens], values[:, :history.tokens], shift)
 
-    def begin(self, history: LayerCache, heads: slice, tokens: int) -> None:
-        """Take the next buffer, once what reads it is done, for some heads of `tokens` tokens."""
-        self._filled = history.number, heads, tokens
-        self._views = self._workspace.views(tokens, self._buffer)
-        self._workspace.side.wait_event(self._free[self._buffer] or self._made)
-
-    def decode(self, history: LayerCache, shift: int) -> None:
-        with torch.cuda.stream(self._workspace.side):
-            past = history.tokens
-            history.read(self._filled[1], self._views[0][:, :past], self._views[1][:, :past], shift)
-
-    def append(self, copy: Callable, heads: slice) -> None:
-        """The chunk's own tokens, by `copy(heads, keys, values)`."""
-        side = self._workspace.side
-        with torch.cuda.stream(side):
-            side.wait_event(self._made)
-            copy(heads, *self._views)
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The views that were filled last, for which the stream that attends to them waits; the other buffer is filled next."""
-        views, self._taken = self._views, self._buffer
-        self._attends = self._workspace.lane if self._attends is self._home else self._home
-        self._attends.wait_event(self._workspace.side.record_event())
-        self._buffer, self._filled, self._views = (self._buffer + 1) % len(self._free), None, None
-        return views
-
-    def lane(self) -> AbstractContextManager:
-        """Inside, work goes to the stream that attends to the views taken last."""
-        return torch.cuda.stream(self._attends)
-
-    def release(self) -> None:
-        """All that reads the views taken last has been given to its stream."""
-        self._free[self._taken] = self._attends.record_event()
+    def groups(self, history: LayerCache, slices: list[slice], tokens: int, shift: int, append: Callable[[slice, Tensor, Tensor], None],
+               following: LayerCache | None) -> Iterator[AbstractContextManager]:
+        """For each group of heads, once its buffer is filled, the stream that it is to attend on. append: copies the chunk's own tokens
+        to the end of a buffer, where those of the first group are already. following: the next layer."""
+        home, side = self._present, self._workspace.side
+        lanes = home, side
+        if self._filled != (history.number, slices[0], tokens):
+            self._decode(history, slices[0], tokens, shift, 0)
+        self._filled = None
+        side.wait_event(home.record_event())
+        for number in range(len(slices)):
+            if number + 1 < len(slices):
+                buffer = (number + 1) % 2
+                with torch.cuda.stream(lanes[buffer]):
+                    # The copy goes first: meanwhile attention to the group before takes the multiprocessors that it can use, and what is
+                    # decoded takes the others. The other way round attention would wait.
+                    append(slices[number + 1], *self._workspace.views(tokens, buffer))
+                    self._decode(history, slices[number + 1], tokens, shift, buffer)
+                    read = lanes[buffer].record_event()
+            elif number % 2 and following is not None and following.tokens == history.tokens:
+                if self._offloads:
+                    # to read on is to overwrite what was staged of this layer, so all of it must have been read
+                    home.wait_event(read)
+                self._decode(following, slices[0], tokens, shift, 0)
+                self._filled = following.number, slices[0], tokens
+            yield torch.cuda.stream(lanes[number % 2])
 
     def close(self) -> None:
-        """The present stream waits for what the others still do of this layer."""
-        self._present.wait_stream(self._workspace.lane)
+        """The present stream waits for what the other still does of this layer."""
+        self._present.wait_stream(self._workspace.side)

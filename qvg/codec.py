@@ -313,11 +313,10 @@ def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: 
         rms = grouped.square().mean(-1).sqrt()
         # frexp: largest = mantissa * 2 ** exponent with the mantissa in [0.5, 1), so that the row's largest scale is in [128, 256)
         exponent = torch.frexp(rms.amax((0, 2))).exponent.clamp(-100, 100) - 8
-        codes = e4m3.encode(torch.ldexp(rms, -exponent[:, None]))
         span.exponents[part] = exponent.to(torch.int8)
-        span.scales[:, part] = codes
-        scale = torch.ldexp(e4m3.decode(codes), exponent[:, None])[..., None]
-        # a group whose scale rounds to zero is read back as zero, whatever its signs say
+        span.scales[:, part] = e4m3.encode(torch.ldexp(rms, -exponent[:, None]))
+        # planes take no notice of the power of two, so that a kernel knows them before it has seen the whole row
+        scale = e4m3.rounded(rms)[..., None]
         z = (grouped * torch.where(scale > 0, scale.reciprocal(), 0)).flatten(-2)
         for stored, plane in zip(span.planes, planes.encode(z, bits)):
             stored[:, part] = plane

@@ -26,7 +26,8 @@ OPS = {
     "assign": "nearest centroid of every token",
     "update": "means of the tokens of each centroid",
     "encode": "tokens to bit planes",
-    "rotate": "RoPE on a chunk's own queries and keys",
+    "rotate": "RoPE on tokens",
+    "turn": "RoPE on a chunk's own queries and keys, and its tokens into the workspace",
     "decode": "spans to keys and values, with RoPE",
 }
 

@@ -27,6 +27,12 @@ def encode(x: Tensor) -> Tensor:
     return x.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
+def rounded(x: Tensor) -> Tensor:
+    """float32, not negative, with the three bits behind the leading one that E4M3 keeps, ties to even, at any power of two."""
+    bits = x.view(torch.int32)
+    return (bits + 0x7FFFF + ((bits >> 20) & 1)).bitwise_and_(-1 << 20).view(torch.float32)
+
+
 def decode(codes: Tensor) -> Tensor:
     """uint8 codes -> float32."""
     if codes.device.type == "mps":

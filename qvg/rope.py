@@ -106,6 +106,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return dispatch.run("rotate", _rotate, x, cos, sin)
 
 
+def turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+    """Queries and keys [B, T, H, D] turned by angles given as cos and sin [T, 1, D / 2].
+
+    room: keys and values [b, T, h, D], where the first h heads of the first b of the batch go, too, keys turned and values as they are.
+    """
+    return dispatch.run("turn", _turn_chunk, q, k, v, cos, sin, room)
+
+
+def _turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    turned = [rotate(x, cos, sin) for x in (q, k)]
+    for place, x in zip(room or (), (turned[1], v)):
+        place[:] = x[:len(place), :, :place.shape[2]]
+    return turned
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.device.type == "cpu":
         # a pair is a complex number: one pass in place of seven

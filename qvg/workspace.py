@@ -12,13 +12,13 @@ from .budget import Geometry
 class Workspace:
     """Decoded K and V of a group of heads, reused by every layer and step; two of them where one is filled while the other is read.
 
-    side: the stream that fills them, on devices that have streams; lane: one on which every second group attends.
+    side: the stream that every second group is decoded and attends on, where the device has streams.
     """
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype, device, capacity_frames: int | None):
         self.geometry, self.dtype, self.device = geometry, dtype, device
         self.group = budget.head_group(geometry.heads)
-        self.side, self.lane = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if geometry.buffers > 1 else (None, None)
+        self.side = torch.cuda.Stream(device) if geometry.buffers > 1 else None
         self.capacity = None if capacity_frames is None else capacity_frames * geometry.frame_tokens
         self._storage: Tensor | None = None
 
@@ -40,7 +40,6 @@ class Workspace:
                 # second stream, which must be done before the memory is given away
                 self.side.wait_stream(torch.cuda.current_stream(self.device))
                 self._storage.record_stream(self.side)
-                self._storage.record_stream(self.lane)
         shape = (self.geometry.batch, tokens, self.group, self.geometry.head_dim)
         return self._storage[2 * buffer, :size].view(shape), self._storage[2 * buffer + 1, :size].view(shape)
 

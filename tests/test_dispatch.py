@@ -137,7 +137,7 @@ def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
             if frame == 1:
                 early = len(said)
-    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(dispatch.OPS)
+    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(dispatch.OPS) - {"rotate"}
     assert said[-1] == "" and TOLD.format("decode") in said[early:]
     seen = len(said)
     with dispatch.force("triton"), dispatch.on_compile(said.append):

@@ -13,7 +13,7 @@ from comfyui_qvg.qvg import codec, dispatch, smoothing
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
 from comfyui_qvg.qvg.budget import forecast
 from comfyui_qvg.qvg.cache import KVCache, LayerCache
-from comfyui_qvg.qvg.rope import rotate
+from comfyui_qvg.qvg.rope import rotate, turn_chunk
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
@@ -60,11 +60,13 @@ def test_assign(rows, count, dim, centroids, dtype):
     assert (chosen.square() <= best.square() + slack + 1e-9).all()
 
 
-def test_assign_takes_the_lower_id_of_equals():
+@pytest.mark.parametrize(("sign", "expected"), [(1, 0), (-1, 69)])
+def test_assign_among_equals(sign, expected):
+    """The lower id of equals where they score above zero, the higher one below; within blocks and across them."""
     # whole numbers, because the interpreter's matrix product may round equal columns differently
-    table = tokens(2, 1, 64).round().expand(2, 70, 64)
+    table = tokens(2, 1, 64).round().abs()
     with dispatch.force("triton"):
-        assert not smoothing.assign(tokens(2, 40, 64, seed=3).round(), table).any()
+        assert (smoothing.assign(sign * table.expand(2, 40, 64), table.expand(2, 70, 64)) == expected).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,6 +135,26 @@ def test_rotate(shape, dtype):
     ours, twin = both(rotate, x, angles.cos(), angles.sin())
     assert ours.shape == x.shape and ours.is_contiguous()
     assert_close([[ours], [twin]], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "rooms", "count", "heads", "placed", "dim"), [
+    (1, 1, 5, 3, 3, 64), (2, 1, 33, 4, 1, 128), (2, 2, 9, 3, 2, 256)])
+def test_turn_chunk(batch, rooms, count, heads, placed, dim, dtype):
+    """Both are turned, and the first heads of the first conditions stand in the workspace; nothing else of it is written."""
+    q, k, v = (tokens(batch, count, heads, dim, seed=seed, dtype=dtype) for seed in range(3))
+    angles = torch.randn(count, 1, dim // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = []
+    for backend in ("triton", "torch"):
+        room = torch.full((2, rooms, count + 7, placed, dim), 7.0, device=DEVICE, dtype=dtype)
+        with dispatch.force(backend):
+            turned = turn_chunk(q, k, v, angles.cos(), angles.sin(), (room[0, :, 5:-2], room[1, :, 5:-2]))
+        assert (room[:, :, :5] == 7).all() and (room[:, :, -2:] == 7).all()
+        assert torch.equal(room[1, :, 5:-2], v[:rooms, :, :placed]) and torch.equal(room[0, :, 5:-2], turned[1][:rooms, :, :placed])
+        found.append(turned)
+    assert_close(found, dtype)
+    with dispatch.force("triton"):
+        assert all(map(torch.equal, turn_chunk(q, k, v, angles.cos(), angles.sin()), found[0]))
 
 
 def test_rotate_some_heads():
