@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import assign, decode, encode, rotate, update
+from ..kernels import assign, decode, encode, rotate, store, update
 from ..kernels.tiles import Product
 from ..qvg.dispatch import Unsupported
 
@@ -46,6 +46,9 @@ def _pairs(**types: str) -> dict[str, str]:
 
 
 PREPARED = {"table": "*bf16", "norms": "*fp32"}
+STORED = {"codes": "*u8", "units": "*bf16", **PREPARED}
+SUMS = {"x": "*bf16", "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"}
+MEANS = {**SUMS, "centroids": "*fp32", "means": "*fp32", **PREPARED}
 CODEBOOKS = {**_pairs(codes="*u8", units="*bf16", channel_scale="*bf16"), **PREPARED, "factors": "*fp32"}
 ENCODED = {**_pairs(x="*bf16", codes="*u8", ids="*u8", plane0="*u8", plane1="*u8", plane2="*u8", plane3="*u8"),
            **PREPARED, "factors": "*fp32", "roots": "*fp32", **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}}
@@ -110,14 +113,17 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             yield Variant(f"assign-d{dim}-{dtype[1:]}", assign.assign_kernel, {
                 "x": dtype, "table": "*bf16", "norms": "*fp32", "ids": "*i64"},
                 {"D": dim, **product}, cut.warps, stages=cut.stages)
-            yield Variant(f"update-d{dim}-{dtype[1:]}", update.sums_kernel, {
-                "x": dtype, "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"},
-                {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps, stages=cut.stages)
+            yield Variant(f"leave-d{dim}-{dtype[1:]}", store.leave_kernel, {"x": dtype, **STORED, "residual": "*fp32"},
+                          {"D": dim, **product, "NATIVE_E4M3": native_e4m3}, cut.warps, stages=cut.stages)
             if few:
                 break
-        yield Variant(f"means-d{dim}", update.means_kernel, {
-            "x": "*fp32", "ids": "*i64", "centroids": "*fp32", "sums": "*fp32", "sizes": "*fp32", "means": "*fp32"},
-            {"D": dim, "SEARCH": update.SEARCH // dim}, 4)
+        yield Variant(f"store-d{dim}", store.store_kernel, {"found": "*fp32", **STORED},
+                      {"MOST": 448.0, "D": dim, "BLOCK": cut.block, "NATIVE_E4M3": native_e4m3}, 8)
+        yield Variant(f"sums-d{dim}", update.sums_kernel, SUMS,
+                      {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps, stages=cut.stages)
+        for prepares in (False, True):
+            yield Variant(f"means-d{dim}{'-prepares' * prepares}", update.means_kernel, MEANS,
+                          {"D": dim, "SEARCH": update.SEARCH // dim, "PREPARES": prepares}, 4)
         yield Variant(f"prepare-d{dim}", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": dim, "BLOCK": assign.PREPARED}, 4)
         yield Variant(f"encode-prepare-d{dim}", encode.prepare_kernel, CODEBOOKS,
                       {"D": dim, "STAGES": 2, "BLOCK": assign.PREPARED, "NATIVE_E4M3": native_e4m3}, 4)
@@ -133,15 +139,16 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
     cut = Product.on("cuda" if nvidia else "rdna", 64)
     product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
     shape = {"STAGES": 1, "GROUPS": 1, "D": 64, "NATIVE_E4M3": False}
-    sums = {"x": "*fp32", "ids": "*i64", "sums": "*fp32", "sizes": "*fp32"}
     decoded = _decode(decode.Kind(decode.PLANES.value, 2, 1, 1), 64, "rdna", False)
     found = [
         ("assign", assign.assign_kernel, {"x": "*bf16", **PREPARED, "ids": "*i64"}, {"D": 64, **product}),
         ("prepare", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": 64, "BLOCK": assign.PREPARED}),
         ("encode-prepare", encode.prepare_kernel, CODEBOOKS,
          {"D": 64, "STAGES": 1, "BLOCK": assign.PREPARED, "NATIVE_E4M3": False}),
-        ("update", update.sums_kernel, sums, {"D": 64, **product, "PRECISION": cut.precision}),
-        ("means", update.means_kernel, {**sums, "centroids": "*fp32", "means": "*fp32"}, {"D": 64, "SEARCH": 32}),
+        ("sums", update.sums_kernel, SUMS, {"D": 64, **product, "PRECISION": cut.precision}),
+        ("means", update.means_kernel, MEANS, {"D": 64, "SEARCH": 32, "PREPARES": True}),
+        ("store", store.store_kernel, {"found": "*fp32", **STORED}, {"MOST": 448.0, "D": 64, "BLOCK": cut.block, "NATIVE_E4M3": False}),
+        ("leave", store.leave_kernel, {"x": "*bf16", **STORED, "residual": "*fp32"}, {"D": 64, **product, "NATIVE_E4M3": False}),
         ("rotate", rotate.rotate_kernel, ROTATED, {"D": 64, "LINES": 32, "PLACES": True}),
         ("encode", encode.encode_kernel, ENCODED, {**shape, "BITS": 1, **product}),
         ("encode-scales", encode.scales_kernel, SCALES, {"BLOCK": 64}),

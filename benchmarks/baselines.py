@@ -89,6 +89,8 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 class Baseline:
     """A codec without codebooks that lays its groups as `layout` says."""
 
+    kind = "baseline"
+
     def __init__(self, layout: str):
         self.layout = layout
 

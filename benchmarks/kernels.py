@@ -181,13 +181,13 @@ def encode(bench: Bench, found: list[Case]) -> None:
 
         for name, earlier in (("the first of a video, 8 iterations", [None, None]), ("a later epoch, 2 iterations", books)):
             def train(earlier=earlier):
-                return [side.train(x, torch.Generator().manual_seed(0), book) for side, x, book in zip(codecs, pair, earlier)]  # noqa: B023
+                return codec.train(codecs, pair, [True, True], torch.Generator().manual_seed(0), earlier)  # noqa: B023
 
             bench.add("train", bench.backend, label, train, note=f"K and V, 2 stages, {name}, with the host's time", ahead=False)
             if bench.device.type == "cuda":
                 bench.rows.append(("train", bench.backend, label, kernel_microseconds(train), None, None,
                                    f"K and V, 2 stages, {name}, the kernels alone"))
-        bench.add("k-means", bench.backend, label, lambda: smoothing.kmeans(exact, count, 8, None, start),  # noqa: B023
+        bench.add("k-means", bench.backend, label, lambda: smoothing.kmeans(exact, start, 8),  # noqa: B023
                   note=f"K and V, {count} centroids, 8 iterations, float32 tokens, with the host's time", ahead=False)
         if case.model not in ("longcat", "hy-worldplay-8b"):
             _flash_kmeans(bench, label, exact, rows, start)

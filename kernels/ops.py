@@ -7,8 +7,13 @@ from triton.runtime import JITFunction
 from .assign import assign, assign_kernel
 from .decode import read
 from .encode import encode
+from .kmeans import kmeans
 from .rotate import rotate, turn_chunk
+from .store import store
 from .update import update
 
-OPS = {"assign": assign, "update": update, "encode": encode, "rotate": rotate, "turn": turn_chunk, "decode": read}
+OPS = {
+    "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate, "turn": turn_chunk,
+    "decode": read,
+}
 INTERPRETED = not isinstance(assign_kernel, JITFunction)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..qvg.dispatch import before_launch
+from .assign import prepare
 from .tiles import Product, require_channels_last
 
 # enough programs for every multiprocessor, few enough that the partial sums stay small beside the tokens
@@ -44,10 +45,10 @@ def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
     tl.store(sizes + at, size, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "count", "parts"])
-def means_kernel(x, ids, centroids, sums, sizes, means, tokens, count, x_row, x_token, parts,
-                 D: tl.constexpr, SEARCH: tl.constexpr):
-    """Add the parts up; a centroid without tokens searches its share of them. Grid: (centroids, rows)."""
+@triton.jit(do_not_specialize=["tokens", "count", "padded", "parts"])
+def means_kernel(x, ids, centroids, sums, sizes, means, table, norms, tokens, count, padded, x_row, x_token, parts,
+                 D: tl.constexpr, SEARCH: tl.constexpr, PREPARES: tl.constexpr):
+    """Add the parts up; a centroid without tokens searches its share of them. PREPARES: see `prepare`. Grid: (centroids, rows)."""
     number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, D)
     total = tl.zeros((D,), tl.float32)
@@ -74,29 +75,43 @@ def means_kernel(x, ids, centroids, sums, sizes, means, tokens, count, x_row, x_
             most = tl.maximum(largest, most)
         value = tl.load(x + row * x_row + place.to(tl.int64) * x_token + channel).to(tl.float32)
     tl.store(means + (row * count + number) * D + channel, value)
+    if PREPARES:
+        prepare(value[None, :], table, norms, row * padded, number + tl.arange(0, 1), count, D)
+
+
+class Means:
+    """The two launches for tokens x [R, T, D], float32 or bf16, and `count` centroids, with the room that they need."""
+
+    def __init__(self, x: Tensor, count: int):
+        require_channels_last(x)
+        rows, tokens, dim = x.shape
+        self._x, self._count, self._product = x, count, Product.of(dim, x.device, tokens=32)
+        self._blocks = triton.cdiv(count, self._product.block)
+        tiles = triton.cdiv(tokens, self._product.tokens)
+        parts = min(tiles, max(1, PROGRAMS // (rows * self._blocks)))
+        self._share = triton.cdiv(tiles, parts) * self._product.tokens
+        self._parts = triton.cdiv(tokens, self._share)
+        self._sums = torch.empty(self._parts, rows, count, dim, dtype=torch.float32, device=x.device)
+        self._sizes = torch.empty(self._parts, rows, count, dtype=torch.float32, device=x.device)
+
+    def __call__(self, ids: Tensor, centroids: Tensor, out: Tensor, table: Tensor | None = None, norms: Tensor | None = None) -> None:
+        """Means of those that chose `ids` int64 [R, T] among `centroids` float32 [R, C, D], to `out`; and to the table, if there is one."""
+        (rows, tokens, dim), product, x = self._x.shape, self._product, self._x
+        sums_kernel[(self._parts, self._blocks, rows)](
+            x, ids, self._sums, self._sizes, tokens, self._count, x.stride(0), x.stride(1), self._share,
+            D=dim, TOKENS=product.tokens, BLOCK=product.block, PRECISION=product.precision,
+            num_warps=product.warps, num_stages=product.stages)
+        prepares = table is not None
+        means_kernel[(self._count, rows)](
+            x, ids, centroids, self._sums, self._sizes, out, table if prepares else out, norms if prepares else out,
+            tokens, self._count, table.shape[1] if prepares else 0, x.stride(0), x.stride(1), self._parts,
+            D=dim, SEARCH=SEARCH // dim, PREPARES=prepares, num_warps=4)
 
 
 def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
     """x [R, T, D] float32 or bf16, ids int64 [R, T], centroids [R, C, D] float32 that they chose from -> float32 [R, C, D]."""
-    require_channels_last(x)
-    rows, tokens, dim = x.shape
-    count = centroids.shape[1]
-    product = Product.of(dim, x.device, tokens=32)
-    blocks = triton.cdiv(count, product.block)
-    tiles = triton.cdiv(tokens, product.tokens)
-    parts = min(tiles, max(1, PROGRAMS // (rows * blocks)))
-    share = triton.cdiv(tiles, parts) * product.tokens
-    parts = triton.cdiv(tokens, share)
-    sums = torch.empty(parts, rows, count, dim, dtype=torch.float32, device=x.device)
-    sizes = torch.empty(parts, rows, count, dtype=torch.float32, device=x.device)
-    means = torch.empty(rows, count, dim, dtype=torch.float32, device=x.device)
-    ids, centroids = ids.contiguous(), centroids.contiguous()
-    before_launch("update", dim, x.dtype, x.device)
-    sums_kernel[(parts, blocks, rows)](
-        x, ids, sums, sizes, tokens, count, x.stride(0), x.stride(1), share,
-        D=dim, TOKENS=product.tokens, BLOCK=product.block, PRECISION=product.precision,
-        num_warps=product.warps, num_stages=product.stages)
-    means_kernel[(count, rows)](
-        x, ids, centroids, sums, sizes, means, tokens, count, x.stride(0), x.stride(1), parts,
-        D=dim, SEARCH=SEARCH // dim, num_warps=4)
-    return means
+    means = Means(x, centroids.shape[1])
+    out = torch.empty(centroids.shape, dtype=torch.float32, device=x.device)
+    before_launch("update", x.shape[-1], x.dtype, x.device)
+    means(ids.contiguous(), centroids.contiguous(), out)
+    return out

@@ -199,8 +199,9 @@ class LayerCache:
         sides = self.sides
         needs = [budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)]
         if opens_epoch:
-            for side, x, needed in zip(sides, whole or pair, needs):
-                side.book = side.codec.train(x, self.generator, side.book) if needed else None
+            books = codec.train([side.codec for side in sides], whole or pair, needs, self.generator, [side.book for side in sides])
+            for side, book in zip(sides, books):
+                side.book = book
             self.trained, self.epoch_frames = True, 0
         if any(needs):
             self.epoch_frames += frames

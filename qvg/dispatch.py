@@ -25,6 +25,8 @@ BACKENDS = ("triton", "torch")
 OPS = {
     "assign": "nearest centroid of every token",
     "update": "means of the tokens of each centroid",
+    "kmeans": "centroids of tokens, step after step of those two",
+    "store": "centroids to bytes, and what they leave of tokens",
     "encode": "tokens to bit planes",
     "rotate": "RoPE on tokens",
     "turn": "RoPE on a chunk's own queries and keys, and its tokens into the workspace",

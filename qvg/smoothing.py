@@ -51,9 +51,9 @@ class Codebook:
     def stages(self) -> int:
         return self.centroids.shape[0]
 
-    def values(self, stage: int, rows: slice = slice(None)) -> Tensor:
-        """Centroids of a stage as float32 [R, C, D]."""
-        return e4m3.decode(self.centroids[stage, rows]) * self.centroid_scale[stage, rows].float()
+    def values(self, stage: int | slice, rows: slice = slice(None)) -> Tensor:
+        """Centroids of a stage as float32 [R, C, D], or of several [S, R, C, D]."""
+        return e4m3.decode(self.centroids[stage, rows]) * self.centroid_scale[stage, rows]
 
 
 def restore(books: list[Codebook], residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
@@ -96,10 +96,34 @@ def _assign(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.baddbmm(half_norms[:, None], x, centroids.transpose(1, 2), alpha=-1.0).argmin(-1)
 
 
-def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
-    """Mean of each centroid's tokens [R, C, D], where x [R, T, D] chose `ids` [R, T] among `centroids` [R, C, D].
+def draw(tokens: int, count: int, times: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Numbers of distinct tokens for k-means to start from, int64 [times, count]. A CPU generator, so that every device draws the same."""
+    # from pinned memory the copy waits for nothing that the device still has to do
+    drawn = torch.empty(times, count, dtype=torch.int64, pin_memory=device.type == "cuda")
+    for numbers in drawn:
+        numbers.copy_(torch.randperm(tokens, generator=generator)[:count])
+    return drawn.to(device, non_blocking=True)
 
-    One without tokens moves to a token: of T / C neighbours, a share for each centroid, the one that lies farthest from what it chose.
+
+def kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Centroids of x [R, T, D] that are found from `start` [R, C, D] float32, of the same shape; T >= C.
+
+    A step takes the mean of the tokens that are nearest to a centroid. One without tokens moves to a token: of T / C neighbours, a share
+    for each centroid, the one that lies farthest from what it chose.
+    """
+    return dispatch.run("kmeans", _kmeans, x, start, iterations)
+
+
+def _kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
+    x, centroids = x.float(), start
+    for _ in range(iterations):
+        centroids = update(x, assign(x, centroids), centroids)
+    return centroids
+
+
+def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
+    """The centroids after a step [R, C, D], where x [R, T, D] chose `ids` [R, T] among `centroids`; see `kmeans`.
+
     Sums are matrix products with the one-hot assignment: no float atomics, so two runs give the same bits.
     """
     return dispatch.run("update", _update, x, ids, centroids)
@@ -120,70 +144,64 @@ def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
     return torch.where(empty[..., None], candidates, means)
 
 
-def kmeans(x: Tensor, count: int, iterations: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
-    """Centroids [R, count, D], float32, of x [R, T, D], float32 (bf16 where there are kernels), T >= count.
+def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What k-means found in x [R, T, D], float32 [R, C, D], as a codebook holds it, and what that leaves of x.
 
-    `start` [R, count, D] continues from earlier centroids; otherwise distinct tokens are drawn with `generator` (a CPU
-    generator, so that every device draws the same).
+    -> (centroids uint8 (E4M3) [R, C, D], their scale bfloat16 [R, 1, D], residual float32 [R, T, D])
     """
-    if start is None:
-        tokens = torch.randperm(x.shape[1], generator=generator)[:count]
-        if x.device.type == "cuda":
-            # from pinned memory the copy waits for nothing that the device still has to do
-            tokens = tokens.pin_memory()
-        start = x[:, tokens.to(x.device, non_blocking=True)].float()
-    centroids = start
-    for _ in range(iterations):
-        centroids = update(x, assign(x, centroids), centroids)
-    return centroids
+    return dispatch.run("store", _store, x, found)
 
 
-def train(x: Tensor, stages: int, count: int, iterations: int, generator: torch.Generator,
-          previous: Codebook | None = None) -> Codebook:
-    """A codebook of x [T, R, D]; `previous` is the epoch before, whose centroids it starts from.
+def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).bfloat16()
+    scale[scale == 0] = 1
+    # bf16 rounds the scale down as often as up; e4m3.encode clamps what that pushes past 448
+    codes = e4m3.encode(found / scale.float())
+    stored = e4m3.decode(codes) * scale.float()
+    chosen = picked(stored, _assign(x.float(), stored))
+    return codes, scale, torch.sub(x, chosen, out=chosen)
+
+
+def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator: torch.Generator,
+          previous: list[Codebook | None]) -> list[Codebook]:
+    """A codebook of each of the tensors [T, R, D], which are alike; `previous` are those of the epoch before, to start from where all fit.
 
     `stages` may be 0: then there are no centroids, only channel scales. Of more than `SEEN` tokens a centroid every second, third and so
-    on is looked at.
+    on is looked at. All tensors together take as many launches as one, and draw as one after the other does.
     """
     if stages:
-        x = x[::max(1, x.shape[0] // (SEEN * count))]
-    tokens, rows, dim = x.shape
-    warm = previous is not None and previous.centroids.shape[0] == stages and previous.centroids.shape[2] == count
-    codes = torch.empty(stages, rows, count, dim, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(stages, rows, 1, dim, dtype=torch.bfloat16, device=x.device)
-    channel = torch.empty(rows, dim, dtype=torch.bfloat16, device=x.device)
-    # every slice of rows draws the same tokens, whatever the slices are
-    state = generator.get_state()
+        xs = [x[::max(1, x.shape[0] // (SEEN * count))] for x in xs]
+    (tokens, rows, dim), sides, device = xs[0].shape, len(xs), xs[0].device
+    codes = torch.empty(sides, stages, rows, count, dim, dtype=torch.uint8, device=device)
+    scales = torch.empty(sides, stages, rows, 1, dim, dtype=torch.bfloat16, device=device)
+    rms = torch.empty(sides, rows, dim, dtype=torch.float32, device=device)
+    warm = all(book is not None and book.centroids.shape == codes.shape[1:] for book in previous)
+
+    def by_side(x: Tensor) -> Tensor:
+        return x.unflatten(0, (sides, -1))
+
+    if warm:
+        # what an epoch before has found is near: the paper's centroid caching
+        iterations = max(1, iterations // WARM)
+    else:
+        # every slice of rows starts from the same tokens, whatever the slices are
+        drawn = draw(tokens, count, sides * stages, generator, device).view(sides, stages, count)
     # the kernels make no [tokens, centroids] matrix, and fewer slices are fewer launches
-    kernels = not dispatch.refusal("assign", x.device)
-    scratch = (3 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
-    for part in row_slices(rows, 4 * tokens * scratch[0], scratch[1]):
-        generator.set_state(state)
-        residual = x[:, part].transpose(0, 1).float().contiguous()
+    kernels = not dispatch.refusal("kmeans", device)
+    scratch = (2 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
+    for part in row_slices(rows, sides * 4 * tokens * scratch[0], scratch[1]):
+        residual = torch.cat([x[:, part].transpose(0, 1) for x in xs])
+        if warm:
+            starts = torch.cat([book.values(slice(None), part) for book in previous], 1)
         for stage in range(stages):
-            start = previous.values(stage, part) if warm else None
-            # kernels round to bf16 in their products anyhow, and read half as much
-            if kernels and x.device.type != "cpu":
-                seen = x[:, part].transpose(0, 1) if not stage and x.dtype == torch.bfloat16 else residual.bfloat16()
-            else:
-                seen = residual
-            # what an epoch before has found is near: the paper's centroid caching
-            found = kmeans(seen, count, max(1, iterations // WARM) if warm else iterations, generator, start)
-            scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).bfloat16()
-            scale[scale == 0] = 1
-            # bf16 rounds the scale down as often as up; e4m3.encode clamps what that pushes past 448
-            codes[stage, part] = e4m3.encode(found / scale.float())
-            scales[stage, part] = scale
-            stored = e4m3.decode(codes[stage, part]) * scale.float()
-            ids = assign(seen, stored)
-            residual = residual - picked(stored, ids)
-        rms = residual.square().mean(1).sqrt()
-        # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
-        floor = 1e-3 * rms.square().mean(-1, keepdim=True).sqrt()
-        rms = rms.clamp(min=floor)
-        rms[rms == 0] = 1
-        channel[part] = rms.bfloat16()
-    return Codebook(codes, scales, channel)
+            start = starts[stage] if warm else torch.cat([x[:, at[stage]] for x, at in zip(by_side(residual), drawn)]).float()
+            code, scale, residual = store(residual, kmeans(residual, start, iterations))
+            codes[:, stage, part], scales[:, stage, part] = by_side(code), by_side(scale)
+        rms[:, part] = by_side(residual.float().square().mean(1).sqrt())
+    # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
+    rms = rms.clamp(min=1e-3 * rms.square().mean(-1, keepdim=True).sqrt())
+    rms[rms == 0] = 1
+    return [Codebook(*parts) for parts in zip(codes, scales, rms.bfloat16())]
 
 
 def subtract(x: Tensor, codebook: Codebook, rows: slice) -> tuple[Tensor, Tensor]:

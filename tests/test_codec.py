@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from comfyui_qvg.qvg import planes, smoothing
+from comfyui_qvg.qvg import dispatch, planes, smoothing
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
 from comfyui_qvg.qvg.budget import GIB, Geometry, forecast
 from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.codec import LevelTables, TensorCodec
+from comfyui_qvg.qvg.codec import LevelTables, TensorCodec, train
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 
@@ -82,6 +82,41 @@ def test_training_is_repeatable_and_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.centroids, second.centroids)
     assert torch.equal(first.channel_scale, second.channel_scale)
+
+
+ALIKE = ["alike", "first", "slices", "no stage"]
+
+
+@pytest.mark.parametrize(("case", "backend"), [*product([*ALIKE, "one is plain", "unlike", "one is warm", "paper"], ["torch"]),
+                                               *product(ALIKE, ["triton"])])
+def test_codebooks_of_both_are_those_of_each(case, backend, monkeypatch):
+    """K and V trained in one call: the bytes of one after the other, and as many random numbers drawn."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    pair = [(scale * torch.randn(110, 3, 64, generator=generator(seed)) + seed).to(device) for seed, scale in ((1, 3.0), (2, 0.1))]
+    if case == "slices":
+        # two slices or three
+        monkeypatch.setattr(smoothing, "SCRATCH_BYTES", 1 << 18)
+        monkeypatch.setattr(smoothing, "KERNEL_SCRATCH_BYTES", 1 << 18)
+    key = TensorSettings(stages=0 if case == "no stage" else 2, centroids=8)
+    value = replace(key, stages=1) if case == "unlike" else key
+    codecs = [TensorCodec("paper" if case == "paper" else "qvg", settings, 64, 2) for settings in (key, value)]
+    needs = [True, case != "one is plain"]
+    with dispatch.force(backend):
+        books = [None if case == "first" or (case == "one is warm" and side) else one.train(x.flip(0), generator())
+                 for side, (one, x) in enumerate(zip(codecs, pair))]
+        draws = [generator(5) for _ in range(3)]
+        apart = [one.train(x, draws[0], book) if needed else None for one, x, book, needed in zip(codecs, pair, books, needs)]
+        ways = [train(codecs, pair, needs, draws[1], books)]
+        if case in ALIKE:
+            ways.append(smoothing.train(pair, key.stages, key.codebook_size(110), 2, draws[2], books))
+    assert torch.equal(draws[0].get_state(), draws[1].get_state())
+    for mine, theirs in ((mine, theirs) for way in ways for mine, theirs in zip(way, apart)):
+        assert (mine is None) == (theirs is None)
+        for name, expected in vars(theirs).items() if theirs else ():
+            # a GPU adds the squares of more rows up in another order
+            torch.testing.assert_close(getattr(mine, name).float(), expected.float(), rtol=0 if device == "cpu" else 2**-7, atol=0)
 
 
 def run(settings, frames=15, chunk=3, store=True, seed=0, **kwargs):
@@ -203,7 +238,7 @@ def test_a_part_of_many_tokens_finds_the_same_codebook(monkeypatch):
     monkeypatch.setattr(smoothing, "kmeans", lambda x, *more: seen.append(x.shape[1]) or real(x, *more))
     for most in (smoothing.SEEN, 10**6):
         monkeypatch.setattr(smoothing, "SEEN", most)
-        book = smoothing.train(x, 2, 16, 8, generator(1))
+        book = smoothing.train([x], 2, 16, 8, generator(1), [None])[0]
         left.append(smoothing.subtract(x, book, slice(0, 2))[0].square().mean())
     assert seen == [1200, 1200, 6000, 6000]
     assert left[0] <= 1.05 * left[1]

@@ -73,6 +73,8 @@ def test_unsupported_shape_falls_back_and_a_forced_backend_says_why():
     pytest.importorskip("triton")
     x = torch.randn(2, 30, 48, device="cuda" if torch.cuda.is_available() else "cpu")
     assert smoothing.assign(x, x[:, :5]).shape == (2, 30)
+    book, = smoothing.train([x.bfloat16().transpose(0, 1)], 2, 5, 1, torch.Generator(), [None])
+    assert book.values(1).isfinite().all()
     with dispatch.force("triton"), pytest.raises(dispatch.Unsupported, match="heads of 48 channels"):
         smoothing.assign(x, x[:, :5])
 
@@ -137,7 +139,8 @@ def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
             if frame == 1:
                 early = len(said)
-    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(dispatch.OPS) - {"rotate"}
+    # kernels that do several things in a go stand for those that do one
+    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(dispatch.OPS) - {"assign", "update", "rotate"}
     assert said[-1] == "" and TOLD.format("decode") in said[early:]
     seen = len(said)
     with dispatch.force("triton"), dispatch.on_compile(said.append):

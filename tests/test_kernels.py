@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import codec, dispatch, smoothing
+from comfyui_qvg.qvg import codec, dispatch, e4m3, smoothing
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
 from comfyui_qvg.qvg.budget import forecast
 from comfyui_qvg.qvg.cache import KVCache, LayerCache
@@ -90,6 +90,55 @@ def test_update_of_a_view():
     ids = torch.arange(50, device=DEVICE).expand(3, 50) % 7
     ours, twin = both(smoothing.update, x, ids, x[:, :7])
     assert (ours - twin).abs().max() < (1e-1 if ON_GPU else 1e-4)
+
+
+def step(x, table):
+    """Centroids after a step of the twin's, from what the kernel assigns, because operands of distances are rounded on a GPU."""
+    with dispatch.force("triton"):
+        ids = smoothing.assign(x, table)
+    return smoothing._update(x.float(), ids, table)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "count", "dim", "centroids"), [*SHAPES[:3], (1, 200, 128, 70), (1, 97, 256, 40)])
+def test_kmeans(rows, count, dim, centroids, dtype):
+    """Means, and for centroids without tokens the token of their share that is served worst. Two runs give the same bits."""
+    # numbers that bf16 holds
+    x = tokens(rows, count, dim, dtype=dtype).bfloat16().to(dtype)
+    table = tokens(rows, centroids, dim, seed=1)
+    table[:, (centroids + 1) // 2:] += 1e4
+    expected = step(x, table)
+    with dispatch.force("triton"):
+        one, two, again = (smoothing.kmeans(x, table, steps) for steps in (1, 2, 2))
+    assert torch.equal(two, again)
+    close = x.float().abs().amax() * 1e-5
+    assert (one - expected).abs().max() <= close
+    # centroids that the order of additions changed a little may be nearest to other tokens
+    assert ON_GPU or (two - step(x, expected)).abs().max() <= close
+
+
+def test_kmeans_of_a_view():
+    """Rows that lie inside wider ones, as a slice of heads does."""
+    x = tokens(50, 6, 64)[:, 1:4].transpose(0, 1).bfloat16().float()
+    expected = step(x, x[:, :7])
+    with dispatch.force("triton"):
+        assert (smoothing.kmeans(x, x[:, :7], 1) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "count", "dim", "centroids"), SHAPES)
+def test_store(rows, count, dim, centroids, dtype):
+    """The twin's bytes, and what the centroids leave that `assign` chooses. A channel of zeros, and bytes of every sign and size."""
+    x, found = tokens(rows, count, dim, dtype=dtype), tokens(rows, centroids, dim, seed=1)
+    found[:, :, 3] = 0
+    found[:, 0] *= 2.0 ** -torch.arange(dim, device=DEVICE)
+    (codes, scale, residual), (other_codes, other_scale, _) = both(smoothing.store, x, found)
+    assert torch.equal(scale, other_scale)
+    assert torch.equal(codes, other_codes)
+    stored = e4m3.decode(codes) * scale.float()
+    with dispatch.force("triton"):
+        ids = smoothing.assign(x, stored)
+    assert (residual - (x.float() - smoothing.picked(stored, ids))).abs().max() <= 1e-5 * x.float().abs().amax()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

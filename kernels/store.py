@@ -1,0 +1,86 @@
+"""What k-means found as a codebook holds it, and what that leaves of the tokens, for all rows in two launches. Twin: `qvg.smoothing.store`.
+
+The first launch writes the bytes and, beside them, the values that they stand for as `assign` takes them. The second finds each token's
+nearest value and writes the difference, so that neither ids nor what was chosen exist in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..qvg import e4m3
+from ..qvg.dispatch import Unsupported, before_launch
+from .assign import MAX_CENTROIDS, nearest, prepare
+from .tiles import Product, converts_e4m3, e4m3_to_float32, float32_to_e4m3, require_channels_last, round_to_bfloat16
+
+
+@triton.jit(do_not_specialize=["count", "padded"])
+def store_kernel(found, codes, units, table, norms, count, padded, MOST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+                 NATIVE_E4M3: tl.constexpr):
+    """Codes and channel units of the centroids of a row. MOST: the largest number that a code stands for. Grid: (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, D)
+    largest = tl.zeros((D,), tl.float32)
+    for start in range(0, count, BLOCK):
+        number = start + tl.arange(0, BLOCK)
+        at = (row * count + number)[:, None] * D + channel[None, :]
+        block = tl.load(found + at, mask=(number < count)[:, None], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(block), axis=0))
+    unit = round_to_bfloat16(tl.div_rn(largest, tl.full((D,), MOST, tl.float32)))
+    unit = tl.where(unit == 0, 1.0, unit)
+    tl.store(units + row * D + channel, unit.to(tl.bfloat16))
+    for start in range(0, padded, BLOCK):
+        number = start + tl.arange(0, BLOCK)
+        inside = number < count
+        at = (row * count + number)[:, None] * D + channel[None, :]
+        block = tl.load(found + at, mask=inside[:, None], other=0.0)
+        block = tl.div_rn(block, tl.broadcast_to(unit[None, :], (BLOCK, D)))
+        sign = (block.to(tl.int32, bitcast=True) >> 24) & 0x80
+        code = (float32_to_e4m3(tl.abs(block)).to(tl.int32) | sign).to(tl.uint8)
+        tl.store(codes + at, code, mask=inside[:, None])
+        prepare(e4m3_to_float32(code, NATIVE_E4M3) * unit[None, :], table, norms, row * padded, number, count, D)
+
+
+@triton.jit(do_not_specialize=["tokens", "count", "padded"])
+def leave_kernel(x, codes, units, table, norms, residual, tokens, count, padded, x_row, x_token,
+                 D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, NATIVE_E4M3: tl.constexpr):
+    """Tokens less their nearest centroids; residual is contiguous. Grid: (blocks of tokens, rows)."""
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    mask = (token < tokens)[:, None]
+    token = token.to(tl.int64)[:, None]
+    channel = tl.arange(0, D)[None, :]
+    at = row * x_row + token * x_token + channel
+    tile = tl.load(x + at, mask=mask, other=0.0).to(table.dtype.element_ty)
+    chosen = nearest(tile, table + row * padded * D, norms + row * padded, padded, D, TOKENS, BLOCK)
+    unit = tl.load(units + row * D + channel).to(tl.float32)
+    value = e4m3_to_float32(tl.load(codes + (row * count + chosen)[:, None] * D + channel), NATIVE_E4M3) * unit
+    # taken anew from the cache, not kept in registers
+    tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(residual + (row * tokens + token) * D + channel, tile - value, mask=mask)
+
+
+def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [R, T, D] float32 or bf16, found [R, C, D] float32 -> codes uint8 [R, C, D], scale bf16 [R, 1, D], residual float32 [R, T, D]."""
+    require_channels_last(x)
+    rows, tokens, dim = x.shape
+    count = found.shape[1]
+    if count > MAX_CENTROIDS:
+        raise Unsupported(f"{count} centroids are more than the {MAX_CENTROIDS} that the kernel tells apart")
+    product, native = Product.of(dim, x.device), converts_e4m3(x.device)
+    codes = torch.empty(rows, count, dim, dtype=torch.uint8, device=x.device)
+    units = torch.empty(rows, 1, dim, dtype=torch.bfloat16, device=x.device)
+    padded = triton.cdiv(count, product.block) * product.block
+    table = torch.empty(rows, padded, dim, dtype=product.torch_dtype, device=x.device)
+    norms = torch.empty(rows, padded, dtype=torch.float32, device=x.device)
+    residual = torch.empty(rows, tokens, dim, dtype=torch.float32, device=x.device)
+    before_launch("store", dim, x.dtype, x.device)
+    store_kernel[(rows,)](found.contiguous(), codes, units, table, norms, count, padded, MOST=e4m3.MAX, D=dim, BLOCK=product.block,
+                          NATIVE_E4M3=native, num_warps=8)
+    leave_kernel[(triton.cdiv(tokens, product.tokens), rows)](
+        x, codes, units, table, norms, residual, tokens, count, padded, x.stride(0), x.stride(1),
+        D=dim, TOKENS=product.tokens, BLOCK=product.block, NATIVE_E4M3=native, num_warps=product.warps, num_stages=product.stages)
+    return codes, units, residual
