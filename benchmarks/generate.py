@@ -3,9 +3,12 @@
     qvg bench generate [--small] [--out DIR] [--contexts 21 60 120 180] [--only balanced offload] [--limits 12 24]
 
 A chunk is four noisy passes and the clean one, which stores. Weights are random, which changes no timing and says nothing of quality; the
-history is filled with clusters of tokens. bf16 is measured first and last, and overhead is against the mean of the two. Bytes are the
-allocator's peak during a chunk, less weights and less what the same pass needs without any history; what an offloaded cache keeps in host
-memory has a column of its own. `--limits` caps the allocator at so many GiB, weights included, fills the forecast's longest video, and
+history is filled with clusters of tokens. Each method has the device to itself while its milliseconds and bytes are taken, bf16 first and
+last. A card's clock follows its power and heat, so overhead is taken apart: chunk by chunk in turn with bf16, the other one first every
+second time, of which the median counts. Bytes are the allocator's peak during a chunk, less weights and less what the same pass needs
+without any history; what an offloaded cache keeps in host memory has a column of its own.
+
+`--limits` caps the allocator at so many GiB, weights included, fills the forecast's longest video, and
 runs its last pass.
 
     qvg bench generate --model longcat ...      a segment of LongCat-Video instead, see `benchmarks.longcat`
@@ -130,7 +133,33 @@ def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int)
     return found
 
 
-def compare(scene: Scene, context: int, kinds: list, rounds: int) -> list[dict]:
+def in_turn(scene: Scene, kind: type[methods.Method], context: int, rounds: int) -> list[float]:
+    """By how many percent a chunk takes longer than with bf16, round by round."""
+    pair = [method(scene.geometry, scene.pair, CHUNK, context + (rounds + 1) * CHUNK) for method in (methods.Core, kind)]
+    try:
+        for method in pair:
+            method.fill(context)
+            scene.chunk(method)
+        found = []
+        for number in range(rounds):
+            times = {}
+            for method in pair if number % 2 else reversed(pair):
+                if scene.device.type == "cuda":
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+                scene.chunk(method)
+                if scene.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[method] = time.perf_counter() - began
+            found.append(100 * (times[pair[1]] / times[pair[0]] - 1))
+        return found
+    finally:
+        del pair, method
+        if scene.device.type == "cuda":
+            _settle()
+
+
+def compare(scene: Scene, context: int, kinds: list, rounds: int, turns: int) -> list[dict]:
     rows = []
     for kind in [methods.Core, *kinds, methods.Core]:
         try:
@@ -138,11 +167,20 @@ def compare(scene: Scene, context: int, kinds: list, rounds: int) -> list[dict]:
         except torch.OutOfMemoryError as error:
             rows.append({"method": getattr(kind, "name", str(kind)), "context": context, "error": str(error).splitlines()[0]})
             _settle()
-    bases = [row for row in rows if row["method"] == methods.Core.name and "ms" in row]
+            continue
+        if kind is not methods.Core:
+            try:
+                overheads = in_turn(scene, kind, context, turns)
+            except torch.OutOfMemoryError:
+                # measured by itself; there is no room for bf16 beside it
+                _settle()
+                continue
+            rows[-1] |= {"overheads": overheads, "overhead_percent": statistics.median(overheads)}
+            progress(f"in turn with bf16: {', '.join(f'{overhead:+.1f}' for overhead in overheads)} %")
+    base = next((row for row in rows if row["method"] == methods.Core.name and "ms" in row), None)
     for row in rows:
-        if bases and "ms" in row:
-            row["overhead_percent"] = 100 * (row["ms"] / statistics.mean(base["ms"] for base in bases) - 1)
-            row["ratio"] = bases[0].get("peak_bytes", bases[0]["state_bytes"]) / row.get("peak_bytes", row["state_bytes"])
+        if base and "ms" in row:
+            row["ratio"] = base.get("peak_bytes", base["state_bytes"]) / row.get("peak_bytes", row["state_bytes"])
     return rows
 
 
@@ -203,7 +241,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--contexts", type=int, nargs="+", help="latent frames behind the chunk, multiples of 3")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="methods beside bf16")
     parser.add_argument("--limits", type=float, nargs="*", default=[], metavar="GIB")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="chunks of each method by itself")
+    parser.add_argument("--turns", type=int, default=5, help="chunks of each method in turn with bf16")
     parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -215,7 +254,7 @@ def main(arguments: list[str]) -> None:
     rows, limits = [], []
 
     def note(show: bool) -> None:
-        columns = ("method", "context", "ms a chunk", "overhead %", "peak GiB", "state GiB", "host GiB", "ratio to bf16")
+        columns = ("method", "context", "ms a chunk", "in turn %", "peak GiB", "state GiB", "host GiB", "ratio to bf16")
         text = table(columns, [(
             row["method"], row["context"], row.get("ms"), row.get("overhead_percent", row.get("error")),
             *(row[name] / GIB if name in row else None for name in ("peak_bytes", "state_bytes", "host_bytes")),
@@ -231,7 +270,7 @@ def main(arguments: list[str]) -> None:
 
     # on the disk after every context, so that a time limit loses the one under way alone
     for context in options.contexts or ([6, 27] if options.small else [21, 60, 120, 180]):
-        rows += compare(scene, context, kinds, options.rounds)
+        rows += compare(scene, context, kinds, options.rounds, options.turns)
         note(show=False)
     for limit in options.limits if device.type == "cuda" else ():
         limits += capped(scene, limit, guesses(scene, limit))
