@@ -8,8 +8,7 @@ last. A card's clock follows its power and heat, so overhead is taken apart: chu
 second time, of which the median counts. Bytes are the allocator's peak during a chunk, less weights and less what the same pass needs
 without any history; what an offloaded cache keeps in host memory has a column of its own.
 
-`--limits` caps the allocator at so many GiB, weights included, fills the forecast's longest video, and
-runs its last pass.
+`--limits` caps the allocator at so many GiB, weights included, fills the forecast's longest video, and runs its last pass.
 
     qvg bench generate --model longcat ...      a segment of LongCat-Video instead, see `benchmarks.longcat`
 """

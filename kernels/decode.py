@@ -80,7 +80,7 @@ class Tiling:
     """tokens: of a tile, chosen so that a thread holds eight channels; steps: tiles of a program; registers: of a thread at most.
 
     Few registers and so many threads under way are worth more here than anything else: what limits the kernel is how long a read
-    waits behind the stores. Measured on an H100 with `qvg bench kernels --only tune`.
+    waits behind the stores, and how many instructions there are. Measured on an H100 and an H200 with `qvg bench kernels --only tune`.
     """
 
     tokens: int
@@ -99,7 +99,7 @@ class Tiling:
             return Tiling(tokens=4096 // head_dim, steps=2, warps=8)
         # so few registers would spill from capability 10 on
         few = name == "cuda" and major < 10
-        return Tiling(tokens=1024 // head_dim, steps=8, warps=4, registers=64 if few else None)
+        return Tiling(tokens=1024 // head_dim, steps=16 if few else 8, warps=4, registers=64 if few else None)
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def decode_kernel(
         if BITS > 1:
             prefetch(plane1 + line)
     if KIND == PLANES:
-        n0, n1, n2, n3, next_scale, next_ids = fetch(
+        next_bits, next_scale, next_ids = fetch(
             tl.minimum(tl.arange(0, TOKENS)[:, None], last), octet, data, plane1, plane2, plane3, scales, ids,
             data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
     for step in range(STEPS):
@@ -201,21 +201,21 @@ def decode_kernel(
         local = tl.minimum(token, last)
 
         if KIND == PLANES:
-            p0, p1, p2, p3 = n0.to(tl.int32), n1.to(tl.int32), n2.to(tl.int32), n3.to(tl.int32)
+            bits = next_bits
             scale = e4m3_to_float32(next_scale, NATIVE_E4M3)
             words = ()
             for stage in tl.static_range(STAGES):
                 codes = centroids.to(tl.pointer_type(tl.int64)) + stage * (centroid_stage // 8)
                 words = words + (tl.load(codes + next_ids[stage].to(tl.int32) * (D // 8) + octet),)
             # the next tile's bytes are on their way while this one is computed
-            n0, n1, n2, n3, next_scale, next_ids = fetch(
+            next_bits, next_scale, next_ids = fetch(
                 tl.minimum(token + TOKENS, last), octet, data, plane1, plane2, plane3, scales, ids,
                 data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
             m0, m1, m2, m3 = l0 * scale, l1 * scale, l2 * scale, l3 * scale
             m4, m5, m6, m7 = l4 * scale, l5 * scale, l6 * scale, l7 * scale
             x = ()
             for c in tl.static_range(8):
-                x = x + (dequantize(p0, p1, p2, p3, c, BITS, m0, m1, m2, m3, m4, m5, m6, m7) * channels[c],)
+                x = x + (dequantize(bits, c, BITS, m0, m1, m2, m3, m4, m5, m6, m7) * channels[c],)
             for stage in tl.static_range(STAGES):
                 found = e4m3_octet(words[stage], NATIVE_E4M3)
                 y = ()

@@ -55,41 +55,44 @@ def _high(word):
 
 
 @triton.jit
-def _has(byte, CHANNEL: tl.constexpr):
-    return (byte & (1 << CHANNEL)) != 0
+def _has(bits, PLANE: tl.constexpr, CHANNEL: tl.constexpr):
+    return (bits & (1 << (8 * PLANE + CHANNEL))) != 0
 
 
 @triton.jit
 def fetch(local, octet, data, plane1, plane2, plane3, scales, ids, data_token, scale_token, id_token, id_stage,
           BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, OCTETS: tl.constexpr):
-    """What is read of a tile's tokens before the centroids: bytes of the planes, codes of the scales, ids of every stage."""
+    """What is read of a tile's tokens before the centroids: planes, a byte of a word each, codes of the scales, ids of every stage."""
     at = local * data_token + octet
-    p0 = tl.load(data + at)
-    p1 = tl.load(plane1 + at) if BITS > 1 else p0
-    p2 = tl.load(plane2 + at) if BITS > 2 else p0
-    p3 = tl.load(plane3 + at) if BITS > 3 else p0
+    bits = tl.load(data + at).to(tl.uint32)
+    if BITS > 1:
+        bits |= tl.load(plane1 + at).to(tl.uint32) << 8
+    if BITS > 2:
+        bits |= tl.load(plane2 + at).to(tl.uint32) << 16
+    if BITS > 3:
+        bits |= tl.load(plane3 + at).to(tl.uint32) << 24
     scale = tl.load(scales + local * scale_token)
     for group in tl.static_range(1, GROUPS):
         scale = tl.where(octet >= group * (OCTETS // GROUPS), tl.load(scales + local * scale_token + group), scale)
     chosen = ()
     for stage in tl.static_range(STAGES):
         chosen = chosen + (tl.load(ids + stage * id_stage + local * id_token),)
-    return p0, p1, p2, p3, scale, chosen
+    return bits, scale, chosen
 
 
 @triton.jit
-def dequantize(p0, p1, p2, p3, CHANNEL: tl.constexpr, BITS: tl.constexpr, l0, l1, l2, l3, l4, l5, l6, l7):
-    """One channel of an octet from the bytes of its planes and the levels of its token."""
+def dequantize(bits, CHANNEL: tl.constexpr, BITS: tl.constexpr, l0, l1, l2, l3, l4, l5, l6, l7):
+    """One channel of an octet from its planes and the levels of its token."""
     size = l0
     if BITS == 2:
-        size = tl.where(_has(p1, CHANNEL), l1, l0)
+        size = tl.where(_has(bits, 1, CHANNEL), l1, l0)
     if BITS == 3:
-        size = tl.where(_has(p1, CHANNEL), tl.where(_has(p2, CHANNEL), l3, l2), tl.where(_has(p2, CHANNEL), l1, l0))
+        size = tl.where(_has(bits, 1, CHANNEL), tl.where(_has(bits, 2, CHANNEL), l3, l2), tl.where(_has(bits, 2, CHANNEL), l1, l0))
     if BITS == 4:
-        high = tl.where(_has(p2, CHANNEL), tl.where(_has(p3, CHANNEL), l7, l6), tl.where(_has(p3, CHANNEL), l5, l4))
-        low = tl.where(_has(p2, CHANNEL), tl.where(_has(p3, CHANNEL), l3, l2), tl.where(_has(p3, CHANNEL), l1, l0))
-        size = tl.where(_has(p1, CHANNEL), high, low)
-    return tl.where(_has(p0, CHANNEL), size, -size)
+        high = tl.where(_has(bits, 2, CHANNEL), tl.where(_has(bits, 3, CHANNEL), l7, l6), tl.where(_has(bits, 3, CHANNEL), l5, l4))
+        low = tl.where(_has(bits, 2, CHANNEL), tl.where(_has(bits, 3, CHANNEL), l3, l2), tl.where(_has(bits, 3, CHANNEL), l1, l0))
+        size = tl.where(_has(bits, 1, CHANNEL), high, low)
+    return tl.where(_has(bits, 0, CHANNEL), size, -size)
 
 
 @triton.jit
