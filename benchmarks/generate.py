@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from ..qvg.budget import GIB, Geometry
+from ..qvg.models.catalogue import MODELS
 from ..qvg.models.wan import CausalWan, WanSizes, bidirectional
 from ..qvg.plan import longest
 from ..qvg.sampler import SELF_FORCING_SIGMAS
@@ -135,27 +136,22 @@ def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int)
 def in_turn(scene: Scene, kind: type[methods.Method], context: int, rounds: int) -> list[float]:
     """By how many percent a chunk takes longer than with bf16, round by round."""
     pair = [method(scene.geometry, scene.pair, CHUNK, context + (rounds + 1) * CHUNK) for method in (methods.Core, kind)]
-    try:
-        for method in pair:
-            method.fill(context)
-            scene.chunk(method)
-        found = []
-        for number in range(rounds):
-            times = {}
-            for method in pair if number % 2 else reversed(pair):
-                if scene.device.type == "cuda":
-                    torch.cuda.synchronize()
-                began = time.perf_counter()
-                scene.chunk(method)
-                if scene.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[method] = time.perf_counter() - began
-            found.append(100 * (times[pair[1]] / times[pair[0]] - 1))
-        return found
-    finally:
-        del pair, method
-        if scene.device.type == "cuda":
-            _settle()
+    for method in pair:
+        method.fill(context)
+        scene.chunk(method)
+    found = []
+    for number in range(rounds):
+        times = [0.0, 0.0]
+        for which in (0, 1) if number % 2 else (1, 0):
+            if scene.device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            scene.chunk(pair[which])
+            if scene.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[which] = time.perf_counter() - began
+        found.append(100 * (times[1] / times[0] - 1))
+    return found
 
 
 def compare(scene: Scene, context: int, kinds: list, rounds: int, turns: int) -> list[dict]:
@@ -172,8 +168,10 @@ def compare(scene: Scene, context: int, kinds: list, rounds: int, turns: int) ->
                 overheads = in_turn(scene, kind, context, turns)
             except torch.OutOfMemoryError:
                 # measured by itself; there is no room for bf16 beside it
-                _settle()
                 continue
+            finally:
+                if scene.device.type == "cuda":
+                    _settle()
             rows[-1] |= {"overheads": overheads, "overhead_percent": statistics.median(overheads)}
             progress(f"in turn with bf16: {', '.join(f'{overhead:+.1f}' for overhead in overheads)} %")
     base = next((row for row in rows if row["method"] == methods.Core.name and "ms" in row), None)
@@ -222,7 +220,7 @@ def guesses(scene: Scene, limit_gib: float) -> list[tuple[str, type, int]]:
     found = [(methods.Core.name, methods.Core, room // per_frame)]
     for name in ("balanced", "smallest"):
         geometry = Geometry(scene.geometry.layers, scene.geometry.heads, 128, scene.geometry.grid, buffers=2)
-        found.append((f"qvg {name}", methods.ours(PRESETS[name]), longest(PRESETS[name], geometry, CHUNK, room)))
+        found.append((f"qvg {name}", methods.ours(PRESETS[name]), longest(MODELS["self-forcing"], PRESETS[name], geometry, room)))
     # 24 frames in bf16, packed frames at a seventh, and of one layer the whole history twice in keys and once in values
     released = (room - methods.RELEASED_FRAMES * per_frame) / (per_frame / 6.97 + 1.5 * per_frame / scene.geometry.layers)
     return [*found, (methods.Released.name, methods.Released, int(released))]

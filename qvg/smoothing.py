@@ -158,8 +158,7 @@ def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # bf16 rounds the scale down as often as up; e4m3.encode clamps what that pushes past 448
     codes = e4m3.encode(found / scale.float())
     stored = e4m3.decode(codes) * scale.float()
-    chosen = picked(stored, _assign(x.float(), stored))
-    return codes, scale, torch.sub(x, chosen, out=chosen)
+    return codes, scale, x - picked(stored, _assign(x.float(), stored))
 
 
 def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator: torch.Generator,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_qvg.benchmarks import baselines, context, longcat, methods, scatter
+from comfyui_qvg.benchmarks import baselines, context, generate, longcat, methods, scatter
 from comfyui_qvg.benchmarks.kernels import Case, tokens
 from comfyui_qvg.qvg import cli
 from comfyui_qvg.qvg.budget import Geometry
@@ -164,3 +164,11 @@ def test_without_the_folder(tmp_path):
     code = "import sys; from pack.qvg.cli import main; sys.exit(main(['bench', 'kernels', '--small']))"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "clone the repository" in result.stderr
+
+
+def test_longest_videos_that_are_tried():
+    """More frames fit with a smaller cache, and each guess is worth trying."""
+    guesses = generate.guesses(generate.make(torch.device("cpu"), small=True), 1 / 64)
+    frames = {name: count for name, _, count in guesses}
+    assert list(frames) == ["bf16", "qvg balanced", "qvg smallest", "released method"]
+    assert 2 * generate.CHUNK < frames["bf16"] < frames["released method"] < frames["qvg balanced"] < frames["qvg smallest"]
