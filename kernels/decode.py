@@ -64,6 +64,10 @@ CENTROID_STRIDES = tl.constexpr(22)  # stage, row
 COLUMNS = tl.constexpr(24)
 
 
+# three times as many as an H100 holds at once
+MANY_PROGRAMS = 3168
+
+
 @dataclass(frozen=True)
 class Kind:
     """What the compiler must know of a span: spans that agree in it share a launch."""
@@ -92,6 +96,11 @@ class Tiling:
     def limits(self) -> dict[str, int]:
         return {} if self.registers is None else {"maxnreg": self.registers}
 
+    def steps_of(self, tokens: int, heads: int) -> int:
+        """Twice as many where that leaves enough programs, of which each begins by reading its job; heads: of all spans together."""
+        twice = 2 * self.steps
+        return twice if triton.cdiv(tokens, self.tokens * twice) * heads >= MANY_PROGRAMS else self.steps
+
     @staticmethod
     def of(head_dim: int, name: str, bits: int = 2, major: int = 9) -> Tiling:
         """For a platform by its name, see `tiles.platform`; major: of NVIDIA's compute capability."""
@@ -99,7 +108,7 @@ class Tiling:
             return Tiling(tokens=4096 // head_dim, steps=2, warps=8)
         # so few registers would spill from capability 10 on
         few = name == "cuda" and major < 10
-        return Tiling(tokens=1024 // head_dim, steps=16 if few else 8, warps=4, registers=64 if few else None)
+        return Tiling(tokens=1024 // head_dim, steps=8, warps=4, registers=64 if few else None)
 
 
 @triton.jit
@@ -353,7 +362,7 @@ class Reader:
             longest = max(columns[COUNT.value] for columns, _ in same)
             tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major)
             before_launch("decode", kind, self._head_dim, self._dtype, self._device)
-            self._launches.append((kind, tile, before, len(same), triton.cdiv(longest, tile.tokens * tile.steps)))
+            self._launches.append((kind, tile, before, len(same), longest))
             before += len(same)
         if jobs:
             self._jobs = self._send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64))
@@ -372,13 +381,14 @@ class Reader:
         batch, _, count, _ = keys.shape
         native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
         height, width = self._rope.grid
-        for kind, tile, first, spans, blocks in self._launches:
-            decode_kernel[(blocks, batch * count, spans)](
+        for kind, tile, first, spans, longest in self._launches:
+            steps = tile.steps_of(longest, batch * count * spans)
+            decode_kernel[(triton.cdiv(longest, tile.tokens * steps), batch * count, spans)](
                 self._jobs, self._levels, self._angles.table, keys, values,
                 first, heads.start, all_heads, count, batch * all_heads, *keys.stride()[:3],
                 self._angles.origin, self._angles.frames, height * width,
                 KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
-                D=self._head_dim, TIME=time, TOKENS=tile.tokens, STEPS=tile.steps,
+                D=self._head_dim, TIME=time, TOKENS=tile.tokens, STEPS=steps,
                 NATIVE_E4M3=native, PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
 
 

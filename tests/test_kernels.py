@@ -270,6 +270,20 @@ def test_decode_shapes(dim, grid, batch, heads, dtype):
     assert_close(read(filled(settings, dim, grid, batch, dtype=dtype), heads), dtype)
 
 
+def test_decode_in_longer_programs(monkeypatch):
+    """Where there are programs enough each takes twice as many tokens, and reads the same."""
+    from comfyui_qvg.kernels import decode
+
+    cache = filled(replace(QVG, sink_frames=1), 128, (13, 9))
+    short = read(cache, slice(0, 2))
+    monkeypatch.setattr(decode, "MANY_PROGRAMS", 0)
+    longer = read(cache, slice(0, 2))
+    assert all(map(torch.equal, short[0], longer[0]))
+    tile = decode.Tiling(tokens=8, steps=8, warps=4)
+    monkeypatch.setattr(decode, "MANY_PROGRAMS", 100)
+    assert (tile.steps_of(4680, 3), tile.steps_of(4680, 2)) == (16, 8)
+
+
 def test_decode_follows_what_the_cache_does():
     """The reader keeps addresses between reads; planes that are dropped, spans that leave and chunks that come change them."""
     cache = filled(BARE.both(bits=4), chunks=(2, 2, 1))
