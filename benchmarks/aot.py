@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from ..kernels import assign, decode, encode, rotate, store, update
 from ..kernels.tiles import Product
+from ..qvg import e4m3
 from ..qvg.dispatch import Unsupported
 
 # bytes of shared memory that one program may take
@@ -118,7 +119,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             if few:
                 break
         yield Variant(f"store-d{dim}", store.store_kernel, {"found": "*fp32", **STORED},
-                      {"MOST": 448.0, "D": dim, "BLOCK": cut.block, "NATIVE_E4M3": native_e4m3}, 8)
+                      {"MOST": e4m3.MAX, "D": dim, "BLOCK": cut.block, "NATIVE_E4M3": native_e4m3}, 8)
         yield Variant(f"sums-d{dim}", update.sums_kernel, SUMS,
                       {"D": dim, **product, "TOKENS": 32, "PRECISION": cut.precision}, cut.warps, stages=cut.stages)
         for prepares in (False, True):
@@ -147,7 +148,7 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
          {"D": 64, "STAGES": 1, "BLOCK": assign.PREPARED, "NATIVE_E4M3": False}),
         ("sums", update.sums_kernel, SUMS, {"D": 64, **product, "PRECISION": cut.precision}),
         ("means", update.means_kernel, MEANS, {"D": 64, "SEARCH": 32, "PREPARES": True}),
-        ("store", store.store_kernel, {"found": "*fp32", **STORED}, {"MOST": 448.0, "D": 64, "BLOCK": cut.block, "NATIVE_E4M3": False}),
+        ("store", store.store_kernel, {"found": "*fp32", **STORED}, {"MOST": e4m3.MAX, "D": 64, "BLOCK": cut.block, "NATIVE_E4M3": False}),
         ("leave", store.leave_kernel, {"x": "*bf16", **STORED, "residual": "*fp32"}, {"D": 64, **product, "NATIVE_E4M3": False}),
         ("rotate", rotate.rotate_kernel, ROTATED, {"D": 64, "LINES": 32, "PLACES": True}),
         ("encode", encode.encode_kernel, ENCODED, {**shape, "BITS": 1, **product}),

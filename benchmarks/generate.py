@@ -86,7 +86,7 @@ def make(device: torch.device, small: bool) -> Scene:
     pair = tokens(case, CHUNK, device, 0), tokens(case, CHUNK, device, 1)
     scene = Scene(network, prompt, noise, pair, Geometry(sizes.layers, sizes.heads, 128, grid))
     if device.type == "cuda":
-        _settle()
+        _settle(device)
         scene.weights = torch.cuda.memory_allocated(device)
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats(device)
@@ -95,10 +95,24 @@ def make(device: torch.device, small: bool) -> Scene:
     return scene
 
 
-def _settle() -> None:
+def _settle(device: torch.device) -> None:
+    """Memory that nothing holds any more goes back to the device."""
     gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def timed(scene: Scene, method: methods.Method) -> float:
+    """Milliseconds of the next chunk."""
+    cuda = scene.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    scene.chunk(method)
+    if cuda:
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int) -> dict:
@@ -111,23 +125,16 @@ def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int)
         torch.cuda.synchronize()
     filled = time.perf_counter() - began
     scene.one_pass(1.0, method.begin(clean=False))
-    times = []
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(rounds):
-        began = time.perf_counter()
-        scene.chunk(method)
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
+    times = [timed(scene, method) for _ in range(rounds)]
     found = {"method": method.name, "context": context, "ms": statistics.median(times), "ms_all": times, "fill_s": filled,
              "state_bytes": method.state_bytes(), "host_bytes": method.host_bytes()}
     if cuda:
         found["peak_bytes"] = torch.cuda.max_memory_allocated() - scene.weights - scene.activations
     del method
-    if cuda:
-        _settle()
+    _settle(scene.device)
     progress(f"{found['method']} at {context} frames: {found['ms']:.1f} ms, state {found['state_bytes'] / GIB:.2f} GiB, "
              f"peak {found.get('peak_bytes', 0) / GIB:.2f} GiB, filled in {filled:.1f} s")
     return found
@@ -141,15 +148,7 @@ def in_turn(scene: Scene, kind: type[methods.Method], context: int, rounds: int)
         scene.chunk(method)
     found = []
     for number in range(rounds):
-        times = [0.0, 0.0]
-        for which in (0, 1) if number % 2 else (1, 0):
-            if scene.device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            scene.chunk(pair[which])
-            if scene.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[which] = time.perf_counter() - began
+        times = {which: timed(scene, pair[which]) for which in ((0, 1) if number % 2 else (1, 0))}
         found.append(100 * (times[1] / times[0] - 1))
     return found
 
@@ -161,7 +160,7 @@ def compare(scene: Scene, context: int, kinds: list, rounds: int, turns: int) ->
             rows.append(measure(scene, kind, context, rounds))
         except torch.OutOfMemoryError as error:
             rows.append({"method": getattr(kind, "name", str(kind)), "context": context, "error": str(error).splitlines()[0]})
-            _settle()
+            _settle(scene.device)
             continue
         if kind is not methods.Core:
             try:
@@ -170,8 +169,7 @@ def compare(scene: Scene, context: int, kinds: list, rounds: int, turns: int) ->
                 # measured by itself; there is no room for bf16 beside it
                 continue
             finally:
-                if scene.device.type == "cuda":
-                    _settle()
+                _settle(scene.device)
             rows[-1] |= {"overheads": overheads, "overhead_percent": statistics.median(overheads)}
             progress(f"in turn with bf16: {', '.join(f'{overhead:+.1f}' for overhead in overheads)} %")
     base = next((row for row in rows if row["method"] == methods.Core.name and "ms" in row), None)
@@ -194,7 +192,7 @@ def fits(scene: Scene, kind: type[methods.Method], frames: int) -> bool:
         return False
     finally:
         del method
-        _settle()
+        _settle(scene.device)
 
 
 def capped(scene: Scene, limit_gib: float, kinds: list[tuple[str, type, int]]) -> list[dict]:

@@ -72,21 +72,43 @@ def assign_kernel(x, table, norms, ids, tokens, count, x_row, x_token, D: tl.con
     tl.store(ids + row * tokens + token, found.to(tl.int64), mask=mask)
 
 
-def assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """x [R, T, D] float32 or bf16, centroids [R, C, D] float32 -> int64 [R, T]."""
-    require_channels_last(x)
-    rows, tokens, dim = x.shape
-    count = centroids.shape[1]
+def prepared(product: Product, count: int, dim: int, device: torch.device, *outer: int) -> tuple[Tensor, Tensor]:
+    """Room for what `prepare` writes of `count` centroids in whole blocks: table [*outer, padded, dim] and norms [*outer, padded].
+    Raises Unsupported when they are too many to be told apart."""
     if count > MAX_CENTROIDS:
         raise Unsupported(f"{count} centroids are more than the {MAX_CENTROIDS} that the kernel tells apart")
-    ids = torch.empty(rows, tokens, dtype=torch.int64, device=x.device)
-    product = Product.of(dim, x.device)
     padded = triton.cdiv(count, product.block) * product.block
-    table = torch.empty(rows, padded, dim, dtype=product.torch_dtype, device=x.device)
-    norms = torch.empty(rows, padded, dtype=torch.float32, device=x.device)
-    before_launch("assign", dim, x.dtype, x.device)
-    prepare_kernel[(padded // PREPARED, rows)](centroids.contiguous(), table, norms, count, padded, D=dim, BLOCK=PREPARED, num_warps=4)
-    assign_kernel[(triton.cdiv(tokens, product.tokens), rows)](
-        x, table, norms, ids, tokens, padded, x.stride(0), x.stride(1),
-        D=dim, TOKENS=product.tokens, BLOCK=product.block, num_warps=product.warps, num_stages=product.stages)
+    return (torch.empty(*outer, padded, dim, dtype=product.torch_dtype, device=device),
+            torch.empty(*outer, padded, dtype=torch.float32, device=device))
+
+
+class Search:
+    """The launches for tokens x [R, T, D], float32 or bf16, and `count` centroids, with the room that they need: table and norms."""
+
+    def __init__(self, x: Tensor, count: int):
+        require_channels_last(x)
+        self._x, self._count, self._product = x, count, Product.of(x.shape[-1], x.device)
+        self.table, self.norms = prepared(self._product, count, x.shape[-1], x.device, x.shape[0])
+
+    def prepare(self, centroids: Tensor) -> None:
+        """centroids [R, C, D] float32, contiguous."""
+        rows, padded, dim = self.table.shape
+        prepare_kernel[(padded // PREPARED, rows)](
+            centroids, self.table, self.norms, self._count, padded, D=dim, BLOCK=PREPARED, num_warps=4)
+
+    def __call__(self, ids: Tensor) -> None:
+        """The nearest of what was prepared, to ids int64 [R, T]."""
+        (rows, tokens, dim), product, x = self._x.shape, self._product, self._x
+        assign_kernel[(triton.cdiv(tokens, product.tokens), rows)](
+            x, self.table, self.norms, ids, tokens, self.table.shape[1], x.stride(0), x.stride(1),
+            D=dim, TOKENS=product.tokens, BLOCK=product.block, num_warps=product.warps, num_stages=product.stages)
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """x [R, T, D] float32 or bf16, centroids [R, C, D] float32 -> int64 [R, T]."""
+    search = Search(x, centroids.shape[1])
+    ids = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
+    before_launch("assign", x.shape[-1], x.dtype, x.device)
+    search.prepare(centroids.contiguous())
+    search(ids)
     return ids

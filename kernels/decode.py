@@ -22,7 +22,7 @@ from torch import Tensor
 from ..qvg import planes
 from ..qvg.codec import PaperSpan, PlainSpan, PlaneSpan
 from ..qvg.dispatch import Unsupported, before_launch
-from .octets import bfloat16_octet, dequantize, fetch, octets, turn
+from .octets import bfloat16_octet, dequantize, fetch, octets, tile_of, turn
 from .tiles import (
     HEAD_DIMS,
     converts_e4m3,
@@ -276,9 +276,7 @@ def decode_kernel(
             x2, x3 = turn(x2, x3, tl.load(left + D // 8))
             x4, x5 = turn(x4, x5, tl.load(right + D // 4))
             x6, x7 = turn(x6, x7, tl.load(right + 3 * (D // 8)))
-        even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
-        odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
-        x = tl.reshape(tl.join(even, odd), (TOKENS, D))
+        x = tile_of((x0, x1, x2, x3, x4, x5, x6, x7), TOKENS, D)
         tl.store(out + token * token_stride + channel, x.to(dtype), mask=mask)
 
 

@@ -16,7 +16,7 @@ from ..qvg import planes
 from ..qvg.codec import PlaneSpan
 from ..qvg.dispatch import before_launch
 from ..qvg.smoothing import Codebook
-from .assign import PREPARED, nearest, prepare
+from .assign import PREPARED, nearest, prepare, prepared
 from .octets import float32_octet, octets, tile_of
 from .tiles import (
     Product,
@@ -27,6 +27,7 @@ from .tiles import (
     major,
     power_of_two,
     require_channels_last,
+    round_to_e4m3,
 )
 
 MAX_BORDERS = 2 ** (planes.MAX_PLANES - 1) - 1
@@ -120,9 +121,7 @@ def encode_kernel(
     rms = tl.sqrt(tl.sum(tl.reshape(_power(y), (TOKENS, GROUPS, OCTETS // GROUPS)), axis=2) / (D // GROUPS))
     at = (side * tl.num_programs(1) + row) * tokens + first
     tl.store(roots + at * GROUPS + (local[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]), rms, mask=mask[:, None])
-    # as E4M3 keeps it, which has three bits behind the leading one
-    bits = rms.to(tl.int32, bitcast=True)
-    scale = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    scale = round_to_e4m3(rms)
     scale = tl.where(scale > 0, scale, 1.0)
     # instead of dividing by its scale, a number is compared with borders times the scale
     scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (TOKENS, GROUPS, OCTETS // GROUPS)), (TOKENS, OCTETS))
@@ -213,9 +212,8 @@ def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs:
         x = xs[0]
     spans = [PlaneSpan.empty(x, bits, book, groups, gain) for x, book, gain in zip(xs, books, gains)]
     native, product = converts_e4m3(x.device), Product.of(dim, x.device)
-    padded = triton.cdiv(count, product.block) * product.block
-    table = torch.empty(len(xs), stages, rows, padded, dim, dtype=product.torch_dtype, device=x.device)
-    norms = torch.empty(len(xs), stages, rows, padded, dtype=torch.float32, device=x.device)
+    table, norms = prepared(product, count, dim, x.device, len(xs), stages, rows)
+    padded = table.shape[3]
     factors = torch.empty(len(xs), rows, stages + 1, dim, dtype=torch.float32, device=x.device)
     roots = torch.empty(len(xs), rows, tokens, groups, dtype=torch.float32, device=x.device)
 

@@ -26,8 +26,9 @@ def octets(x, ROWS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def tile_of(x, ROWS: tl.constexpr, D: tl.constexpr):
     """What `octets` took apart."""
-    low = tl.join(tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6])), tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7])))
-    return tl.reshape(low, (ROWS, D))
+    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
+    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
+    return tl.reshape(tl.join(even, odd), (ROWS, D))
 
 
 @triton.jit

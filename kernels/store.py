@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..qvg import e4m3
-from ..qvg.dispatch import Unsupported, before_launch
-from .assign import MAX_CENTROIDS, nearest, prepare
+from ..qvg.dispatch import before_launch
+from .assign import nearest, prepare, prepared
 from .tiles import Product, converts_e4m3, e4m3_to_float32, float32_to_e4m3, require_channels_last, round_to_bfloat16
 
 
@@ -68,14 +68,11 @@ def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     require_channels_last(x)
     rows, tokens, dim = x.shape
     count = found.shape[1]
-    if count > MAX_CENTROIDS:
-        raise Unsupported(f"{count} centroids are more than the {MAX_CENTROIDS} that the kernel tells apart")
     product, native = Product.of(dim, x.device), converts_e4m3(x.device)
     codes = torch.empty(rows, count, dim, dtype=torch.uint8, device=x.device)
     units = torch.empty(rows, 1, dim, dtype=torch.bfloat16, device=x.device)
-    padded = triton.cdiv(count, product.block) * product.block
-    table = torch.empty(rows, padded, dim, dtype=product.torch_dtype, device=x.device)
-    norms = torch.empty(rows, padded, dtype=torch.float32, device=x.device)
+    table, norms = prepared(product, count, dim, x.device, rows)
+    padded = table.shape[1]
     residual = torch.empty(rows, tokens, dim, dtype=torch.float32, device=x.device)
     before_launch("store", dim, x.dtype, x.device)
     store_kernel[(rows,)](found.contiguous(), codes, units, table, norms, count, padded, MOST=e4m3.MAX, D=dim, BLOCK=product.block,

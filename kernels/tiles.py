@@ -102,11 +102,23 @@ def round_to_bfloat16(x):
 
 
 @triton.jit
+def _e4m3_digits(x):
+    """The bits of float32 numbers, not negative, with what E4M3 keeps of them rounded, ties to even, into bit 20 and those above."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits + 0x7FFFF + ((bits >> 20) & 1)
+
+
+@triton.jit
+def round_to_e4m3(x):
+    """float32, not negative -> with the three bits behind the leading one that E4M3 keeps, at any power of two."""
+    return (_e4m3_digits(x) & -1048576).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def float32_to_e4m3(x):
     """float32, not negative -> uint8 E4M3, nearest, ties to even, 448 at most."""
     x = tl.minimum(x, 448.0)
-    bits = x.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    normal = (_e4m3_digits(x) >> 20) - (120 << 3)
     # below 2^-6 codes count steps of 2^-9; adding 2^23 leaves a float32 no room for a fraction, which rounds it
     small = (x * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xFF
     return tl.where(x < 0.015625, small, normal).to(tl.uint8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,29 +50,26 @@ class CachedAttention:
         self.start_frame, self.newest = start_frame, newest
         self._ahead = None if cache.workspace.side is None else _Ahead(cache)
         self.shift = max(0, start_frame + frames - position_limit) if position_limit else 0
-        self._angles: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def angles(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def _angles(self) -> tuple[Tensor, Tensor]:
         """cos and sin of the chunk's positions, [T, 1, D / 2]."""
-        if self._angles is None:
-            device = self.cache.workspace.device
-            cos, sin = self.cache.rope.tables(self.start_frame - self.shift, self.frames, device)
-            self._angles = cos[:, None], sin[:, None]
-        return self._angles
+        cos, sin = self.cache.rope.tables(self.start_frame - self.shift, self.frames, self.cache.workspace.device)
+        return cos[:, None], sin[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         history = self.cache.layers[layer]
-        past = history.tokens
-        room = tuple(part[:, past:] for part in self.cache.workspace.views(past + k.shape[1])) if past else None
-        q, turned = turn_chunk(q, k, v, *self.angles, room)
+        past, workspace = history.tokens, self.cache.workspace
         if not past:
+            q, turned = turn_chunk(q, k, v, *self._angles)
             out = self.attention(q, turned, v)
         else:
+            buffers = [workspace.views(past + k.shape[1], number) for number in range(self.cache.geometry.buffers)]
+            q, turned = turn_chunk(q, k, v, *self._angles, tuple(part[:, past:] for part in buffers[0]))
             # made before any stream but the present one is at work, because each of them writes its heads here
             out = torch.empty_like(q)
             try:
-                for heads, keys, values, lane in self._decoded(history, turned, v):
+                for heads, keys, values, lane in self._decoded(history, turned, v, buffers):
                     with lane:
                         self._attend_group(heads, q, turned, v, keys, values, out)
             finally:
@@ -81,26 +79,25 @@ class CachedAttention:
             history.append(k, v, self.frames, self.newest)
         return out
 
-    def _decoded(self, history: LayerCache, k: Tensor, v: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, AbstractContextManager]]:
+    def _decoded(self, history: LayerCache, k: Tensor, v: Tensor,
+                 buffers: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor, AbstractContextManager]]:
         """Groups of heads in turn: their history, decoded, behind it the chunk's own tokens (of a CFG batch, the first condition's), and
         where they attend. Those of the first group are there already."""
-        workspace, past, slices, batch = self.cache.workspace, history.tokens, self.cache.head_slices(), self.cache.geometry.batch
-        tokens = past + k.shape[1]
+        past, slices, batch = history.tokens, self.cache.head_slices(), self.cache.geometry.batch
 
         def append(heads: slice, keys: Tensor, values: Tensor) -> None:
             keys[:, past:], values[:, past:] = k[:batch, :, heads], v[:batch, :, heads]
 
         if self._ahead is None:
+            keys, values = buffers[0]
             for heads in slices:
-                keys, values = workspace.views(tokens)
                 history.read(heads, keys[:, :past], values[:, :past], self.shift)
                 if heads.start:
                     append(heads, keys, values)
                 yield heads, keys, values, nullcontext()
             return
         following = next(iter(self.cache.layers[history.number + 1:history.number + 2]), None)
-        for number, lane in enumerate(self._ahead.groups(history, slices, tokens, self.shift, append, following)):
-            yield slices[number], *workspace.views(tokens, number % 2), lane
+        yield from self._ahead.groups(history, slices, buffers, self.shift, append, following)
 
     def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
         """Some heads of the chunk over what `_decoded` gave, to `out`."""
@@ -132,36 +129,37 @@ class _Ahead:
     def _present(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._workspace.device)
 
-    def _decode(self, history: LayerCache, heads: slice, tokens: int, shift: int, buffer: int) -> None:
-        keys, values = self._workspace.views(tokens, buffer)
-        history.read(heads, keys[:, :history.tokens], values[:, :history.tokens], shift)
-
-    def groups(self, history: LayerCache, slices: list[slice], tokens: int, shift: int, append: Callable[[slice, Tensor, Tensor], None],
-               following: LayerCache | None) -> Iterator[AbstractContextManager]:
-        """For each group of heads, once its buffer is filled, the stream that it is to attend on. append: copies the chunk's own tokens
+    def groups(self, history: LayerCache, slices: list[slice], buffers: list[tuple[Tensor, Tensor]], shift: int,
+               append: Callable[[slice, Tensor, Tensor], None],
+               following: LayerCache | None) -> Iterator[tuple[slice, Tensor, Tensor, AbstractContextManager]]:
+        """Groups of heads, each with its buffer, filled, and the stream that it is to attend on. append: copies the chunk's own tokens
         to the end of a buffer, where those of the first group are already. following: the next layer."""
         home, side = self._present, self._workspace.side
-        lanes = home, side
+        lanes, tokens = (home, side), buffers[0][0].shape[1]
+
+        def decode(layer: LayerCache, heads: slice, keys: Tensor, values: Tensor) -> None:
+            layer.read(heads, keys[:, :layer.tokens], values[:, :layer.tokens], shift)
+
         if self._filled != (history.number, slices[0], tokens):
-            self._decode(history, slices[0], tokens, shift, 0)
+            decode(history, slices[0], *buffers[0])
         self._filled = None
         side.wait_event(home.record_event())
-        for number in range(len(slices)):
+        for number, heads in enumerate(slices):
             if number + 1 < len(slices):
-                buffer = (number + 1) % 2
-                with torch.cuda.stream(lanes[buffer]):
+                coming, other = slices[number + 1], (number + 1) % 2
+                with torch.cuda.stream(lanes[other]):
                     # The copy goes first: meanwhile attention to the group before takes the multiprocessors that it can use, and what is
                     # decoded takes the others. The other way round attention would wait.
-                    append(slices[number + 1], *self._workspace.views(tokens, buffer))
-                    self._decode(history, slices[number + 1], tokens, shift, buffer)
-                    read = lanes[buffer].record_event()
+                    append(coming, *buffers[other])
+                    decode(history, coming, *buffers[other])
+                    read = lanes[other].record_event()
             elif number % 2 and following is not None and following.tokens == history.tokens:
                 if self._offloads:
                     # to read on is to overwrite what was staged of this layer, so all of it must have been read
                     home.wait_event(read)
-                self._decode(following, slices[0], tokens, shift, 0)
+                decode(following, slices[0], *buffers[0])
                 self._filled = following.number, slices[0], tokens
-            yield torch.cuda.stream(lanes[number % 2])
+            yield heads, *buffers[number % 2], torch.cuda.stream(lanes[number % 2])
 
     def close(self) -> None:
         """The present stream waits for what the other still does of this layer."""

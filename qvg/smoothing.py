@@ -86,7 +86,8 @@ def row_slices(rows: int, bytes_per_row: int, limit: int = SCRATCH_BYTES) -> lis
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Ties take the lower id."""
+    """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Of equals the twin takes the
+    lower id, and a kernel any."""
     return dispatch.run("assign", _assign, x, centroids)
 
 
@@ -158,7 +159,7 @@ def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # bf16 rounds the scale down as often as up; e4m3.encode clamps what that pushes past 448
     codes = e4m3.encode(found / scale.float())
     stored = e4m3.decode(codes) * scale.float()
-    return codes, scale, x - picked(stored, _assign(x.float(), stored))
+    return codes, scale, x - picked(stored, assign(x.float(), stored))
 
 
 def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator: torch.Generator,
