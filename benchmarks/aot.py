@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -162,12 +163,13 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
 
 
 def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool, major: int = 0) -> Variant:
-    tile = decode.Tiling.of(dim, name, kind.bits, major)
+    halves = decode.computes_in_halves(name, torch.bfloat16) and kind.code == decode.PLANES.value
+    tile = decode.Tiling.of(dim, name, kind.bits, major, halves)
     pointers = {"jobs": "*i64", "levels": "*fp32", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
     label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
     return Variant(label, decode.decode_kernel, pointers, {
         "KIND": kind.code, "BITS": kind.bits, "STAGES": kind.stages, "GROUPS": kind.groups, "HAS_ZEROS": kind.zeros,
-        "D": dim, "TIME": TURNS[dim], "TOKENS": tile.tokens, "STEPS": tile.steps,
+        "D": dim, "TIME": TURNS[dim], "TOKENS": tile.tokens, "PARTS": tile.parts, "HALVES": halves, "NVIDIA": name == "cuda",
         "NATIVE_E4M3": native_e4m3, "PREFETCH": native_e4m3 and kind.code == decode.PLANES.value}, tile.warps, tile.registers)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -230,25 +230,21 @@ def released(bench: Bench, found: list[Case]) -> None:
                 bench.absent("encode, decode", "quant-videogen", f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def tilings() -> Iterator:
-    from ..kernels.decode import Tiling
-
-    for (tile, warps), steps, registers in itertools.product(((16, 8), (8, 4), (4, 2)), (4, 8, 16), (None, 96, 64)):
-        yield Tiling(tile, steps, warps, registers)
-
-
 def tune(bench: Bench, found: list[Case]) -> None:
-    """The decode kernel with other tiles, to choose `Tiling.of` by."""
+    """The decode kernel with other tiles, to choose `Tiling.of` and `PROGRAM` by."""
     case = found[min(1, len(found) - 1)]
     if bench.backend != "triton":
         bench.absent("decode", "triton", dispatch.refusal("decode", bench.device))
         return
-    from ..kernels.decode import Tiling
+    from ..kernels import decode
+    from ..kernels.tiles import platform
 
-    for tiling in tilings():
-        with mock.patch.object(Tiling, "of", staticmethod(lambda head_dim, name, bits=2, major=9: tiling)):  # noqa: B023
+    chosen = decode.Tiling.of(case.head_dim, platform(bench.device), halves=True)
+    for size, registers, program in itertools.product((1, 2), (None, 96, 80, 72, 64), (48, 96, 144, 192, 336)):
+        tiling = replace(chosen, tokens=chosen.tokens * size, warps=chosen.warps * size, registers=registers)
+        with mock.patch.object(decode.Tiling, "of", staticmethod(lambda *_: tiling)), mock.patch.object(decode, "PROGRAM", program):  # noqa: B023
             cache = filled(case, BARE, bench.device)
-            bench.add("decode", "triton", case.label, *reading(cache), note=f"{tiling}", repeats=10)
+            bench.add("decode", "triton", case.label, *reading(cache), note=f"{tiling}, {program} tokens a program", repeats=10)
 
 
 PARTS = {"decode": decode, "encode": encode, "released": released, "tune": tune}

@@ -4,8 +4,9 @@ Twin: `qvg.cache.LayerCache.read`. A `Reader` keeps one row of addresses, stride
 covers all spans of one kind, K and V together: spans of different lengths, epochs and codebook sizes differ only in
 their rows. Kinds that need other code (another number of planes, 8-bit sinks, paper mode) take a launch each.
 
-A program decodes one head over `TOKENS * STEPS` tokens, a tile of TOKENS at a time. The head stays the same so that
-its codebook stays in the L1 cache, where the centroids are gathered from.
+A program decodes one head at the same places of all frames of a span, a tile of TOKENS at a time: the angles that its keys turn by are
+those of few places. What the kernel waits for is memory: the streams of planes, scales and ids are brought into the L2 cache when a program
+starts, and stores pass that cache by, because a workspace is larger.
 """
 
 from __future__ import annotations
@@ -22,11 +23,24 @@ from torch import Tensor
 from ..qvg import planes
 from ..qvg.codec import PaperSpan, PlainSpan, PlaneSpan
 from ..qvg.dispatch import Unsupported, before_launch
-from .octets import bfloat16_octet, dequantize, fetch, octets, tile_of, turn
+from .halves import pair
+from .octets import (
+    bfloat16_octet,
+    dequantize,
+    dequantize_pairs,
+    e4m3_octet,
+    factors_of,
+    fetch,
+    octet_of,
+    octets,
+    tile_of,
+    turn,
+    turn_pairs,
+    words_of,
+)
 from .tiles import (
     HEAD_DIMS,
     converts_e4m3,
-    e4m3_octet,
     e4m3_to_float32,
     major,
     no_kernel_for,
@@ -40,7 +54,7 @@ from .tiles import (
 
 PLANES, PAPER, INT8, PLAIN = (tl.constexpr(kind) for kind in range(4))
 MAX_LEVELS = 8
-# positions are divided in float32, which tells neighbouring tokens apart up to here
+# offsets of a row's bytes within a span of planes are 32 bits wide
 MAX_TOKENS = 1 << 20
 MIN_FRAMES = 64
 
@@ -53,7 +67,7 @@ CENTROIDS = tl.constexpr(7)
 CENTROID_SCALE = tl.constexpr(8)
 CHANNEL_SCALE = tl.constexpr(9)
 EXPONENTS = tl.constexpr(10)
-COUNT = tl.constexpr(11)  # tokens of the span
+FRAMES = tl.constexpr(11)  # of the span
 START = tl.constexpr(12)  # its first token in the workspace
 IS_VALUE = tl.constexpr(13)
 FRAME = tl.constexpr(14)  # position of its first frame
@@ -64,8 +78,8 @@ CENTROID_STRIDES = tl.constexpr(22)  # stage, row
 COLUMNS = tl.constexpr(24)
 
 
-# three times as many as an H100 holds at once
-MANY_PROGRAMS = 3168
+# tokens of a program, about: longer ones leave multiprocessors idle at the end, shorter ones begin too often
+PROGRAM = 144
 
 
 @dataclass(frozen=True)
@@ -81,34 +95,34 @@ class Kind:
 
 @dataclass(frozen=True)
 class Tiling:
-    """tokens: of a tile, chosen so that a thread holds eight channels; steps: tiles of a program; registers: of a thread at most.
+    """tokens: of a tile, chosen so that a thread holds eight channels, or twice eight; parts: such octets of a thread; registers: of a
+    thread at most.
 
-    Few registers and so many threads under way are worth more here than anything else: what limits the kernel is how long a read
-    waits behind the stores, and how many instructions there are. Measured on an H100 and an H200 with `qvg bench kernels --only tune`.
+    Measured on an H200 with `qvg bench kernels --only tune`: the more threads are under way the better, as long as none spills.
     """
 
     tokens: int
-    steps: int
     warps: int
     registers: int | None = None
+    parts: int = 1
 
     @property
     def limits(self) -> dict[str, int]:
         return {} if self.registers is None else {"maxnreg": self.registers}
 
-    def steps_of(self, tokens: int, heads: int) -> int:
-        """Twice as many where that leaves enough programs, of which each begins by reading its job; heads: of all spans together."""
-        twice = 2 * self.steps
-        return twice if triton.cdiv(tokens, self.tokens * twice) * heads >= MANY_PROGRAMS else self.steps
+    def share(self, frames: int) -> int:
+        """Tiles of places that a program takes of each of `frames` frames."""
+        return max(1, round(PROGRAM / (self.tokens * frames)))
 
     @staticmethod
-    def of(head_dim: int, name: str, bits: int = 2, major: int = 9) -> Tiling:
+    def of(head_dim: int, name: str, bits: int = 2, major: int = 9, halves: bool = False) -> Tiling:
         """For a platform by its name, see `tiles.platform`; major: of NVIDIA's compute capability."""
+        parts = 2 if halves else 1
         if name == "interpreter":
-            return Tiling(tokens=4096 // head_dim, steps=2, warps=8)
+            return Tiling(tokens=4096 // head_dim, warps=8, parts=parts)
         # so few registers would spill from capability 10 on
         few = name == "cuda" and major < 10
-        return Tiling(tokens=1024 // head_dim, steps=8, warps=4, registers=64 if few else None)
+        return Tiling(tokens=1024 * parts // head_dim, warps=4, registers=(72 if bits < 4 else 96) if few else None, parts=parts)
 
 
 @triton.jit
@@ -118,39 +132,36 @@ def _address(job, COLUMN: tl.constexpr, dtype: tl.constexpr):
 
 
 # numbers that change during a video would each be compiled for anew
-@triton.jit(do_not_specialize=["first_job", "first_head", "all_heads", "heads", "rows", "origin", "frames", "places"])
+@triton.jit(do_not_specialize=["first_job", "first_head", "all_heads", "origin", "frames", "places", "share"])
 def decode_kernel(
     jobs, levels, angles, keys, values,
-    first_job, first_head, all_heads, heads, rows, batch_stride, token_stride, head_stride, origin, frames, places,
+    first_job, first_head, all_heads, batches, batch_stride, token_stride, head_stride, origin, frames, places, share,
     KIND: tl.constexpr, BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-    D: tl.constexpr, TIME: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr, NATIVE_E4M3: tl.constexpr, PREFETCH: tl.constexpr,
+    D: tl.constexpr, TIME: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
+    NVIDIA: tl.constexpr, NATIVE_E4M3: tl.constexpr, PREFETCH: tl.constexpr,
 ):
-    """One head of TOKENS * STEPS tokens of one span. Grid: (blocks of tokens of the longest span, batch * heads, spans)."""
-    number = first_job + tl.program_id(2)
+    """One head at `share` tiles of places of every frame of one span. Grid: (blocks of places, heads, spans * batches)."""
+    number = first_job + tl.program_id(2) // batches
     job = jobs + number * COLUMNS
-    first = tl.program_id(0) * (TOKENS * STEPS)
-    count = tl.load(job + COUNT).to(tl.int32)
-    if first >= count:
-        return
-    first64 = first.to(tl.int64)
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    span_frames = tl.load(job + FRAMES).to(tl.int32)
+    batch = tl.program_id(2) % batches
+    head = tl.program_id(1)
+    rows = batches * all_heads
     row = (batch * all_heads + first_head + head).to(tl.int64)
-    channel = tl.arange(0, D)[None, :]
-    octet = tl.arange(0, D // 8)[None, :]
+    channel = tl.arange(0, D // PARTS)[None, :]
+    OCTETS: tl.constexpr = D // PARTS // 8
+    octet = tl.arange(0, OCTETS)[None, :]
     dtype: tl.constexpr = keys.dtype.element_ty
 
     is_value = tl.load(job + IS_VALUE) != 0
     out = tl.where(is_value, values.to(tl.int64), keys.to(tl.int64)).to(tl.pointer_type(dtype))
     out = tl.multiple_of(out, 16)
     out += batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
-    out += (tl.load(job + START) + first64) * token_stride
+    out += tl.load(job + START) * token_stride
 
-    # bases are 64 bits wide and stand at the block's first token, so that 32 bits reach the rest of it. All of a job that
-    # the loop needs is read before it: the stores inside would make the compiler read it again
+    # all of a job that the loop needs is read before it: the stores inside would make the compiler read it again
     data_token = tl.load(job + DATA_STRIDES)
-    data_row = row * tl.load(job + DATA_STRIDES + 1) + first64 * data_token
-    data_token = data_token.to(tl.int32)
+    data_row = row * tl.load(job + DATA_STRIDES + 1)
     if KIND == PLAIN:
         data = _address(job, DATA, dtype) + data_row
     elif KIND == INT8:
@@ -159,9 +170,8 @@ def decode_kernel(
         data = _address(job, DATA, tl.uint8) + data_row
     if KIND != PLAIN:
         scale_token = tl.load(job + SCALE_STRIDES)
-        scale_row = row * tl.load(job + SCALE_STRIDES + 1) + first64 * scale_token
+        scale_row = row * tl.load(job + SCALE_STRIDES + 1)
         scales = _address(job, SCALES, tl.bfloat16 if KIND == INT8 else tl.uint8) + scale_row
-        scale_token = scale_token.to(tl.int32)
         group = tl.arange(0, GROUPS)[None, :]
         if HAS_ZEROS:
             zeros = _address(job, ZEROS, tl.uint8) + scale_row
@@ -169,8 +179,7 @@ def decode_kernel(
     if STAGES > 0:
         id_token = tl.load(job + ID_STRIDES + 1)
         id_stage = tl.load(job + ID_STRIDES)
-        ids = _address(job, IDS, tl.uint8) + row * tl.load(job + ID_STRIDES + 2) + first64 * id_token
-        id_token = id_token.to(tl.int32)
+        ids = _address(job, IDS, tl.uint8) + row * tl.load(job + ID_STRIDES + 2)
         centroid_stage = tl.multiple_of(tl.load(job + CENTROID_STRIDES), 16)
         centroid_row = row * tl.multiple_of(tl.load(job + CENTROID_STRIDES + 1), 16)
         centroids = _address(job, CENTROIDS, tl.bfloat16 if KIND == PAPER else tl.uint8) + centroid_row
@@ -179,59 +188,82 @@ def decode_kernel(
         plane2 = _address(job, DATA + (2 if BITS > 2 else 0), tl.uint8) + data_row
         plane3 = _address(job, DATA + (3 if BITS > 3 else 0), tl.uint8) + data_row
         level = levels + number * 8
+        l0, l1, l2, l3 = tl.load(level), tl.load(level + 1), tl.load(level + 2), tl.load(level + 3)
+        l4, l5, l6, l7 = tl.load(level + 4), tl.load(level + 5), tl.load(level + 6), tl.load(level + 7)
         unit = power_of_two(tl.load(_address(job, EXPONENTS, tl.int8) + row))
-        l0, l1, l2, l3 = tl.load(level) * unit, tl.load(level + 1) * unit, tl.load(level + 2) * unit, tl.load(level + 3) * unit
-        l4, l5, l6, l7 = tl.load(level + 4) * unit, tl.load(level + 5) * unit, tl.load(level + 6) * unit, tl.load(level + 7) * unit
-        # octets are read as words: of bf16 two channels, of E4M3 four
-        channels = bfloat16_octet(_address(job, CHANNEL_SCALE, tl.int32) + row * (D // 2) + 4 * octet)
-        units = ()
-        for stage in tl.static_range(STAGES):
-            unit_at = (stage * rows + row) * (D // 2) + 4 * octet
-            units = units + (bfloat16_octet(_address(job, CENTROID_SCALE, tl.int32) + unit_at),)
+        channel_scale = _address(job, CHANNEL_SCALE, tl.int64) + row * (D // 4) + 2 * octet
+        centroid_scale = _address(job, CENTROID_SCALE, tl.int64) + row * (D // 4) + 2 * octet
+        if HALVES:
+            sizes = (pair(l0, l0, NVIDIA), pair(l1, l1, NVIDIA), pair(l2, l2, NVIDIA), pair(l3, l3, NVIDIA),
+                     pair(l4, l4, NVIDIA), pair(l5, l5, NVIDIA), pair(l6, l6, NVIDIA), pair(l7, l7, NVIDIA))
+            factors = ()
+            for part in tl.static_range(PARTS):
+                factors = factors + (factors_of(channel_scale + part * (2 * OCTETS), centroid_scale + part * (2 * OCTETS), rows * (D // 4),
+                                                unit, STAGES, NVIDIA, NATIVE_E4M3),)
+        else:
+            tl.static_assert(PARTS == 1)
+            sizes = (l0 * unit, l1 * unit, l2 * unit, l3 * unit, l4 * unit, l5 * unit, l6 * unit, l7 * unit)
+            channels = bfloat16_octet(channel_scale)
+            units = ()
+            for stage in tl.static_range(STAGES):
+                units = units + (bfloat16_octet(centroid_scale + stage * rows * (D // 4)),)
     first_frame = tl.load(job + FRAME).to(tl.int32) + origin
-    per_place = 1.0 / places
 
-    last = count - first - 1
+    first = tl.program_id(0) * (share * TOKENS)
     if PREFETCH:
-        # the planes come from memory while stores keep it busy, later than the next tile can wait
-        line = 128 * tl.arange(0, TOKENS * STEPS * D // 1024)
-        line = tl.minimum(line, last * data_token)
-        prefetch(data + line)
-        if BITS > 1:
-            prefetch(plane1 + line)
+        # while stores keep the memory busy, bytes come later than the next tile can wait. A warp asks for those of a frame
+        end = tl.minimum(first + share * TOKENS, places) - 1
+        lane = tl.arange(0, 128)
+        for start in range(0, span_frames, 4):
+            frame = tl.minimum(start + lane // 32, span_frames - 1) * places
+            line = (frame + first) * (D // 8) + tl.minimum(lane % 32 * 128, (end - first) * (D // 8))
+            prefetch(data + line)
+            if BITS > 1:
+                prefetch(plane1 + line)
+            sector = frame + tl.minimum(first + lane % 32 * 32, end)
+            prefetch(scales + sector * GROUPS)
+            for stage in tl.static_range(STAGES):
+                prefetch(ids + stage * id_stage + sector)
+    within = tl.arange(0, TOKENS)[:, None]
+    # beyond the end of a frame its last token is read and written again, which is cheaper than a mask on each
+    place = tl.minimum(first + within, places - 1)
+    local = place
+    frame = 0
     if KIND == PLANES:
-        next_bits, next_scale, next_ids = fetch(
-            tl.minimum(tl.arange(0, TOKENS)[:, None], last), octet, data, plane1, plane2, plane3, scales, ids,
-            data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
-    for step in range(STEPS):
-        token = step * TOKENS + tl.arange(0, TOKENS)[:, None]
-        mask = token <= last
-        # loads beyond the end read the last token again, which is cheaper than a mask on each
-        local = tl.minimum(token, last)
-
+        ahead = fetch(local, octet, data, plane1, plane2, plane3, scales, ids, id_stage, BITS, STAGES, GROUPS, OCTETS, PARTS)
+    for _ in range(tl.minimum(share, tl.cdiv(places - first, TOKENS)) * span_frames):
+        # a tile of every frame in turn, so that the angles of its places are still in the cache
+        more = frame + 1 < span_frames
+        first = tl.where(more, first, first + TOKENS)
+        next_frame = tl.where(more, frame + 1, 0)
+        next_place = tl.minimum(first + within, places - 1)
+        next_local = next_frame * places + next_place
         if KIND == PLANES:
-            bits = next_bits
-            scale = e4m3_to_float32(next_scale, NATIVE_E4M3)
+            bits, scale, chosen = ahead
             words = ()
             for stage in tl.static_range(STAGES):
                 codes = centroids.to(tl.pointer_type(tl.int64)) + stage * (centroid_stage // 8)
-                words = words + (tl.load(codes + next_ids[stage].to(tl.int32) * (D // 8) + octet),)
+                codes += chosen[stage].to(tl.int32) * (D // 8) + octet
+                parts = ()
+                for part in tl.static_range(PARTS):
+                    parts = parts + (tl.load(codes + part * OCTETS),)
+                words = words + (parts,)
             # the next tile's bytes are on their way while this one is computed
-            next_bits, next_scale, next_ids = fetch(
-                tl.minimum(token + TOKENS, last), octet, data, plane1, plane2, plane3, scales, ids,
-                data_token, scale_token, id_token, id_stage, BITS, STAGES, GROUPS, D // 8)
-            m0, m1, m2, m3 = l0 * scale, l1 * scale, l2 * scale, l3 * scale
-            m4, m5, m6, m7 = l4 * scale, l5 * scale, l6 * scale, l7 * scale
-            x = ()
-            for c in tl.static_range(8):
-                x = x + (dequantize(bits, c, BITS, m0, m1, m2, m3, m4, m5, m6, m7) * channels[c],)
-            for stage in tl.static_range(STAGES):
-                found = e4m3_octet(words[stage], NATIVE_E4M3)
-                y = ()
+            ahead = fetch(next_local, octet, data, plane1, plane2, plane3, scales, ids, id_stage, BITS, STAGES, GROUPS, OCTETS, PARTS)
+            if not HALVES:
+                scale = e4m3_to_float32(scale[0], NATIVE_E4M3)
+                m = ()
+                for n in tl.static_range(8):
+                    m = m + (sizes[n] * scale,)
+                x = ()
                 for c in tl.static_range(8):
-                    y = y + (x[c] + found[c] * units[stage][c],)
-                x = y
-            x0, x1, x2, x3, x4, x5, x6, x7 = x
+                    x = x + (dequantize(bits[0], c, BITS, m) * channels[c],)
+                for stage in tl.static_range(STAGES):
+                    found = e4m3_octet(words[stage][0], NATIVE_E4M3)
+                    y = ()
+                    for c in tl.static_range(8):
+                        y = y + (x[c] + found[c] * units[stage][c],)
+                    x = y
         else:
             if KIND == PAPER:
                 packed = tl.load(data + local * data_token + tl.arange(0, D * BITS // 8)[None, :])
@@ -257,27 +289,45 @@ def decode_kernel(
                     tile += tl.load(centroids + stage * centroid_stage + chosen * D + channel).to(tl.float32)
                 # the released package rounds to bf16 before anything else sees the value
                 tile = round_to_bfloat16(tile)
-            x0, x1, x2, x3, x4, x5, x6, x7 = octets(tile, TOKENS, D)
+            x = octets(tile, TOKENS, D)
 
-        if not is_value:
-            # a quotient by way of float32, far cheaper than integer division: half a token keeps it away from whole
-            # numbers by more than its rounding while a span has no more than MAX_TOKENS
-            index = first + local
-            frame = ((index.to(tl.float32) + 0.5) * per_place).to(tl.int32)
-            place = frames + index - frame * places
-            frame += first_frame
-            # an octet turns by four pairs; those that turn with time end between the second and the third of one
-            left = tl.where(4 * octet < TIME, frame, place) * (D // 2) + octet
-            right = tl.where(4 * octet + 2 < TIME, frame, place) * (D // 2) + octet
-            # not so at the octet where time ends, but a thread holds one octet, and what matters is that threads stand along a row
-            left = angles + tl.max_contiguous(left, (1, D // 8))
-            right = angles + tl.max_contiguous(right, (1, D // 8))
-            x0, x1 = turn(x0, x1, tl.load(left))
-            x2, x3 = turn(x2, x3, tl.load(left + D // 8))
-            x4, x5 = turn(x4, x5, tl.load(right + D // 4))
-            x6, x7 = turn(x6, x7, tl.load(right + 3 * (D // 8)))
-        x = tile_of((x0, x1, x2, x3, x4, x5, x6, x7), TOKENS, D)
-        tl.store(out + token * token_stride + channel, x.to(dtype), mask=mask)
+        # rows of the angles' table, in octets
+        of_time, of_place = (first_frame + frame) * (D // 8), (frames + place) * (D // 8)
+        for part in tl.static_range(PARTS):
+            if HALVES:
+                found = ()
+                for stage in tl.static_range(STAGES):
+                    found = found + (words[stage][part],)
+                x = dequantize_pairs(bits[part], scale[part], found, sizes, factors[part], BITS, STAGES, NVIDIA, NATIVE_E4M3)
+            if not is_value:
+                # an octet turns by four pairs; those that turn with time end between the second and the third of one
+                left, right = of_place, of_place
+                if 4 * part * OCTETS < TIME:
+                    pairs = 4 * (octet + part * OCTETS)
+                    left = tl.where(pairs < TIME, of_time, of_place)
+                    right = tl.where(pairs + 2 < TIME, of_time, of_place)
+                # not so at the octet where time ends, but a thread holds one octet, and what matters is that threads stand along a row
+                if HALVES:
+                    left = angles + tl.max_contiguous(2 * left + octet, (1, OCTETS))
+                    right = angles + tl.max_contiguous(2 * right + octet, (1, OCTETS))
+                    x = turn_pairs(x, tl.load(left + part * OCTETS), tl.load(right + (part * OCTETS + D // 8)), NVIDIA)
+                else:
+                    left = angles + tl.max_contiguous(4 * left + octet, (1, OCTETS))
+                    right = angles + tl.max_contiguous(4 * right + octet, (1, OCTETS))
+                    x0, x1 = turn(x[0], x[1], tl.load(left))
+                    x2, x3 = turn(x[2], x[3], tl.load(left + D // 8))
+                    x4, x5 = turn(x[4], x[5], tl.load(right + D // 4))
+                    x6, x7 = turn(x[6], x[7], tl.load(right + 3 * (D // 8)))
+                    x = (x0, x1, x2, x3, x4, x5, x6, x7)
+            at = out + local.to(tl.int64) * token_stride
+            if HALVES and NVIDIA:
+                at = at.to(tl.pointer_type(tl.int32)) + tl.arange(0, D // PARTS // 2)[None, :]
+                tl.store(at + part * (D // PARTS // 2), words_of(x, factors[part][2], TOKENS, D // PARTS), cache_modifier=".cs")
+            else:
+                if HALVES:
+                    x = octet_of(x, factors[part][2])
+                tl.store(at + channel + part * (D // PARTS), tile_of(x, TOKENS, D // PARTS).to(dtype), cache_modifier=".cs")
+        frame, place, local = next_frame, next_place, next_local
 
 
 class Angles:
@@ -286,10 +336,11 @@ class Angles:
     table: int64 [frames + places, 4, D / 8], cos in the low half and sin in the high; the four pairs of an octet of channels lie one
     after the other along the middle axis. A row of a frame fills the pairs that turn with time, a row of a place those that turn with
     its line and column. Row `origin` is frame 0.
+    pairs: int64 [frames + places, 2, D / 8], the same as float16, two pairs a number.
     """
 
     def __init__(self, rope):
-        self._rope, self.frames, self.origin, self.table = rope, 0, 0, None
+        self._rope, self.frames, self.origin, self.table, self.pairs = rope, 0, 0, None, None
 
     def reach(self, first: int, last: int, device) -> None:
         """Make the table cover frames `first` to `last`, with room for a video that grows."""
@@ -303,6 +354,7 @@ class Angles:
         table = torch.zeros(self.frames + height * width, sum(self._rope.dims) // 2, 2, device=device)
         table[:self.frames, :times.shape[1]] = torch.stack([times.cos(), times.sin()], dim=-1).float()
         table[self.frames:, times.shape[1]:] = space.movedim(0, -1)
+        self.pairs = table.half().flatten(1).view(torch.int64).unflatten(1, (-1, 2)).mT.contiguous()
         self.table = table.view(torch.int64).unflatten(1, (-1, 4))[..., 0].mT.contiguous()
 
 
@@ -327,6 +379,7 @@ class Reader:
         self._rope, self._platform, self._head_dim = rope, platform(torch.device(device)), head_dim
         self._major = major(device)
         self._dtype, self._device = dtype, torch.device(device)
+        self._halves = computes_in_halves(self._platform, dtype)
         self._rows: dict[int, Row] = {}
         self._places: list[tuple[int, int, int]] | None = None
         self._launches: list[tuple[Kind, Tiling, int, int, int]] = []
@@ -346,19 +399,19 @@ class Reader:
         for key, value, frames, position in entries:
             tokens = frames * frame_tokens
             if tokens > MAX_TOKENS:
-                raise Unsupported(f"a span of {tokens} tokens is longer than the {MAX_TOKENS} that the kernel's positions allow")
+                raise Unsupported(f"a span of {tokens} tokens is longer than the {MAX_TOKENS} that the kernel's offsets allow")
             for is_value, span in enumerate((key, value)):
-                row = kept[id(span)] = self._row(span) or Row(weakref.ref(span), span.bits, *_describe(span, self._dtype))
+                row = kept[id(span)] = self._row(span) or Row(weakref.ref(span), span.bits, *_describe(span, self._dtype, self._halves))
                 columns = row.columns.copy()
-                columns[COUNT.value:FRAME.value + 1] = tokens, start, is_value, position
+                columns[FRAMES.value:FRAME.value + 1] = frames, start, is_value, position
                 kinds[row.kind].append((columns, row.levels))
             start += tokens
         self._rows, self._launches = kept, []
         jobs = [job for same in kinds.values() for job in same]
         before = 0
         for kind, same in kinds.items():
-            longest = max(columns[COUNT.value] for columns, _ in same)
-            tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major)
+            longest = max(columns[FRAMES.value] for columns, _ in same)
+            tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major, self._halves and kind.code == PLANES.value)
             before_launch("decode", kind, self._head_dim, self._dtype, self._device)
             self._launches.append((kind, tile, before, len(same), longest))
             before += len(same)
@@ -380,13 +433,15 @@ class Reader:
         native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
         height, width = self._rope.grid
         for kind, tile, first, spans, longest in self._launches:
-            steps = tile.steps_of(longest, batch * count * spans)
-            decode_kernel[(triton.cdiv(longest, tile.tokens * steps), batch * count, spans)](
-                self._jobs, self._levels, self._angles.table, keys, values,
-                first, heads.start, all_heads, count, batch * all_heads, *keys.stride()[:3],
-                self._angles.origin, self._angles.frames, height * width,
+            tiles = triton.cdiv(height * width, tile.tokens)
+            halves = self._halves and kind.code == PLANES.value
+            share = tile.share(longest)
+            decode_kernel[(triton.cdiv(tiles, share), count, spans * batch)](
+                self._jobs, self._levels, self._angles.pairs if halves else self._angles.table, keys, values,
+                first, heads.start, all_heads, batch, *keys.stride()[:3],
+                self._angles.origin, self._angles.frames, height * width, share,
                 KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
-                D=self._head_dim, TIME=time, TOKENS=tile.tokens, STEPS=steps,
+                D=self._head_dim, TIME=time, TOKENS=tile.tokens, PARTS=tile.parts, HALVES=halves, NVIDIA=self._platform == "cuda",
                 NATIVE_E4M3=native, PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
 
 
@@ -401,14 +456,31 @@ def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> N
     layer.reader(heads, owner.geometry.heads, keys, values)
 
 
-def _describe(span, dtype: torch.dtype) -> tuple[Kind, list[int], list[float]]:
+def computes_in_halves(name: str, dtype: torch.dtype) -> bool:
+    """Whether planes are decoded in float16, of whose 11 bits a bf16 workspace keeps 8; name: see `tiles.platform`."""
+    return name in ("cuda", "interpreter") and dtype == torch.bfloat16
+
+
+def _by_bits(levels: list[float]) -> list[float]:
+    """Levels in cell order as `octets.dequantize_pairs` takes them: number n multiplies the bits that n has, the lowest plane 1's."""
+    bits = len(levels).bit_length() - 1
+    # of a cell's number the first plane is the highest bit
+    found = [levels[sum((n >> b & 1) << (bits - 1 - b) for b in range(bits))] for n in range(len(levels))]
+    for b in range(bits):
+        found = [(x - found[n - (1 << b)]) / 2 if n >> b & 1 else x for n, x in enumerate(found)]
+    return found
+
+
+def _describe(span, dtype: torch.dtype, halves: bool) -> tuple[Kind, list[int], list[float]]:
     """Kind, job row and levels of a span."""
     columns, levels = [0] * COLUMNS.value, [0.0] * MAX_LEVELS
     if isinstance(span, PlaneSpan):
         book, data, scales = span.codebook, span.planes, span.scales
         kind = Kind(PLANES.value, span.bits, book.stages, scales.shape[-1])
+        if any(part.stride(0) != part.shape[-1] for part in (*data, scales)) or span.ids.stride(1) != 1:
+            raise Unsupported("the bytes of a row do not lie together in memory, as PlaneSpan.gather_rows lays them")
         found = planes.levels(span.bits, span.gain)
-        levels[:len(found)] = found
+        levels[:len(found)] = _by_bits(found) if halves else found
         columns[CENTROID_SCALE.value] = book.centroid_scale.data_ptr()
         columns[CHANNEL_SCALE.value] = book.channel_scale.data_ptr()
         columns[EXPONENTS.value] = span.exponents.data_ptr()

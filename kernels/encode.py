@@ -17,11 +17,10 @@ from ..qvg.codec import PlaneSpan
 from ..qvg.dispatch import before_launch
 from ..qvg.smoothing import Codebook
 from .assign import PREPARED, nearest, prepare, prepared
-from .octets import float32_octet, octets, tile_of
+from .octets import e4m3_octet, float32_octet, octets, tile_of
 from .tiles import (
     Product,
     converts_e4m3,
-    e4m3_octet,
     e4m3_to_float32,
     float32_to_e4m3,
     major,

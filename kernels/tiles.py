@@ -47,40 +47,6 @@ def e4m3_to_float32(codes, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def e4m3_octet(octets, NATIVE: tl.constexpr):
-    """Eight E4M3 codes a number, int64 -> eight float32 tiles, the lowest byte first."""
-    x0, x1, x2, x3 = _e4m3_quad(octets.to(tl.int32), NATIVE)
-    x4, x5, x6, x7 = _e4m3_quad((octets >> 32).to(tl.int32), NATIVE)
-    return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@triton.jit
-def _e4m3_quad(words, NATIVE: tl.constexpr):
-    """Four E4M3 codes a number, int32 -> four float32 tiles: two of them at a time, as the halves of a word that holds float16."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 l, h, a, b; .reg .b32 w; mov.b32 {l, h}, $4;"
-            " cvt.rn.f16x2.e4m3x2 w, l; mov.b32 {a, b}, w; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;"
-            " cvt.rn.f16x2.e4m3x2 w, h; mov.b32 {a, b}, w; cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }",
-            "=f,=f,=f,=f,r", args=[words], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1)
-    low = _e4m3_pair(((words & 0xFF) << 8) | ((words & 0xFF00) << 16))
-    high = _e4m3_pair(((words >> 8) & 0xFF00) | (words & -16777216))
-    return _half(low) * 256.0, _half(low >> 16) * 256.0, _half(high) * 256.0, _half(high >> 16) * 256.0
-
-
-@triton.jit
-def _e4m3_pair(words):
-    """Two E4M3 codes in the high bytes of the halves of a word -> two float16 that are 2^8 too small, as `e4m3_to_float32` says."""
-    return (words & -2147450880) | ((words & 0x7F007F00) >> 1)
-
-
-@triton.jit
-def _half(words):
-    """The float16 in the low half of a word, as float32."""
-    return words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
 def prefetch(pointers):
     """Bring what lies there into the L2 cache (NVIDIA alone)."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", args=[pointers.to(tl.int64)], dtype=tl.int32,
