@@ -163,7 +163,7 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
 
 
 def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool, major: int = 0) -> Variant:
-    halves = decode.computes_in_halves(name, torch.bfloat16) and kind.code == decode.PLANES.value
+    halves = decode.computes_in_halves(name, major, torch.bfloat16) and kind.code == decode.PLANES.value
     tile = decode.Tiling.of(dim, name, kind.bits, major, halves)
     pointers = {"jobs": "*i64", "levels": "*fp32", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
     label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"

@@ -6,7 +6,7 @@ their rows. Kinds that need other code (another number of planes, 8-bit sinks, p
 
 A program decodes one head at the same places of all frames of a span, a tile of TOKENS at a time: the angles that its keys turn by are
 those of few places. What the kernel waits for is memory: the streams of planes, scales and ids are brought into the L2 cache when a program
-starts, and stores pass that cache by, because a workspace is larger.
+starts, and stores are the first to leave it, because a workspace is larger.
 """
 
 from __future__ import annotations
@@ -215,12 +215,12 @@ def decode_kernel(
         end = tl.minimum(first + share * TOKENS, places) - 1
         lane = tl.arange(0, 128)
         for start in range(0, span_frames, 4):
-            frame = tl.minimum(start + lane // 32, span_frames - 1) * places
-            line = (frame + first) * (D // 8) + tl.minimum(lane % 32 * 128, (end - first) * (D // 8))
+            before = tl.minimum(start + lane // 32, span_frames - 1) * places
+            line = (before + first) * (D // 8) + tl.minimum(lane % 32 * 128, (end - first) * (D // 8))
             prefetch(data + line)
             if BITS > 1:
                 prefetch(plane1 + line)
-            sector = frame + tl.minimum(first + lane % 32 * 32, end)
+            sector = before + tl.minimum(first + lane % 32 * 32, end)
             prefetch(scales + sector * GROUPS)
             for stage in tl.static_range(STAGES):
                 prefetch(ids + stage * id_stage + sector)
@@ -379,7 +379,7 @@ class Reader:
         self._rope, self._platform, self._head_dim = rope, platform(torch.device(device)), head_dim
         self._major = major(device)
         self._dtype, self._device = dtype, torch.device(device)
-        self._halves = computes_in_halves(self._platform, dtype)
+        self._halves = computes_in_halves(self._platform, self._major, dtype)
         self._rows: dict[int, Row] = {}
         self._places: list[tuple[int, int, int]] | None = None
         self._launches: list[tuple[Kind, Tiling, int, int, int]] = []
@@ -456,9 +456,10 @@ def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> N
     layer.reader(heads, owner.geometry.heads, keys, values)
 
 
-def computes_in_halves(name: str, dtype: torch.dtype) -> bool:
-    """Whether planes are decoded in float16, of whose 11 bits a bf16 workspace keeps 8; name: see `tiles.platform`."""
-    return name in ("cuda", "interpreter") and dtype == torch.bfloat16
+def computes_in_halves(name: str, major: int, dtype: torch.dtype) -> bool:
+    """Whether planes are decoded in float16, of whose 11 bits a bf16 workspace keeps 8. name: see `tiles.platform`; major: of NVIDIA's
+    compute capability, which has products of bf16 from 8 on."""
+    return dtype == torch.bfloat16 and (name == "interpreter" or (name == "cuda" and major >= 8))
 
 
 def _by_bits(levels: list[float]) -> list[float]:
