@@ -169,7 +169,7 @@ def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool, major: in
     label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
     return Variant(label, decode.decode_kernel, pointers, {
         "KIND": kind.code, "BITS": kind.bits, "STAGES": kind.stages, "GROUPS": kind.groups, "HAS_ZEROS": kind.zeros,
-        "D": dim, "TIME": TURNS[dim], "TOKENS": tile.tokens, "PARTS": tile.parts, "HALVES": halves, "NVIDIA": name == "cuda",
+        "D": dim, "TIME": TURNS[dim], "TOKENS": tile.tokens, "HALVES": tile.halves, "NVIDIA": name == "cuda",
         "NATIVE_E4M3": native_e4m3, "PREFETCH": native_e4m3 and kind.code == decode.PLANES.value}, tile.warps, tile.registers)
 
 

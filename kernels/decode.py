@@ -95,16 +95,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Tiling:
-    """tokens: of a tile, chosen so that a thread holds eight channels, or twice eight; parts: such octets of a thread; registers: of a
-    thread at most.
+    """tokens: of a tile, chosen so that a thread holds an octet, or two where it computes in halves; registers: of a thread at most.
 
-    Measured on an H200 with `qvg bench kernels --only tune`: the more threads are under way the better, as long as none spills.
+    Few enough registers that many threads are under way, and none spills; `qvg bench kernels --only tune` measures other choices.
     """
 
     tokens: int
     warps: int
     registers: int | None = None
-    parts: int = 1
+    halves: bool = False
 
     @property
     def limits(self) -> dict[str, int]:
@@ -117,12 +116,12 @@ class Tiling:
     @staticmethod
     def of(head_dim: int, name: str, bits: int = 2, major: int = 9, halves: bool = False) -> Tiling:
         """For a platform by its name, see `tiles.platform`; major: of NVIDIA's compute capability."""
-        parts = 2 if halves else 1
         if name == "interpreter":
-            return Tiling(tokens=4096 // head_dim, warps=8, parts=parts)
+            return Tiling(tokens=4096 // head_dim, warps=8, halves=halves)
         # so few registers would spill from capability 10 on
         few = name == "cuda" and major < 10
-        return Tiling(tokens=1024 * parts // head_dim, warps=4, registers=(72 if bits < 4 else 96) if few else None, parts=parts)
+        registers = (72 if bits < 4 else 96) if few else None
+        return Tiling(tokens=(2048 if halves else 1024) // head_dim, warps=4, registers=registers, halves=halves)
 
 
 @triton.jit
@@ -137,8 +136,8 @@ def decode_kernel(
     jobs, levels, angles, keys, values,
     first_job, first_head, all_heads, batches, batch_stride, token_stride, head_stride, origin, frames, places, share,
     KIND: tl.constexpr, BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-    D: tl.constexpr, TIME: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr,
-    NVIDIA: tl.constexpr, NATIVE_E4M3: tl.constexpr, PREFETCH: tl.constexpr,
+    D: tl.constexpr, TIME: tl.constexpr, TOKENS: tl.constexpr, HALVES: tl.constexpr, NVIDIA: tl.constexpr, NATIVE_E4M3: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """One head at `share` tiles of places of every frame of one span. Grid: (blocks of places, heads, spans * batches)."""
     number = first_job + tl.program_id(2) // batches
@@ -148,8 +147,10 @@ def decode_kernel(
     head = tl.program_id(1)
     rows = batches * all_heads
     row = (batch * all_heads + first_head + head).to(tl.int64)
-    channel = tl.arange(0, D // PARTS)[None, :]
+    # of a token's octets a thread holds one of each part
+    PARTS: tl.constexpr = 2 if HALVES else 1
     OCTETS: tl.constexpr = D // PARTS // 8
+    channel = tl.arange(0, D // PARTS)[None, :]
     octet = tl.arange(0, OCTETS)[None, :]
     dtype: tl.constexpr = keys.dtype.element_ty
 
@@ -187,22 +188,21 @@ def decode_kernel(
         plane1 = _address(job, DATA + (1 if BITS > 1 else 0), tl.uint8) + data_row
         plane2 = _address(job, DATA + (2 if BITS > 2 else 0), tl.uint8) + data_row
         plane3 = _address(job, DATA + (3 if BITS > 3 else 0), tl.uint8) + data_row
-        level = levels + number * 8
-        l0, l1, l2, l3 = tl.load(level), tl.load(level + 1), tl.load(level + 2), tl.load(level + 3)
-        l4, l5, l6, l7 = tl.load(level + 4), tl.load(level + 5), tl.load(level + 6), tl.load(level + 7)
+        level = ()
+        for n in tl.static_range(1 << (BITS - 1)):
+            level = level + (tl.load(levels + number * 8 + n),)
         unit = power_of_two(tl.load(_address(job, EXPONENTS, tl.int8) + row))
         channel_scale = _address(job, CHANNEL_SCALE, tl.int64) + row * (D // 4) + 2 * octet
         centroid_scale = _address(job, CENTROID_SCALE, tl.int64) + row * (D // 4) + 2 * octet
+        sizes = ()
+        for n in tl.static_range(1 << (BITS - 1)):
+            sizes = sizes + (pair(level[n], level[n], NVIDIA) if HALVES else level[n] * unit,)
         if HALVES:
-            sizes = (pair(l0, l0, NVIDIA), pair(l1, l1, NVIDIA), pair(l2, l2, NVIDIA), pair(l3, l3, NVIDIA),
-                     pair(l4, l4, NVIDIA), pair(l5, l5, NVIDIA), pair(l6, l6, NVIDIA), pair(l7, l7, NVIDIA))
             factors = ()
             for part in tl.static_range(PARTS):
                 factors = factors + (factors_of(channel_scale + part * (2 * OCTETS), centroid_scale + part * (2 * OCTETS), rows * (D // 4),
                                                 unit, STAGES, NVIDIA, NATIVE_E4M3),)
         else:
-            tl.static_assert(PARTS == 1)
-            sizes = (l0 * unit, l1 * unit, l2 * unit, l3 * unit, l4 * unit, l5 * unit, l6 * unit, l7 * unit)
             channels = bfloat16_octet(channel_scale)
             units = ()
             for stage in tl.static_range(STAGES):
@@ -253,7 +253,7 @@ def decode_kernel(
             if not HALVES:
                 scale = e4m3_to_float32(scale[0], NATIVE_E4M3)
                 m = ()
-                for n in tl.static_range(8):
+                for n in tl.static_range(1 << (BITS - 1)):
                     m = m + (sizes[n] * scale,)
                 x = ()
                 for c in tl.static_range(8):
@@ -410,10 +410,9 @@ class Reader:
         jobs = [job for same in kinds.values() for job in same]
         before = 0
         for kind, same in kinds.items():
-            longest = max(columns[FRAMES.value] for columns, _ in same)
             tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major, self._halves and kind.code == PLANES.value)
             before_launch("decode", kind, self._head_dim, self._dtype, self._device)
-            self._launches.append((kind, tile, before, len(same), longest))
+            self._launches.append((kind, tile, before, len(same), tile.share(max(columns[FRAMES.value] for columns, _ in same))))
             before += len(same)
         if jobs:
             self._jobs = self._send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64))
@@ -432,17 +431,14 @@ class Reader:
         batch, _, count, _ = keys.shape
         native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
         height, width = self._rope.grid
-        for kind, tile, first, spans, longest in self._launches:
-            tiles = triton.cdiv(height * width, tile.tokens)
-            halves = self._halves and kind.code == PLANES.value
-            share = tile.share(longest)
-            decode_kernel[(triton.cdiv(tiles, share), count, spans * batch)](
-                self._jobs, self._levels, self._angles.pairs if halves else self._angles.table, keys, values,
+        for kind, tile, first, spans, share in self._launches:
+            decode_kernel[(triton.cdiv(height * width, share * tile.tokens), count, spans * batch)](
+                self._jobs, self._levels, self._angles.pairs if tile.halves else self._angles.table, keys, values,
                 first, heads.start, all_heads, batch, *keys.stride()[:3],
                 self._angles.origin, self._angles.frames, height * width, share,
                 KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
-                D=self._head_dim, TIME=time, TOKENS=tile.tokens, PARTS=tile.parts, HALVES=halves, NVIDIA=self._platform == "cuda",
-                NATIVE_E4M3=native, PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
+                D=self._head_dim, TIME=time, TOKENS=tile.tokens, HALVES=tile.halves, NVIDIA=self._platform == "cuda", NATIVE_E4M3=native,
+                PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
 
 
 def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:

@@ -246,14 +246,15 @@ def read(cache: KVCache, heads: slice, *more):
     return found
 
 
-def assert_close(found, dtype):
+def assert_close(found, dtype, in_halves=False):
+    """in_halves: planes decoded to bf16 by way of float16."""
     for ours, twin in zip(*found):
         assert twin.isfinite().all() and ours.isfinite().all()
         # one step of the dtype at the size of the number, since both round once; a rotated pair rounds at the size of the pair
         step = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-7}[dtype]
         pairs = twin.float().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True)
         allowed = step * pairs + 1e-5
-        if dtype == torch.bfloat16:
+        if in_halves:
             # float16 rounds what is added up at the size of the parts: few times, 2^-12 of it each
             allowed = allowed + 2**-9 * pairs.flatten(0, -3).amax(0)
         assert ((ours.float() - twin.float()).abs() <= allowed.expand(*twin.shape[:-1], -1, 2).flatten(-2)).all()
@@ -267,7 +268,8 @@ WORKSPACES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("name", CASES)
 def test_decode(name, dtype):
     cache = filled(CASES[name], dtype=dtype)
-    assert_close(read(cache, slice(1, 3)), dtype)
+    planes = CASES[name].codec == "qvg"
+    assert_close(read(cache, slice(1, 3)), dtype, planes and dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("power", [-40, -14, 14, 40])
@@ -279,7 +281,8 @@ def test_decode_of_any_size(power):
         cache.layers[0].append(*(x.bfloat16() for x in pair), 2)
     ours, twin = read(cache, slice(0, 4))
     for head in range(4):
-        assert_close([[x[:, :, head:head + 1] / 2.0 ** (power * (head % 2)) for x in found] for found in (ours, twin)], torch.bfloat16)
+        size = 2.0 ** (power * (head % 2))
+        assert_close([[x[:, :, head:head + 1] / size for x in found] for found in (ours, twin)], torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("dtype", WORKSPACES)
@@ -288,7 +291,7 @@ def test_decode_of_any_size(power):
 def test_decode_shapes(dim, grid, batch, heads, dtype):
     """Odd grids, batches, one head and all, and spans longer than a program's share."""
     settings = replace(QVG, sink_frames=1, sink_bits=16, recent_bits=4)
-    assert_close(read(filled(settings, dim, grid, batch, dtype=dtype), heads), dtype)
+    assert_close(read(filled(settings, dim, grid, batch, dtype=dtype), heads), dtype, dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("share", [1, 2, 7])
