@@ -2,10 +2,12 @@
 
 K and V go together through three launches. The first writes the centroids as the matrix units take them. The second reads the tokens and
 does everything but the scales' bytes: these share a power of two, which depends on the largest scale of the row. The third, small, finds
-that and writes them.
+that and writes them. A GPU of compute capability 9 has a kernel of its own for bf16 tokens, `hopper`, which needs one launch.
 """
 
 from __future__ import annotations
+
+import logging
 
 import torch
 import triton
@@ -32,6 +34,8 @@ from .tiles import (
 MAX_BORDERS = 2 ** (planes.MAX_PLANES - 1) - 1
 # scales that a program looks at together
 SCALES = 2048
+# why Hopper's kernel does not run on a device of that kind
+_hopper_failures: dict[torch.device, str] = {}
 
 
 def encode_warps(product: Product, head_dim: int, major: int) -> int:
@@ -199,6 +203,27 @@ def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count
         tl.store(scales + start + place, float32_to_e4m3(root * power_of_two(-exponent)), mask=mask)
 
 
+def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
+    """Whether the kernel for such GPUs has encoded tensors to the spans made for them. What failed is not tried again."""
+    x, book = xs[0], spans[0].codebook
+    if major(x.device) != 9 or x.dtype != torch.bfloat16 or x.device in _hopper_failures:
+        return False
+    try:
+        from . import hopper
+
+        cut = hopper.Cut.of(spans[0].bits, book.stages, book.centroids.shape[2], x.shape[2])
+        if cut is not None:
+            hopper.launch(cut, spans, xs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # a Triton without Gluon, or with another one; the kernel for any GPU asks for less
+        _hopper_failures[x.device] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        logging.warning("QVG: tokens are encoded by the kernel for any GPU from here on: %s", _hopper_failures[x.device])
+        return False
+    return cut is not None
+
+
 def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs: Tensor) -> list[PlaneSpan]:
     """One or two tensors [T, R, D] that are alike, as are their codebooks -> a span with `bits` planes of each."""
     for x in xs:
@@ -210,6 +235,9 @@ def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs:
         xs = [other.contiguous() for other in xs]
         x = xs[0]
     spans = [PlaneSpan.empty(x, bits, book, groups, gain) for x, book, gain in zip(xs, books, gains)]
+    before_launch("encode", bits, stages, groups, dim, x.dtype, x.device)
+    if _on_hopper(spans, xs):
+        return spans
     native, product = converts_e4m3(x.device), Product.of(dim, x.device)
     table, norms = prepared(product, count, dim, x.device, len(xs), stages, rows)
     padded = table.shape[3]
@@ -220,7 +248,6 @@ def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs:
         return tensors[0], tensors[-1]
 
     codes = both([book.centroids for book in books])
-    before_launch("encode", bits, stages, groups, dim, x.dtype, x.device)
     prepare_kernel[(max(1, padded // PREPARED), stages + 1, len(xs) * rows)](
         *codes, *both([book.centroid_scale for book in books]), *both([book.channel_scale for book in books]), table, norms, factors,
         count, padded, rows, STAGES=stages, D=dim, BLOCK=PREPARED, NATIVE_E4M3=native, num_warps=4)

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="kernels are written in Triton")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
 # the interpreter multiplies bf16 wrongly
 DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 
@@ -162,7 +163,63 @@ def test_encode(count, rows, dim, stages, bits, group, dtype):
     assert same.float().mean() > (0.5 if ON_GPU else 0.99)
     assert ((ours.scales.int() - twin.scales.int()).abs()[same] <= 1).all()
     for mine, theirs in zip(ours.planes, twin.planes):
-        assert (mine != theirs)[same].float().mean() < 0.01
+        if ON_HOPPER and dtype == torch.bfloat16 and stages > 1:
+            # what a stage leaves is rounded to 8 bits there, which carries numbers over a border that are as close to it
+            assert different_bits(mine, theirs)[same].mean() < 0.01
+        else:
+            assert (mine != theirs)[same].float().mean() < 0.01
+
+
+def different_bits(a, b):
+    """float32, the share of the bits of every byte that differ"""
+    return (((a ^ b)[..., None] >> torch.arange(8, device=a.device)) & 1).float().mean(-1)
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9, because the interpreter does not know Gluon")
+@pytest.mark.parametrize(("count", "rows", "dim", "stages", "bits", "group", "centroids"), [
+    (1, 1, 64, 1, 1, 64, 5), (300, 3, 128, 2, 2, 128, 128), (5000, 2, 128, 2, 4, 64, 256), (700, 40, 128, 4, 3, 128, 40),
+    (4681, 12, 128, 2, 1, 128, 256), (513, 1, 64, 3, 2, 64, 100), (257, 2, 256, 2, 2, 64, 40)])
+def test_encode_on_hopper(count, rows, dim, stages, bits, group, centroids, monkeypatch):
+    """The kernel of its own chooses what that for any GPU does, up to rounding, and writes everything, twice the same."""
+    from comfyui_qvg.kernels import encode
+
+    x = tokens(count, rows, dim, dtype=torch.bfloat16, clusters=centroids)
+    coder = codec.TensorCodec("qvg", TensorSettings(bits=bits, stages=stages, centroids=centroids, group=group), dim, 2)
+    book = coder.train(x, torch.Generator().manual_seed(0))
+    other = torch.zeros_like(x)
+    taken = []
+
+    def encoded(on_hopper):
+        monkeypatch.setattr(encode, "_on_hopper", lambda *arguments: taken.append(on_hopper(*arguments)) or taken[-1])
+        with dispatch.force("triton"):
+            return codec.encode([coder, coder], [x, other], [bits, bits], [book, book])
+
+    whole = encode._on_hopper
+    ours, again, general = encoded(whole), encoded(whole), encoded(lambda *_: False)
+    assert taken == [True, True, False]
+    for mine, repeated, theirs in zip(ours, again, general):
+        for part in ("ids", "scales", "exponents"):
+            assert torch.equal(getattr(mine, part), getattr(repeated, part))
+        assert all(torch.equal(a, b) for a, b in zip(mine.planes, repeated.planes))
+        same = (mine.ids == theirs.ids).all(0) & (mine.exponents == theirs.exponents)
+        assert same.float().mean() > 0.9
+        assert ((mine.scales.int() - theirs.scales.int()).abs()[same] <= 1).all()
+        for a, b in zip(mine.planes, theirs.planes):
+            assert different_bits(a, b)[same].mean() < 0.01
+    tables = codec.LevelTables(DEVICE)
+    errors = [(spans[0].decode(slice(None), tables) - x.float()).square().mean() for spans in (ours, general)]
+    assert errors[0] <= 1.005 * errors[1]
+
+
+@pytest.mark.parametrize(("count", "rows", "places", "programs"), [
+    (1, 1, 132, 1), (4680, 24, 132, 5), (3520, 48, 132, 2), (7800, 64, 132, 2), (7800, 64, 114, 3), (300, 1000, 132, 1)])
+def test_share_of_hopper(count, rows, places, programs):
+    """Programs of a row have all of its tokens, none has nothing, and there are as many as keep a GPU with `places` busy."""
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper", reason="this Triton has no Gluon for Hopper")
+    from comfyui_qvg.kernels.hopper import share_of
+
+    share = share_of(count, rows, 256, places)
+    assert -(-count // share) == programs and 0 <= programs * share - count < share
 
 
 def test_encode_silent_and_huge_tokens():
