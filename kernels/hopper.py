@@ -5,7 +5,7 @@ as it is, because a product does not mind the order of its channels; the ids com
 is the next operand. So tokens never pass through shared memory and no warp waits for another. The centroids of every stage lie in shared
 memory, made by each program from the codebook, and serve as many tokens as there are for it.
 
-Written in Gluon, Triton's language for saying where numbers lie. Triton's interpreter does not know it.
+Written in Gluon, Triton's language for saying where numbers lie, as Triton 3.5 to 3.9 have it. Triton's interpreter does not know it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import tiles
 # of a program, and what the compiler may take of it to move numbers about
 SHARED_BYTES, RESERVED_BYTES = 232_448, 4096
 # scales that the last program of a row looks at together
-SCALES = 4096
+SCALES = 8192
 # how many tiles a program could do in the time that it takes to get the centroids ready
 START = 1.2
 
@@ -35,7 +35,6 @@ START = 1.2
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _round_to_e4m3 = gluon.jit(tiles.round_to_e4m3.fn)
 _float32_to_e4m3 = gluon.jit(tiles.float32_to_e4m3.fn)
-_e4m3_digits = gluon.jit(tiles._e4m3_digits.fn)
 _power_of_two = gluon.jit(tiles.power_of_two.fn)
 
 
@@ -105,31 +104,6 @@ def _hold(code, unit, count, C: gl.constexpr, D: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
-def _wait_for_turn():
-    """Groups of four warps take turns at the matrix units, so that one multiplies while the others do all the rest."""
-    gl.inline_asm_elementwise(
-        "{ .reg .u32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; add.u32 t, t, 1; bar.sync t, 256; mov.u32 $0, 0; }",
-        "=r", args=[], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _give_turn():
-    """To the next group."""
-    gl.inline_asm_elementwise(
-        "{ .reg .u32 t, n; .reg .pred p; mov.u32 n, %ntid.x; mov.u32 t, %tid.x; shr.u32 t, t, 7; shr.u32 n, n, 7; add.u32 t, t, 1;"
-        " setp.eq.u32 p, t, n; selp.u32 t, 0, t, p; add.u32 t, t, 1; bar.arrive t, 256; mov.u32 $0, 0; }",
-        "=r", args=[], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _give_first_turn():
-    """The last group to the first."""
-    gl.inline_asm_elementwise(
-        "{ .reg .u32 t, n; .reg .pred p; mov.u32 n, %ntid.x; mov.u32 t, %tid.x; add.u32 t, t, 128; setp.ge.u32 p, t, n;"
-        " @p bar.arrive 1, 256; mov.u32 $0, 0; }", "=r", args=[], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _nearest(x, ones, table, parts, upper, C: gl.constexpr, N: gl.constexpr):
     """Ids int32 [T] of bf16 tokens [T, D], N of C centroids at a time; see `assign.nearest`."""
     T: gl.constexpr = x.shape[0]
@@ -140,11 +114,9 @@ def _nearest(x, ones, table, parts, upper, C: gl.constexpr, N: gl.constexpr):
     # of a column's number the compiler knows all but the bits 2 and 4, which are taken off the best of a thread's columns
     number = gl.arange(0, N, layout=gl.SliceLayout(0, MMA)) & -7
     for start in gl.static_range(0, C, N):
-        _wait_for_turn()
         score = warpgroup_mma(ones, parts.slice(start, N, 0).permute((1, 0)), gl.full((T, N), 0.0, gl.float32, MMA), use_acc=False,
                               is_async=True)
         score = warpgroup_mma(operand, table.slice(start, N, 0).permute((1, 0)), score, is_async=True)
-        _give_turn()
         score = warpgroup_mma_wait(0, deps=[score])
         # one instruction, of which the compiler makes two
         bits = gl.inline_asm_elementwise(
@@ -286,7 +258,6 @@ def encode_kernel(
     factors.index(STAGES).store(1.0 / channel_scale.to(gl.float32))
     fence_async_shared()
     _barrier()
-    _give_first_turn()
 
     for first in range(0, last + 1, T):
         token = first + local
@@ -349,19 +320,22 @@ def encode_kernel(
     _barrier()
     if gl.atomic_add(arrived, 1, sem="acq_rel") == gl.num_programs(0) - 1:
         scales, exponents = gl.where(side == 0, scales, other_scales), gl.where(side == 0, exponents, other_exponents)
+        total = tokens * GROUPS
+        scales += row * total
         spot = gl.arange(0, AT_ONCE, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-        largest = gl.full((AT_ONCE,), 0.0, gl.float32, spot.type.layout)
-        for start in range(0, tokens * GROUPS, AT_ONCE):
-            root = gl.load(roots + start + spot, mask=start + spot < tokens * GROUPS, other=0.0, cache_modifier=".cg")
-            largest = gl.maximum(largest, root)
+        # mostly these are all, and not read again
+        root = gl.load(roots + spot, mask=spot < total, other=0.0, cache_modifier=".cg")
+        largest = root
+        for start in range(AT_ONCE, total, AT_ONCE):
+            largest = gl.maximum(largest, gl.load(roots + start + spot, mask=start + spot < total, other=0.0, cache_modifier=".cg"))
         bits = gl.max(largest, axis=0).to(gl.int32, bitcast=True)
         # the exponent of a mantissa in [0.5, 1), as `codec` defines it
         exponent = gl.minimum(gl.maximum(gl.where(bits == 0, 0, (bits >> 23) - 126), -100), 100) - 8
         gl.store(exponents + row, exponent.to(gl.int8))
-        for start in range(0, tokens * GROUPS, AT_ONCE):
-            mask = start + spot < tokens * GROUPS
-            root = gl.load(roots + start + spot, mask=mask, other=0.0, cache_modifier=".cg")
-            gl.store(scales + row * tokens * GROUPS + start + spot, _float32_to_e4m3(root * _power_of_two(-exponent)), mask=mask)
+        gl.store(scales + spot, _float32_to_e4m3(root * _power_of_two(-exponent)), mask=spot < total)
+        for start in range(AT_ONCE, total, AT_ONCE):
+            root = gl.load(roots + start + spot, mask=start + spot < total, other=0.0, cache_modifier=".cg")
+            gl.store(scales + start + spot, _float32_to_e4m3(root * _power_of_two(-exponent)), mask=start + spot < total)
         gl.store(arrived, 0)
 
 
@@ -389,6 +363,7 @@ class Cut:
         return cut if stages and shared <= SHARED_BYTES and (dim <= 128 or bits <= 2) else None
 
 
+@lru_cache
 def share_of(tokens: int, rows: int, tile: int, places: int) -> int:
     """Tokens of a program so that the last one ends early. places: programs that run at once."""
     def time(programs: int) -> float:

@@ -28,6 +28,6 @@ def test_compiles_without_spills(target):
     assert ("encode-hopper" in names) == (target == "cuda:90")
     for report in reports:
         assert report["registers"] > 0
-        # two registers where all of a multiprocessor's are shared out, and with one version of the compiler
-        assert report["spilled"] <= (8 if report["name"].startswith("encode-hopper") else 0)
+        assert report["spilled"] <= report["may_spill"]
+        assert report["may_spill"] == 0 or report["name"].startswith("encode-hopper")
         assert report["shared"] <= report["shared_limit"]
