@@ -121,18 +121,32 @@ def encode_kernel(
     y = _residual(x, words, factors, found, held, octet, x_token, rows * count, STAGES, D, TOKENS, NATIVE_E4M3)
     y = _times(y, float32_octet(factors + STAGES * D + 8 * octet))
 
-    rms = tl.sqrt(tl.sum(tl.reshape(_power(y), (TOKENS, GROUPS, OCTETS // GROUPS)), axis=2) / (D // GROUPS))
+    rms = tl.sqrt(tl.sum(tl.reshape(power(y), (TOKENS, GROUPS, OCTETS // GROUPS)), axis=2) / (D // GROUPS))
     at = (side * tl.num_programs(1) + row) * tokens + first
     tl.store(roots + at * GROUPS + (local[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]), rms, mask=mask[:, None])
     scale = round_to_e4m3(rms)
     scale = tl.where(scale > 0, scale, 1.0)
-    # instead of dividing by its scale, a number is compared with borders times the scale
     scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (TOKENS, GROUPS, OCTETS // GROUPS)), (TOKENS, OCTETS))
-    # signs of differences, the last channel first
-    p0 = tl.zeros((TOKENS, OCTETS), tl.uint32)
-    p1, p2, p3 = p0, p0, p0
-    # the middle one is needed for every channel
+    # rounded by itself, so that what is compared with it and what it is taken off agree
     border = tl.fma(scale, b0 if BITS == 2 else b1 if BITS == 3 else b3, 0.0)
+    p0, p1, p2, p3 = signs(y, scale, border, b0, b1, b2, b4, b5, b6, BITS)
+    at = (row * tokens + first) * OCTETS
+    inside = local[:, None] * OCTETS + octet
+    tl.store(tl.where(side == 0, plane0, other_plane0) + at + inside, (p0 ^ 255).to(tl.uint8), mask=mask[:, None])
+    if BITS > 1:
+        tl.store(tl.where(side == 0, plane1, other_plane1) + at + inside, (p1 ^ 255).to(tl.uint8), mask=mask[:, None])
+    if BITS > 2:
+        tl.store(tl.where(side == 0, plane2, other_plane2) + at + inside, (p2 ^ 255).to(tl.uint8), mask=mask[:, None])
+    if BITS > 3:
+        tl.store(tl.where(side == 0, plane3, other_plane3) + at + inside, (p3 ^ 255).to(tl.uint8), mask=mask[:, None])
+
+
+@triton.jit
+def signs(y, scale, border, b0, b1, b2, b4, b5, b6, BITS: tl.constexpr):
+    """The bytes of an octet's planes, inverted, from residuals and the scales of their groups. Instead of being divided by its scale, a
+    number is compared with borders times the scale. border: the middle one, which is needed for every channel."""
+    # signs of differences, the last channel first
+    p0, p1, p2, p3 = 0, 0, 0, 0
     for channel in tl.static_range(7, -1, -1):
         size = tl.abs(y[channel])
         p0 = _with_sign(p0, y[channel])
@@ -145,15 +159,7 @@ def encode_kernel(
             middle = tl.where(high, b5, b1) * scale
             p2 = _with_sign(p2, size - middle)
             p3 = _with_sign(p3, size - tl.where(size >= middle, tl.where(high, b6, b2), tl.where(high, b4, b0)) * scale)
-    at = (row * tokens + first) * OCTETS
-    inside = local[:, None] * OCTETS + octet
-    tl.store(tl.where(side == 0, plane0, other_plane0) + at + inside, (p0 ^ 255).to(tl.uint8), mask=mask[:, None])
-    if BITS > 1:
-        tl.store(tl.where(side == 0, plane1, other_plane1) + at + inside, (p1 ^ 255).to(tl.uint8), mask=mask[:, None])
-    if BITS > 2:
-        tl.store(tl.where(side == 0, plane2, other_plane2) + at + inside, (p2 ^ 255).to(tl.uint8), mask=mask[:, None])
-    if BITS > 3:
-        tl.store(tl.where(side == 0, plane3, other_plane3) + at + inside, (p3 ^ 255).to(tl.uint8), mask=mask[:, None])
+    return p0, p1, p2, p3
 
 
 @triton.jit
@@ -177,10 +183,10 @@ def _times(y, factor):
 
 
 @triton.jit
-def _power(y):
+def power(y):
     """Sum of the squares of an octet."""
-    return (((y[0] * y[0] + y[1] * y[1]) + (y[2] * y[2] + y[3] * y[3]))
-            + ((y[4] * y[4] + y[5] * y[5]) + (y[6] * y[6] + y[7] * y[7])))
+    return tl.fma(y[0], y[0], tl.fma(y[1], y[1], tl.fma(y[2], y[2], y[3] * y[3]))) + tl.fma(
+        y[4], y[4], tl.fma(y[5], y[5], tl.fma(y[6], y[6], y[7] * y[7])))
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -2,8 +2,8 @@
 
 Four threads have a token from first to last, 16 channels of every 64 each. The registers that they load are an operand of the matrix units
 as it is, because a product does not mind the order of its channels; the ids come out where the channels are; what the centroids leave
-is the next operand. So tokens never pass through shared memory and no warp waits for another. The centroids of every stage lie in shared
-memory, made by each program from the codebook, and serve as many tokens as there are for it.
+is the next operand. So tokens never pass through shared memory, and warps wait for each other at the matrix units alone. The centroids of
+every stage lie in shared memory, made by each program from the codebook, and serve as many tokens as there are for it.
 
 Written in Gluon, Triton's language for saying where numbers lie, as Triton 3.5 to 3.9 have it. Triton's interpreter does not know it.
 """
@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..qvg import planes
 from ..qvg.codec import PlaneSpan
 from . import tiles
+from .encode import MAX_BORDERS, power, signs
+from .octets import octets
 
 # of a program, and what the compiler may take of it to move numbers about
 SHARED_BYTES, RESERVED_BYTES = 232_448, 4096
@@ -36,6 +38,7 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _round_to_e4m3 = gluon.jit(tiles.round_to_e4m3.fn)
 _float32_to_e4m3 = gluon.jit(tiles.float32_to_e4m3.fn)
 _power_of_two = gluon.jit(tiles.power_of_two.fn)
+_octets, _power, _signs = gluon.jit(octets.fn), gluon.jit(power.fn), gluon.jit(signs.fn)
 
 
 @gluon.constexpr_function
@@ -161,32 +164,6 @@ def _left_at_last(x, codes, unit):
 
 
 @gluon.jit
-def _octets(x, ROWS: gl.constexpr, D: gl.constexpr):
-    """See `octets.octets`."""
-    low, high = gl.split(gl.reshape(x, (ROWS, D // 8, 4, 2)))
-    x02, x13 = gl.split(gl.reshape(low, (ROWS, D // 8, 2, 2)))
-    x46, x57 = gl.split(gl.reshape(high, (ROWS, D // 8, 2, 2)))
-    x0, x4 = gl.split(x02)
-    x2, x6 = gl.split(x13)
-    x1, x5 = gl.split(x46)
-    x3, x7 = gl.split(x57)
-    return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@gluon.jit
-def _power(y):
-    """Sum of the squares of an octet."""
-    return gl.fma(y[0], y[0], gl.fma(y[1], y[1], gl.fma(y[2], y[2], y[3] * y[3]))) + gl.fma(
-        y[4], y[4], gl.fma(y[5], y[5], gl.fma(y[6], y[6], y[7] * y[7])))
-
-
-@gluon.jit
-def _with_sign(byte, x):
-    """See `encode._with_sign`."""
-    return (byte << 1) | (x.to(gl.uint32, bitcast=True) >> 31)
-
-
-@gluon.jit
 def _prefetch(x, x_token, first, last, T: gl.constexpr, D: gl.constexpr):
     """Bring tokens into the L2 cache."""
     LINES: gl.constexpr = D // 64
@@ -286,26 +263,10 @@ def encode_kernel(
         gl.store(roots + begin * GROUPS + (at * GROUPS + gl.arange(0, GROUPS, layout=gl.SliceLayout(0, R))[None, :]), rms, mask=at <= last)
         scale = _round_to_e4m3(rms)
         scale = gl.where(scale > 0, scale, 1.0)
-        # instead of dividing by its scale, a number is compared with borders times the scale
         scale = gl.expand_dims(scale, 2) + gl.full((T, GROUPS, OCTETS // GROUPS), 0.0, gl.float32, power.type.layout)
         scale = gl.convert_layout(gl.reshape(scale, (T, OCTETS)), OCTET)
-        # signs of differences, the last channel first
-        p0 = gl.full((T, OCTETS), 0, gl.uint32, OCTET)
-        p1, p2, p3 = p0, p0, p0
-        # the middle one is needed for every channel
         border = scale * (b0 if BITS == 2 else b1 if BITS == 3 else b3)
-        for n in gl.static_range(7, -1, -1):
-            size = gl.abs(o[n])
-            p0 = _with_sign(p0, o[n])
-            if BITS > 1:
-                p1 = _with_sign(p1, size - border)
-            if BITS == 3:
-                p2 = _with_sign(p2, size - gl.where(size >= border, b2, b0) * scale)
-            if BITS == 4:
-                high = size >= border
-                middle = gl.where(high, b5, b1) * scale
-                p2 = _with_sign(p2, size - middle)
-                p3 = _with_sign(p3, size - gl.where(size >= middle, gl.where(high, b6, b2), gl.where(high, b4, b0)) * scale)
+        p0, p1, p2, p3 = _signs(o, scale, border, b0, b1, b2, b4, b5, b6, BITS)
         at = gl.convert_layout(token, gl.SliceLayout(1, OCTET))[:, None]
         inside = at * OCTETS + gl.arange(0, OCTETS, layout=gl.SliceLayout(0, OCTET))[None, :]
         gl.store(plane0 + inside, (p0 ^ 255).to(gl.uint8), mask=at <= last)
@@ -397,7 +358,7 @@ def launch(cut: Cut, spans: list[PlaneSpan], xs: list[Tensor]) -> None:
     encode_kernel[(triton.cdiv(tokens, share), rows, sides)](
         xs[0], xs[-1], *both(lambda span: span.codebook.centroids), *both(lambda span: span.codebook.centroid_scale),
         *both(lambda span: span.codebook.channel_scale), *both(lambda span: span.ids), roots, arrived,
-        *borders, *[0.0] * (2 ** (planes.MAX_PLANES - 1) - 1 - len(borders)), *[plane for pair in written for plane in pair],
+        *borders, *[0.0] * (MAX_BORDERS - len(borders)), *[plane for pair in written for plane in pair],
         *both(lambda span: span.scales), *both(lambda span: span.exponents),
         tokens, rows, first.codebook.centroids.shape[2], share, -256, x.stride(0), x.stride(1),
         STAGES=first.codebook.stages, GROUPS=groups, BITS=first.bits, D=dim, C=cut.block, N=cut.width, T=cut.tokens, AT_ONCE=SCALES,
