@@ -189,6 +189,14 @@ def power(y):
         y[4], y[4], tl.fma(y[5], y[5], tl.fma(y[6], y[6], y[7] * y[7])))
 
 
+@triton.jit
+def shared_exponent(largest):
+    """Of the power of two of a row whose largest scale is the given float32."""
+    bits = largest.to(tl.int32, bitcast=True)
+    # the exponent of a mantissa in [0.5, 1), as `codec` defines it
+    return tl.minimum(tl.maximum(tl.where(bits == 0, 0, (bits >> 23) - 126), -100), 100) - 8
+
+
 @triton.jit(do_not_specialize=["count"])
 def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count, BLOCK: tl.constexpr):
     """float32 scales [tensors, rows, count] to bytes under one power of two a row. Grid: (rows, tensors)."""
@@ -199,14 +207,20 @@ def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         largest = tl.maximum(largest, tl.load(roots + start + place, mask=start + place < count, other=0.0))
-    bits = tl.max(largest, axis=0).to(tl.int32, bitcast=True)
-    # the exponent of a mantissa in [0.5, 1), as `codec` defines it
-    exponent = tl.minimum(tl.maximum(tl.where(bits == 0, 0, (bits >> 23) - 126), -100), 100) - 8
+    exponent = shared_exponent(tl.max(largest, axis=0))
     tl.store(tl.where(side == 0, exponents, other_exponents) + row, exponent.to(tl.int8))
     for start in range(0, count, BLOCK):
         mask = start + place < count
         root = tl.load(roots + start + place, mask=mask, other=0.0)
         tl.store(scales + start + place, float32_to_e4m3(root * power_of_two(-exponent)), mask=mask)
+
+
+def borders_and_planes(spans: list[PlaneSpan]) -> list[float | Tensor]:
+    """b0 to b6 and the planes of K and V as the kernels take them; those that there are not are never looked at."""
+    bits = spans[0].bits
+    borders = planes.thresholds(bits)
+    written = [span.planes[min(plane, bits - 1)] for plane in range(planes.MAX_PLANES) for span in (spans[0], spans[-1])]
+    return [*borders, *[0.0] * (MAX_BORDERS - len(borders)), *written]
 
 
 def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
@@ -257,11 +271,9 @@ def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs:
     prepare_kernel[(max(1, padded // PREPARED), stages + 1, len(xs) * rows)](
         *codes, *both([book.centroid_scale for book in books]), *both([book.channel_scale for book in books]), table, norms, factors,
         count, padded, rows, STAGES=stages, D=dim, BLOCK=PREPARED, NATIVE_E4M3=native, num_warps=4)
-    borders = planes.thresholds(bits)
-    written = [both([span.planes[min(plane, bits - 1)] for span in spans]) for plane in range(planes.MAX_PLANES)]
     encode_kernel[(triton.cdiv(tokens, product.tokens), rows, len(xs))](
         *both(xs), *codes, *both([span.ids for span in spans]), table, norms, factors, roots,
-        *borders, *[0.0] * (MAX_BORDERS - len(borders)), *[plane for pair in written for plane in pair],
+        *borders_and_planes(spans),
         tokens, rows, count, padded, 0, x.stride(0), x.stride(1),
         STAGES=stages, GROUPS=groups, BITS=bits, D=dim, TOKENS=product.tokens, BLOCK=product.block, NATIVE_E4M3=native,
         num_warps=encode_warps(product, dim, major(x.device)), num_stages=product.stages)

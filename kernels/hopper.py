@@ -20,10 +20,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from ..qvg import planes
 from ..qvg.codec import PlaneSpan
 from . import tiles
-from .encode import MAX_BORDERS, power, signs
+from .encode import borders_and_planes, power, shared_exponent, signs
 from .octets import octets
 
 # of a program, and what the compiler may take of it to move numbers about
@@ -38,7 +37,7 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _round_to_e4m3 = gluon.jit(tiles.round_to_e4m3.fn)
 _float32_to_e4m3 = gluon.jit(tiles.float32_to_e4m3.fn)
 _power_of_two = gluon.jit(tiles.power_of_two.fn)
-_octets, _power, _signs = gluon.jit(octets.fn), gluon.jit(power.fn), gluon.jit(signs.fn)
+_octets, _power, _signs, _shared_exponent = (gluon.jit(function.fn) for function in (octets, power, signs, shared_exponent))
 
 
 @gluon.constexpr_function
@@ -289,9 +288,7 @@ def encode_kernel(
         largest = root
         for start in range(AT_ONCE, total, AT_ONCE):
             largest = gl.maximum(largest, gl.load(roots + start + spot, mask=start + spot < total, other=0.0, cache_modifier=".cg"))
-        bits = gl.max(largest, axis=0).to(gl.int32, bitcast=True)
-        # the exponent of a mantissa in [0.5, 1), as `codec` defines it
-        exponent = gl.minimum(gl.maximum(gl.where(bits == 0, 0, (bits >> 23) - 126), -100), 100) - 8
+        exponent = _shared_exponent(gl.max(largest, axis=0))
         gl.store(exponents + row, exponent.to(gl.int8))
         gl.store(scales + spot, _float32_to_e4m3(root * _power_of_two(-exponent)), mask=spot < total)
         for start in range(AT_ONCE, total, AT_ONCE):
@@ -317,7 +314,8 @@ class Cut:
     def of(bits: int, stages: int, count: int, dim: int) -> Cut | None:
         """None where there are no centroids, those of every stage do not fit shared memory, or the rest does not fit the registers."""
         block = max(16, triton.next_power_of_2(count))
-        # a thread has two tokens: a quarter of their channels and of the scores of `width` centroids
+        # a thread has two tokens: a quarter of their channels and of the scores of `width` centroids. With 128 registers Triton 3.6 to 3.8
+        # lack up to 18 for what does not change from tile to tile, 3.5 and 3.9 none; to read those from memory was measured to cost nothing
         small = dim <= 128 and block <= 128 and bits <= 2
         cut = Cut(256, block, min(block, 128), 128) if small else Cut(128, block, min(block, 128), None)
         shared = 2 * (stages * block * (dim + 16) + 16 * cut.tokens) + 4 * dim * (stages + 1) + RESERVED_BYTES
@@ -349,17 +347,12 @@ def launch(cut: Cut, spans: list[PlaneSpan], xs: list[Tensor]) -> None:
     share = share_of(tokens, sides * rows, cut.tokens, torch.cuda.get_device_properties(x.device).multi_processor_count)
     # within a program's share 32 bits count the numbers
     share = min(share, (2**31 - 1) // max(1, x.stride(0)))
-    borders = planes.thresholds(first.bits)
-
-    def both(part) -> tuple[Tensor, Tensor]:
-        return part(spans[0]), part(spans[-1])
-
-    written = [both(lambda span: span.planes[min(plane, span.bits - 1)]) for plane in range(planes.MAX_PLANES)]  # noqa: B023
+    pair = first, spans[-1]
     encode_kernel[(triton.cdiv(tokens, share), rows, sides)](
-        xs[0], xs[-1], *both(lambda span: span.codebook.centroids), *both(lambda span: span.codebook.centroid_scale),
-        *both(lambda span: span.codebook.channel_scale), *both(lambda span: span.ids), roots, arrived,
-        *borders, *[0.0] * (MAX_BORDERS - len(borders)), *[plane for pair in written for plane in pair],
-        *both(lambda span: span.scales), *both(lambda span: span.exponents),
+        xs[0], xs[-1], *(span.codebook.centroids for span in pair), *(span.codebook.centroid_scale for span in pair),
+        *(span.codebook.channel_scale for span in pair), *(span.ids for span in pair), roots, arrived,
+        *borders_and_planes(spans),
+        *(span.scales for span in pair), *(span.exponents for span in pair),
         tokens, rows, first.codebook.centroids.shape[2], share, -256, x.stride(0), x.stride(1),
         STAGES=first.codebook.stages, GROUPS=groups, BITS=first.bits, D=dim, C=cut.block, N=cut.width, T=cut.tokens, AT_ONCE=SCALES,
         num_warps=cut.warps, maxnreg=cut.registers)

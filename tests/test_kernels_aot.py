@@ -27,7 +27,5 @@ def test_compiles_without_spills(target):
     assert all(kernel in names for kernel in ("decode", "assign", "sums", "means", "store", "leave", "encode-d", "encode-scales"))
     assert ("encode-hopper" in names) == (target == "cuda:90")
     for report in reports:
-        assert report["registers"] > 0
-        assert report["spilled"] <= report["may_spill"]
-        assert report["may_spill"] == 0 or report["name"].startswith("encode-hopper")
+        assert report["registers"] > 0 and report["spilled"] == 0
         assert report["shared"] <= report["shared_limit"]
