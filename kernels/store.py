@@ -14,7 +14,7 @@ from torch import Tensor
 from ..qvg import e4m3
 from ..qvg.dispatch import before_launch
 from .assign import nearest, prepare, prepared
-from .tiles import Product, converts_e4m3, e4m3_to_float32, float32_to_e4m3, require_channels_last, round_to_bfloat16
+from .tiles import Product, converts_e4m3, e4m3_to_float32, float32_to_e4m3, require_channels_last
 
 
 @triton.jit(do_not_specialize=["count", "padded"])
@@ -29,7 +29,9 @@ def store_kernel(found, codes, units, table, norms, count, padded, MOST: tl.cons
         at = (row * count + number)[:, None] * D + channel[None, :]
         block = tl.load(found + at, mask=(number < count)[:, None], other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(block), axis=0))
-    unit = round_to_bfloat16(tl.div_rn(largest, tl.full((D,), MOST, tl.float32)))
+    # the power of two above
+    unit = tl.div_rn(largest, tl.full((D,), MOST, tl.float32)).to(tl.int32, bitcast=True)
+    unit = ((unit + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.where(unit == 0, 1.0, unit)
     tl.store(units + row * D + channel, unit.to(tl.bfloat16))
     for start in range(0, padded, BLOCK):

@@ -35,7 +35,7 @@ class Codebook:
     """Centroids of every stage and the channel scales of what they leave, shared by the spans of an epoch.
 
     centroids: uint8 (E4M3) [S, R, C, D]
-    centroid_scale: bfloat16 [S, R, 1, D], multiplies the E4M3 values
+    centroid_scale: bfloat16 [S, R, 1, D], multiplies the E4M3 values; powers of two, but in caches written before they were
     channel_scale: bfloat16 [R, D], root mean square of the residual in each channel
     """
 
@@ -154,9 +154,10 @@ def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).bfloat16()
+    # the power of two above, with which centroids are numbers of bf16: E4M3 is a float, of which that takes no digit
+    scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+    scale = scale.bfloat16()
     scale[scale == 0] = 1
-    # bf16 rounds the scale down as often as up; e4m3.encode clamps what that pushes past 448
     codes = e4m3.encode(found / scale.float())
     stored = e4m3.decode(codes) * scale.float()
     return codes, scale, x - picked(stored, assign(x.float(), stored))
