@@ -57,7 +57,7 @@ ENCODED = {**_pairs(x="*bf16", codes="*u8", ids="*u8", plane0="*u8", plane1="*u8
            **PREPARED, "factors": "*fp32", "roots": "*fp32", **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}}
 ROTATED = {**_pairs(x="*bf16", out="*bf16"), "cos": "*fp32", "sin": "*fp32", "value": "*bf16", "keys": "*bf16", "values": "*bf16"}
 SCALES = {"roots": "*fp32", **_pairs(scales="*u8", exponents="*i8")}
-WHOLE = {**ENCODED, **_pairs(units="*bf16", channel_scale="*bf16", scales="*u8", exponents="*i8"), "arrived": "*i32"}
+WHOLE = {**ENCODED, **_pairs(units="*bf16", channel_scale="*bf16", scales="*u8", exponents="*i8"), "arrived": "*i32", "words": "*i32"}
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,9 @@ def borders_and_planes(spans: list[PlaneSpan]) -> list[float | Tensor]:
 def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
     """Whether the kernel for such GPUs has encoded tensors to the spans made for them. What failed is not tried again."""
     x, book = xs[0], spans[0].codebook
-    if major(x.device) != 9 or x.dtype != torch.bfloat16 or x.device in _hopper_failures:
+    # that kernel reads two channels at once
+    odd = any(x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2 for x in xs)
+    if major(x.device) != 9 or x.dtype != torch.bfloat16 or odd or x.device in _hopper_failures:
         return False
     try:
         from . import hopper
