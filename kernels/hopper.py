@@ -182,7 +182,8 @@ def _give_first_turn(WARPS: gl.constexpr):
 
 @gluon.jit
 def _begin(x, ones, table, parts, START: gl.constexpr, N: gl.constexpr):
-    """Scores [T, N] of N centroids from START on of tokens, pairs of bf16 [T, D / 2], which the matrix units begin to work out."""
+    """Scores [T, N] of N centroids from START on of tokens, pairs of bf16 [T, D / 2], which the matrix units begin to work out.
+    ones: [T, 16], what adds up the parts of norms."""
     T: gl.constexpr = x.shape[0]
     D: gl.constexpr = 2 * x.shape[1]
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[T // 16, 1], instr_shape=[16, N, 16])
@@ -348,7 +349,8 @@ def encode_kernel(
 
     ids [STAGES, rows, tokens], planes [rows, tokens, D / 8] and scales [rows, tokens, GROUPS] lie as `PlaneSpan.empty` made them.
     roots float32 [tensors, rows, tokens, GROUPS] are the scales before they are bytes, which needs the largest of the row: the program
-    that finishes it last does that. arrived int32 [tensors, rows], zeros before and after, tells it. upper: -256, the bits of a score but
+    that finishes it last does that. arrived int32 [tensors, rows], zeros before and after, tells it. words int32 [tensors, rows, STAGES, C,
+    D / 2] is room for the centroids as pairs of bf16, which all programs of a row write alike. upper: -256, the bits of a score but
     the lowest eight; not a constant, because an instruction has room for one, and that is better the number of a column.
     Grid: (shares of tokens, rows, tensors).
     """
