@@ -75,7 +75,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said. spilled: bytes of registers that went to memory."""
+    """What the compiler said. spilled: bytes of registers that went to memory. stuck: see `barriers_in_turns`."""
 
     name: str
     target: str
@@ -83,10 +83,23 @@ class Report:
     spilled: int
     shared: int
     shared_limit: int
+    stuck: int
 
     @property
     def fits(self) -> bool:
-        return not self.spilled and self.shared <= self.shared_limit
+        return not self.spilled and self.shared <= self.shared_limit and not self.stuck
+
+
+def barriers_in_turns(ptx: str) -> int:
+    """How many barriers of a whole program stand where one group of its warps has the turn at the matrix units (`kernels/hopper.py`). The
+    group would wait there for the others, and they for the turn. The compiler sets barriers where it thinks fit."""
+    found, turn = 0, False
+    for line in ptx.splitlines():
+        if re.search(r"\bbar\.(sync|arrive) \w+, 256;", line):
+            turn = "bar.sync" in line
+        elif turn and re.search(r"\b(bar\.sync|barrier\.sync\S*)\s+0\b", line):
+            found += 1
+    return found
 
 
 def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
@@ -202,7 +215,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Report:
     compiled = triton.compile(source, target=target, options=options)
     registers, spilled = (_amd if target.backend == "hip" else _nvidia)(compiled)
     return Report(variant.name, f"{target.backend}:{target.arch}", registers, spilled, compiled.metadata.shared,
-                  TARGETS[target])
+                  TARGETS[target], barriers_in_turns(compiled.asm.get("ptx", "")))
 
 
 def _nvidia(compiled) -> tuple[int, int]:
