@@ -180,7 +180,8 @@ def different_bits(a, b):
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9, because the interpreter does not know Gluon")
 @pytest.mark.parametrize(("count", "rows", "dim", "stages", "bits", "group", "centroids"), [
     (1, 1, 64, 1, 1, 64, 5), (300, 3, 128, 2, 2, 128, 128), (5000, 2, 128, 2, 4, 64, 256), (700, 40, 128, 4, 3, 128, 40),
-    (4681, 12, 128, 2, 1, 128, 256), (513, 1, 64, 3, 2, 64, 100), (257, 2, 256, 2, 2, 64, 40)])
+    (4681, 12, 128, 2, 1, 128, 256), (513, 1, 64, 3, 2, 64, 100), (257, 2, 256, 2, 2, 64, 40), (257, 2, 256, 2, 2, 64, 100),
+    (600, 2, 128, 4, 4, 128, 128)])
 def test_encode_on_hopper(count, rows, dim, stages, bits, group, centroids, monkeypatch):
     """The kernel of its own chooses what that for any GPU does, up to rounding, and writes everything, twice the same."""
     from comfyui_qvg.kernels import encode
