@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from ..qvg.codec import PlaneSpan
 from . import tiles
@@ -181,9 +181,8 @@ def _give_first_turn(WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _begin(x, ones, table, parts, START: gl.constexpr, N: gl.constexpr):
-    """Scores [T, N] of N centroids from START on of tokens, pairs of bf16 [T, D / 2], which the matrix units begin to work out.
-    ones: [T, 16], what adds up the parts of norms."""
+def _scores(x, ones, table, parts, START: gl.constexpr, N: gl.constexpr):
+    """Scores [T, N] of N centroids from START on of tokens, pairs of bf16 [T, D / 2]. ones: [T, 16], what adds up the parts of norms."""
     T: gl.constexpr = x.shape[0]
     D: gl.constexpr = 2 * x.shape[1]
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[T // 16, 1], instr_shape=[16, N, 16])
@@ -191,15 +190,14 @@ def _begin(x, ones, table, parts, START: gl.constexpr, N: gl.constexpr):
     _wait_for_turn()
     score = warpgroup_mma(operand, table.slice(START, N, 0).permute((1, 0)), gl.full((T, N), 0.0, gl.float32, MMA), use_acc=False,
                           is_async=True)
-    score = warpgroup_mma(ones, parts.slice(START, N, 0).permute((1, 0)), score, is_async=True)
     _give_turn(T // 16)
-    return score
+    # waits for both. Where Triton 3.9 is asked to wait for a product begun before, it adds a barrier, and then all groups are at one step
+    return warpgroup_mma(ones, parts.slice(START, N, 0).permute((1, 0)), score)
 
 
 @gluon.jit
 def _best(score, upper, START: gl.constexpr):
-    """The best four [T, 4] of scores that are waited for, with 255 less their ids in the lowest bits; see `assign.nearest`."""
-    score = warpgroup_mma_wait(0, deps=[score])
+    """The best four [T, 4] of scores, with 255 less their ids in the lowest bits; see `assign.nearest`."""
     T: gl.constexpr = score.shape[0]
     N: gl.constexpr = score.shape[1]
     # of a column's number the compiler knows all but the bits 2 and 4, which are taken off the best of a thread's columns
@@ -427,9 +425,9 @@ def encode_kernel(
         # keeps what is read there from being taken out of the loop into registers that are not there
         again = _zero()
         for stage in gl.static_range(STAGES):
-            best = _best(_begin(y, ones, tables[stage], parts[stage], 0, N), upper, 0)
+            best = _best(_scores(y, ones, tables[stage], parts[stage], 0, N), upper, 0)
             for block in gl.static_range(N, C, N):
-                best = gl.maximum(best, _best(_begin(y, ones, tables[stage], parts[stage], block, N), upper, block))
+                best = gl.maximum(best, _best(_scores(y, ones, tables[stage], parts[stage], block, N), upper, block))
             chosen = _id(best, L)
             gl.store(ids + (rows.to(gl.int64) * tokens * stage + first) + local, chosen.to(gl.uint8), mask=local <= last - first)
             y = _minus(y, gl.load(words + stage * C * (D // 2) + (chosen[:, None] * (D // 2) + _place(word, D)[None, :])))
