@@ -227,7 +227,7 @@ def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
     """Whether the kernel for such GPUs has encoded tensors to the spans made for them. What failed is not tried again."""
     x, book = xs[0], spans[0].codebook
     # that kernel reads two channels at once
-    odd = any(x.data_ptr() % 4 or x.stride(0) % 2 or x.stride(1) % 2 for x in xs)
+    odd = x.stride(0) % 2 or x.stride(1) % 2 or any(tensor.data_ptr() % 4 for tensor in xs)
     if major(x.device) != 9 or x.dtype != torch.bfloat16 or odd or x.device in _hopper_failures:
         return False
     try:

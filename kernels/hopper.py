@@ -232,23 +232,15 @@ def _minus(x, y):
 
 
 @gluon.jit
-def _times(x, y):
-    """Pairs of bf16. Adding 0 makes zeros of negative zeros, which have the sign bit of numbers below zero."""
-    return gl.inline_asm_elementwise("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", args=[x, y, gl.zeros_like(x)], dtype=gl.int32,
-                                     is_pure=True, pack=1)
+def _fma(x, y, z):
+    """Pairs of bf16: x * y + z."""
+    return gl.inline_asm_elementwise("fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", args=[x, y, z], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def _pair(low, high):
     """Of float32."""
     return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", args=[low, high], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _beyond(x, minus_square):
-    """Pairs of bf16: x * x - border * border, which has the sign of |x| - border."""
-    return gl.inline_asm_elementwise("fma.rn.bf16x2 $0, $1, $1, $2;", "=r,r,r", args=[x, minus_square], dtype=gl.int32, is_pure=True,
-                                     pack=1)
 
 
 @gluon.jit
@@ -280,14 +272,14 @@ def _quantize(y, factor, b0, b1, b2, b3, b4, b5, b6, GROUPS: gl.constexpr, BITS:
     """
     T: gl.constexpr = y.shape[0]
     OCTETS: gl.constexpr = y.shape[1] // 4
+    # adding 0 makes zeros of negative zeros, which have the sign bit of numbers below zero
     if BITS > 2:
         z = _channels(y, T, 8 * OCTETS).to(gl.float32)
-        # adding 0 makes zeros of negative zeros, which have the sign bit of numbers below zero
         o = _octets(z * factor.load(gl.SliceLayout(0, z.type.layout))[None, :] + 0.0, T, 8 * OCTETS)
         power = _power(o)
     else:
-        even, odd = gl.split(gl.reshape(_times(y, factor.load(gl.SliceLayout(0, y.type.layout))[None, :] + gl.zeros_like(y)),
-                                        (T, OCTETS, 2, 2)))
+        none = gl.zeros_like(y)
+        even, odd = gl.split(gl.reshape(_fma(y, factor.load(gl.SliceLayout(0, y.type.layout))[None, :] + none, none), (T, OCTETS, 2, 2)))
         w0, w2 = gl.split(even)
         w1, w3 = gl.split(odd)
         power = _power_of_pairs(w0, w1, w2, w3)
@@ -303,8 +295,10 @@ def _quantize(y, factor, b0, b1, b2, b3, b4, b5, b6, GROUPS: gl.constexpr, BITS:
         p0, p1, p2, p3 = _signs(o, scale, border, b0, b1, b2, b4, b5, b6, BITS)
         bytes = p0 ^ 255, p1 ^ 255, p2 ^ 255, p3 ^ 255
     elif BITS == 2:
-        square = _pair(-border * border, -border * border)
-        bytes = _byte(w0, w1, w2, w3), _byte(_beyond(w0, square), _beyond(w1, square), _beyond(w2, square), _beyond(w3, square))
+        # x * x - border * border has the sign of |x| - border
+        square = -border * border
+        square = _pair(square, square)
+        bytes = _byte(w0, w1, w2, w3), _byte(_fma(w0, w0, square), _fma(w1, w1, square), _fma(w2, w2, square), _fma(w3, w3, square))
     else:
         bytes = (_byte(w0, w1, w2, w3),)
     return rms, bytes
