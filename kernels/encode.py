@@ -132,18 +132,18 @@ def encode_kernel(
     p0, p1, p2, p3 = signs(y, scale, border, b0, b1, b2, b4, b5, b6, BITS)
     at = (row * tokens + first) * OCTETS
     inside = local[:, None] * OCTETS + octet
-    tl.store(tl.where(side == 0, plane0, other_plane0) + at + inside, (p0 ^ 255).to(tl.uint8), mask=mask[:, None])
+    tl.store(tl.where(side == 0, plane0, other_plane0) + at + inside, p0.to(tl.uint8), mask=mask[:, None])
     if BITS > 1:
-        tl.store(tl.where(side == 0, plane1, other_plane1) + at + inside, (p1 ^ 255).to(tl.uint8), mask=mask[:, None])
+        tl.store(tl.where(side == 0, plane1, other_plane1) + at + inside, p1.to(tl.uint8), mask=mask[:, None])
     if BITS > 2:
-        tl.store(tl.where(side == 0, plane2, other_plane2) + at + inside, (p2 ^ 255).to(tl.uint8), mask=mask[:, None])
+        tl.store(tl.where(side == 0, plane2, other_plane2) + at + inside, p2.to(tl.uint8), mask=mask[:, None])
     if BITS > 3:
-        tl.store(tl.where(side == 0, plane3, other_plane3) + at + inside, (p3 ^ 255).to(tl.uint8), mask=mask[:, None])
+        tl.store(tl.where(side == 0, plane3, other_plane3) + at + inside, p3.to(tl.uint8), mask=mask[:, None])
 
 
 @triton.jit
 def signs(y, scale, border, b0, b1, b2, b4, b5, b6, BITS: tl.constexpr):
-    """The bytes of an octet's planes, inverted, from residuals and the scales of their groups. Instead of being divided by its scale, a
+    """The bytes of an octet's planes from residuals and the scales of their groups. Instead of being divided by its scale, a
     number is compared with borders times the scale. border: the middle one, which is needed for every channel."""
     # signs of differences, the last channel first
     p0, p1, p2, p3 = 0, 0, 0, 0
@@ -159,7 +159,8 @@ def signs(y, scale, border, b0, b1, b2, b4, b5, b6, BITS: tl.constexpr):
             middle = tl.where(high, b5, b1) * scale
             p2 = _with_sign(p2, size - middle)
             p3 = _with_sign(p3, size - tl.where(size >= middle, tl.where(high, b6, b2), tl.where(high, b4, b0)) * scale)
-    return p0, p1, p2, p3
+    # a bit is set where a number is not below zero
+    return p0 ^ 255, p1 ^ 255, p2 ^ 255, p3 ^ 255
 
 
 @triton.jit

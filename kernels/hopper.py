@@ -292,8 +292,7 @@ def _quantize(y, factor, b0, b1, b2, b3, b4, b5, b6, GROUPS: gl.constexpr, BITS:
     scale = gl.convert_layout(gl.reshape(scale, (T, OCTETS)), OCTET)
     border = scale * (b0 if BITS == 2 else b1 if BITS == 3 else b3)
     if BITS > 2:
-        p0, p1, p2, p3 = _signs(o, scale, border, b0, b1, b2, b4, b5, b6, BITS)
-        bytes = p0 ^ 255, p1 ^ 255, p2 ^ 255, p3 ^ 255
+        bytes = _signs(o, scale, border, b0, b1, b2, b4, b5, b6, BITS)
     elif BITS == 2:
         # x * x - border * border has the sign of |x| - border
         square = -border * border
