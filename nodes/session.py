@@ -16,6 +16,7 @@ from comfy.latent_formats import Wan21
 from comfy_api.latest import io
 
 from ..qvg import segments, storage
+from ..qvg.file_names import relative
 from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType, model_name
 
@@ -27,12 +28,13 @@ def folder() -> Path:
     return Path(folder_paths.get_output_directory()) / FOLDER
 
 
-def path_of(name: str) -> Path:
-    """Where a session of this name lies. Raises ValueError for a name that leads out of the folder of sessions."""
-    path = (folder() / name).resolve()
-    if not path.is_relative_to(folder().resolve()) or not name:
+def path_of(name: str, existing: bool = False) -> Path:
+    """Where a session of this name lies; existing: one that is to be read. Raises ValueError for a name that leads out of the folder of
+    sessions, by itself or by a link, and for a new one that some system cannot store."""
+    path = folder() / relative(name, ENDING, existing)
+    if not path.resolve().is_relative_to(folder().resolve()):
         raise ValueError(f"The session name {name!r} leads out of {folder()}. Use a plain name.")
-    return path if path.suffix == ENDING else path.with_name(path.name + ENDING)
+    return path
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,12 @@ class QVGLoadVideoSession(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name):
-        path = path_of(name)
+        path = path_of(name, existing=True)
         return path.stat().st_mtime_ns if path.is_file() else ""
 
     @classmethod
     def execute(cls, name) -> io.NodeOutput:
-        session = segments.load(path_of(name))
+        session = segments.load(path_of(name, existing=True))
         if isinstance(session, segments.SegmentSession):
             return io.NodeOutput(session, {"samples": session.latents}, session.latents.shape[2])
         if session.latents is None:

@@ -54,6 +54,13 @@ def test_every_package_is_installed(project):
     assert set(project["tool"]["setuptools"]["packages"]) == names
 
 
+def test_workflows_pin_their_actions_to_commits():
+    """A tag or a branch can be moved to other code, which would then see the registry's token."""
+    used = [line.strip().removeprefix("- ") for path in (ROOT / ".github/workflows").glob("*.yml")
+            for line in path.read_text().splitlines() if line.strip().removeprefix("- ").startswith("uses:")]
+    assert used and [line for line in used if not re.fullmatch(r"uses: [\w.-]+/[\w./-]+@[0-9a-f]{40} # .+", line)] == []
+
+
 def test_archive_holds_no_surprises():
     assert [path for path in archive() if path.parts[0] not in SHIPPED or path.suffix not in SHIPPED_SUFFIXES] == []
 

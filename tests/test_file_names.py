@@ -1,0 +1,41 @@
+"""Names that people type: kept below their folder, and the same on every system."""
+
+import pytest
+
+from comfyui_qvg.qvg.file_names import relative
+
+OUTSIDE = ["", " ", ".", "..", "...", "a/..", "../a", "a/../../b", "/etc/passwd", "a//b", "a/", "./a", "~/a", "a\0b", "a\nb", "a/ /b",
+           "\ud800"]
+UNPORTABLE = ["C:", "C:a", "C:/a", "..\\a", "\\\\host\\share", "a\\b", "what?", "a*", 'a"b', "a<b", "a|b", "a.", "a ", " a", "a./b",
+              "CON", "con.safetensors", "films/nul", "Com1.x", "lpt9"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out_are_refused(name, existing):
+    with pytest.raises(ValueError, match=r"Use a plain name"):
+        relative(name, ".safetensors", existing)
+
+
+@pytest.mark.parametrize("name", UNPORTABLE)
+def test_a_new_file_has_a_name_for_every_system(name):
+    with pytest.raises(ValueError, match=r"Use a plain name"):
+        relative(name, ".safetensors")
+
+
+@pytest.mark.parametrize("name", ["take: two", "what?", "a.", "con"])
+def test_a_file_that_is_there_keeps_its_name(name):
+    assert str(relative(name, ".safetensors", existing=True)) == f"{name}.safetensors"
+
+
+@pytest.mark.parametrize("name", ["my video", "films/my video", "v1.2", "Übung", "動画\u3000一", ".hidden", "console", "a..b"])
+def test_plain_names(name):
+    assert str(relative(name, ".safetensors")) == f"{name}.safetensors"
+    assert str(relative(f"{name}.safetensors", ".safetensors")) == f"{name}.safetensors"
+
+
+def test_room_for_the_name_of_a_file_that_is_being_written():
+    assert relative(238 * "a", ".safetensors")
+    for name in (239 * "a", 84 * "動", f"{300 * 'a'}/b"):
+        with pytest.raises(ValueError, match="too long"):
+            relative(name, ".safetensors")
