@@ -24,16 +24,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .models import longcat
+from .names import Found, find_network, split_layout
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = SAFETENSORS + PICKLED
 
-# the averaged weights first: they are the ones that the authors sample from
-CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-PREFIXES = ("module.", "model.", "diffusion_model.")
 
 HEAD_DIM = 128
 LATENT_CHANNELS = 16
@@ -69,7 +66,7 @@ STRANGERS = (
 class Description:
     """What `open_checkpoint` found.
 
-    file: name of the file. container: key of the state dict that was taken, "" when the file is flat.
+    file: name of the file. container: where in the file the state dict was, "" when the file is flat. left: tensors beside it, not taken.
     layers, dim, ffn_dim, text_dim, head_dim: sizes read from the weights. parameters: how many numbers. dtype: of the weights.
     config: the `transformer` part of the file's own metadata, where it has any. model: "wan" or "longcat".
     """
@@ -85,6 +82,7 @@ class Description:
     config: dict = field(default_factory=dict)
     head_dim: int = HEAD_DIM
     model: str = "wan"
+    left: int = 0
 
     @property
     def heads(self) -> int:
@@ -100,7 +98,8 @@ class Description:
 
     def __str__(self) -> str:
         taken = f", from {self.container!r}" if self.container else ""
-        return f"{self.file}: {self.family}, {self.dtype}{taken}"
+        left = f"; {self.left} other tensors were not taken" if self.left else ""
+        return f"{self.file}: {self.family}, {self.dtype}{taken}{left}"
 
     def metadata(self) -> dict[str, str]:
         """Safetensors metadata that makes ComfyUI build the causal network; nothing in the weights would."""
@@ -122,11 +121,14 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Descript
         content, config = _read_parts(path)
     else:
         content, config = _read_pickled(path), {}
-    container, content = _unwrap(path.name, content)
-    state = {_plain_key(key): tensor for key, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-    if longcat.is_longcat(state):
-        state = longcat.split_layout(state)
-    return state, _describe(path.name, container, state, config)
+    try:
+        found = find_network(content)
+        state = split_layout(found.state) if longcat.is_longcat(found.state) else found.state
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be opened. {error}") from error
+    if "lora" in found.container:
+        raise ValueError(f"{path.name} {LORA}.")
+    return state, _describe(path.name, found, state, config)
 
 
 def _read_parts(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -174,31 +176,7 @@ def _read_pickled(path: Path) -> dict:
     return content
 
 
-def _unwrap(name: str, content: dict) -> tuple[str, dict]:
-    """The state dict inside a training checkpoint, and the key that it was found under."""
-    for container in CONTAINERS:
-        if isinstance(content.get(container), dict):
-            return container, content[container]
-    # some repackaged files keep the container as a prefix of each key
-    for container in CONTAINERS[:2]:
-        inside = {key.removeprefix(container + "."): tensor for key, tensor in content.items()
-                  if key.startswith(container + ".")}
-        if inside:
-            return container, inside
-    if any("lora" in key for key, value in content.items() if isinstance(value, dict)):
-        raise ValueError(f"{name} {LORA}.")
-    return "", content
-
-
-def _plain_key(key: str) -> str:
-    for wrapper in WRAPPERS:
-        key = key.replace(wrapper, "")
-    while key.startswith(PREFIXES):
-        key = key.partition(".")[2]
-    return key
-
-
-def _describe(name: str, container: str, state: dict[str, torch.Tensor], config: dict) -> Description:
+def _describe(name: str, found: Found, state: dict[str, torch.Tensor], config: dict) -> Description:
     for fragments, sentence in STRANGERS:
         if any(fragment in key for key in state for fragment in fragments):
             raise ValueError(f"{name} {sentence}.")
@@ -213,14 +191,15 @@ def _describe(name: str, container: str, state: dict[str, torch.Tensor], config:
             raise ValueError(f"{name} is LongCat-Video but lacks {', '.join(missing[:3])}; the file may be one part of several, or "
                              "damaged.")
         return Description(
-            file=name, container=container, layers=sizes.layers, dim=sizes.dim, ffn_dim=sizes.ffn_dim, text_dim=sizes.text_dim,
+            file=name, container=found.container, left=len(found.left), layers=sizes.layers, dim=sizes.dim, ffn_dim=sizes.ffn_dim,
+            text_dim=sizes.text_dim,
             parameters=sum(t.numel() for t in state.values()), head_dim=sizes.head_dim, model="longcat",
             dtype=str(state["blocks.0.ffn.w3.weight"].dtype).removeprefix("torch."))
 
     patch = state.get("patch_embedding.weight")
     if patch is None or "head.modulation" not in state:
-        found = ", ".join(sorted(state)[:3]) or "no tensors"
-        raise ValueError(f"{name} is not a Wan 2.1 video model (it holds {found}). Choose the file of Self-Forcing, "
+        holds = ", ".join(sorted(state)[:3]) or "no tensors"
+        raise ValueError(f"{name} is not a Wan 2.1 video model (it holds {holds}). Choose the file of Self-Forcing, "
                          "Causal-Forcing, LongLive, or another model with that layout.")
     channels = patch.shape[1]
     if channels != LATENT_CHANNELS:
@@ -240,6 +219,7 @@ def _describe(name: str, container: str, state: dict[str, torch.Tensor], config:
         raise ValueError(f"{name} looks like Wan 2.1 but lacks {', '.join(missing[:3]) or 'its blocks'}; "
                          "the file may be one part of several, or damaged.")
     return Description(
-        file=name, container=container, layers=layers, dim=dim, ffn_dim=state["blocks.0.ffn.0.weight"].shape[0],
-        text_dim=state["text_embedding.0.weight"].shape[1], parameters=sum(t.numel() for t in state.values()),
+        file=name, container=found.container, left=len(found.left), layers=layers, dim=dim,
+        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0], text_dim=state["text_embedding.0.weight"].shape[1],
+        parameters=sum(t.numel() for t in state.values()),
         dtype=str(state["blocks.0.self_attn.q.weight"].dtype).removeprefix("torch."), config=config)

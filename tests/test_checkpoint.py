@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_qvg.qvg.checkpoint import open_checkpoint
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, official_name
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.names import official_name
 
 PARTS = ("self_attn.q", "self_attn.o", "cross_attn.o", "ffn.0", "ffn.2")
 

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from comfyui_qvg.qvg.attention import CachedAttention
 from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, is_longcat, official_name, split_layout, split_names
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, is_longcat
+from comfyui_qvg.qvg.names import official_name, split_layout, split_names
 from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4

@@ -27,8 +27,9 @@ from ...qvg.budget import Geometry, buffers_on
 from ...qvg.cache import KVCache
 from ...qvg.chart import format_bytes
 from ...qvg.context import context_settings, forecast_context
-from ...qvg.models.longcat import LongCat, LongCatSizes, official_name
+from ...qvg.models.longcat import LongCat, LongCatSizes
 from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
+from ...qvg.names import official_name
 from ...qvg.settings import PRESETS, QVGSettings
 from ..run_log import ATTACHMENT, RunLog
 

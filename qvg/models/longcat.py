@@ -8,7 +8,7 @@ depend on the step, the prompt or the noise, and one pass over them (`encode`) s
     attend(layer, q, k, v) -> out        # all [B, T, H, D]; q and k after their norm and before RoPE
 
 Parameter names are those of the files that circulate for ComfyUI, with separate q, k and v, since LoRAs and scaled FP8 weights exist for
-them; `split_layout` turns the official layout (one qkv, one kv_linear) into it without copying. Modulation, norms, the timestep's
+them; `names.split_layout` turns the official layout (one qkv, one kv_linear) into it without copying. Modulation, norms, the timestep's
 embedding and the output layer are computed in float32, and `operations` supplies the layers, so that ComfyUI can cast and offload them.
 
     model = LongCat.from_state_dict(state_dict)
@@ -32,51 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Attention, sdpa
+from ..names import split_layout, split_names
 from ..rope import Rope, rotate
 from .wan import PATCH, Attend, unpatchify
 
 EPS = 1e-6
-
-# official name -> name here, in this order; what splits into several is listed in SPLITS
-RENAMED = (
-    ("x_embedder.proj.", "patch_embedding."), ("t_embedder.", "time_embedding."), ("y_embedder.y_proj.", "text_embedding."),
-    ("final_layer.linear.", "head.head."), (".adaLN_modulation.", ".modulation."), ("final_layer.modulation.", "head.modulation."),
-    (".pre_crs_attn_norm.", ".norm3."), (".attn.", ".self_attn."), (".q_linear.", ".q."), ("attn.proj.", "attn.o."),
-    (".q_norm.", ".norm_q."), (".k_norm.", ".norm_k."))
-SPLITS = ((".self_attn.qkv.", (".self_attn.q.", ".self_attn.k.", ".self_attn.v.")),
-          (".cross_attn.kv_linear.", (".cross_attn.k.", ".cross_attn.v.")))
-
-
-def split_names(name: str) -> list[str]:
-    """Names here of an official parameter, in the order in which its rows hold them; a name of ours stays as it is."""
-    for old, new in RENAMED:
-        name = name.replace(old, new)
-    for fused, parts in SPLITS:
-        if fused in name:
-            return [name.replace(fused, part) for part in parts]
-    return [name]
-
-
-def official_name(name: str) -> tuple[str, int, int]:
-    """The official parameter that holds one of ours: its name, which of its equal parts it is, and how many parts there are."""
-    place, count = 0, 1
-    for fused, parts in SPLITS:
-        for number, part in enumerate(parts):
-            if part in name:
-                name, place, count = name.replace(part, fused), number, len(parts)
-    for old, new in reversed(RENAMED):
-        name = name.replace(new, old)
-    return name, place, count
-
-
-def split_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in either layout with the names used here; tensors are views of those given."""
-    state = {}
-    for name, tensor in state_dict.items():
-        names = split_names(name)
-        state.update(zip(names, tensor.chunk(len(names)) if len(names) > 1 else (tensor,)))
-    return state
-
 
 def is_longcat(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether this is LongCat-Video in either layout: a Wan-like network with SwiGLU and a modulation layer in every block."""

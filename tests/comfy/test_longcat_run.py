@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from comfyui_qvg.qvg.models.longcat import split_layout
 from comfyui_qvg.qvg.models.longcat_schedule import GUIDANCE, noise_levels
+from comfyui_qvg.qvg.names import split_layout
 from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4
@@ -134,14 +134,16 @@ def test_computing_in_bf16_as_a_gpu_does(loaded, recorded, monkeypatch):
     assert {name.split(".")[0] if "modulation" not in name else "modulation" for name in exact} == {"time_embedding", "modulation", "head"}
 
 
+@pytest.mark.parametrize("layout", ["ours", "published"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_scaled_fp8_weights(loaded, recorded, monkeypatch, compute):
-    """The layout of files that circulate: bulk weights in E4M3 with a scale each."""
+def test_scaled_fp8_weights(loaded, recorded, monkeypatch, compute, layout):
+    """Bulk weights in E4M3 with a scale each, as in the files that circulate, or made from the published layout with its fused layers."""
     import comfy.model_management
 
     from comfyui_qvg.nodes.adapters import longcat
 
-    state = scaled(weights(recorded, torch.bfloat16), ("_attn.", ".ffn."))
+    official = {key.removeprefix(PREFIX): value.to(torch.bfloat16) for key, value in recorded[0].items() if key.startswith(PREFIX)}
+    state = split_layout(scaled(official if layout == "published" else weights(recorded, torch.bfloat16), ("attn.", ".ffn.")))
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: compute)
     small = longcat.load(state)
     assert small.model.get_dtype_inference() == compute
