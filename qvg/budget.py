@@ -6,8 +6,10 @@ The formulas mirror the tensors of `codec` one by one, and `forecast` walks thro
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .settings import PLAIN_BITS, QVGSettings, TensorSettings
 
@@ -117,13 +119,18 @@ class PlannedSpan:
     key_bits: int
     value_bits: int
     epoch: int | None = None
+    layer: PlannedLayer | None = field(default=None, repr=False, compare=False)
 
     @property
     def last(self) -> int:
         return self.first + self.frames - 1
 
     def set_bits(self, key_bits: int, value_bits: int) -> None:
+        if self.layer is not None:
+            self.layer.count(self, -1)
         self.key_bits, self.value_bits = key_bits, value_bits
+        if self.layer is not None:
+            self.layer.count(self, 1)
 
 
 def split(first: int, frames: int, sink_frames: int, newest: int = 0) -> list[tuple[int, int]]:
@@ -144,38 +151,49 @@ def needs_codebook(settings: QVGSettings, tensor: TensorSettings, sink: bool) ->
     return tensor.bits not in PLAIN_BITS and not (sink and settings.sink_bits in PLAIN_BITS)
 
 
-def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int]) -> None:
+def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int],
+          leave: Callable[[int, int], None]) -> None:
     """Make room in a layer, whose spans are listed oldest first, before `new` bytes of frames up to `newest` are stored.
 
     Spans that lie behind the window (or behind what a budget can hold at all) leave; spans that are no longer recent fall to their
     settled bits; then, while what is `held()` and the new bytes exceed the layer's share, the widest old span loses a plane (the
-    oldest of equals), then recent ones do, and at last the oldest leaves. Sinks stay as they are. Works on `PlannedSpan` and
-    `cache.Entry` alike.
+    oldest of equals), then recent ones do, and at last the oldest leaves. Sinks stay as they are. `leave(start, stop)` deletes those
+    places of the list. Works on `PlannedSpan` and `cache.Entry` alike.
+
+    A long video has thousands of spans, so they are searched and not walked: sinks come first, and no later span holds fewer bits than
+    an earlier one, because all begin alike and each step above takes from the oldest first.
     """
+    begin = bisect_left(spans, True, key=lambda span: not span.sink)
     window = min((frames for frames in (settings.window_frames, share.cap_frames) if frames), default=None)
     if window is not None:
-        spans[:] = [span for span in spans if span.sink or span.last > newest - window]
-    for span in spans:
-        if not span.sink and span.last <= newest - settings.recent_frames:
-            _settle(span, settings)
+        leave(begin, _end_of(spans, newest - window, begin))
+    old = _end_of(spans, newest - settings.recent_frames, begin)
+    start = old
+    while start > begin and _settled(spans[start - 1], settings) is not None:
+        start -= 1
+    for span in spans[start:old]:
+        span.set_bits(*_settled(span, settings))
     while share.layer_bytes is not None and held() + new > share.layer_bytes:
-        movable = [span for span in spans if not span.sink]
-        if not movable:
+        if begin == len(spans):
             return
-        old = [span for span in movable if span.last <= newest - settings.recent_frames]
-        for candidates in (old, movable):
-            widest = max(candidates, key=lambda span: _planes(span, settings), default=None)
-            if widest is not None and _planes(widest, settings) > 1:
-                _narrow(widest, settings)
+        for stop in (_end_of(spans, newest - settings.recent_frames, begin), len(spans)):
+            most = _planes(spans[stop - 1], settings) if stop > begin else 1
+            if most > 1:
+                _narrow(spans[bisect_left(spans, most, begin, stop, key=lambda span: _planes(span, settings))], settings)
                 break
         else:
-            spans.remove(movable[0])
+            leave(begin, begin + 1)
 
 
-def _settle(span, settings: QVGSettings) -> None:
+def _end_of(spans: list, frame: int, begin: int) -> int:
+    """The place behind the spans that end at `frame` or before."""
+    return bisect_right(spans, frame, begin, key=lambda span: span.last)
+
+
+def _settled(span, settings: QVGSettings) -> tuple[int, int] | None:
+    """The bits that a span is to fall to with age; None where it holds no more than those."""
     bits = min(span.key_bits, settings.key.bits), min(span.value_bits, settings.value.bits)
-    if bits != (span.key_bits, span.value_bits):
-        span.set_bits(*bits)
+    return None if bits == (span.key_bits, span.value_bits) else bits
 
 
 def _planes(span, settings: QVGSettings) -> int:
@@ -354,9 +372,27 @@ class PlannedLayer:
         self.epoch_frames = 0
         self.largest = 0  # of the blocks that went to the host
         self._sizes: dict[tuple, int] = {}
+        # kept up to date, because a sum over all spans after every chunk takes time with the square of a video's length
+        self._spans_bytes = self._books_bytes = 0
+        self._users: Counter[int] = Counter()
+
+    def count(self, span: PlannedSpan, times: int) -> None:
+        """Add a span to what is held (times 1), or take it from there (-1)."""
+        self._spans_bytes += times * self._span_bytes(span)
+        if span.epoch is not None:
+            before = self._users[span.epoch]
+            self._users[span.epoch] += times
+            if not before or not self._users[span.epoch]:
+                self._books_bytes += times * self.books[span.epoch]
+
+    def leave(self, start: int, stop: int) -> None:
+        """Delete the spans at those places."""
+        for span in self.spans[start:stop]:
+            self.count(span, -1)
+        del self.spans[start:stop]
 
     def book_bytes(self) -> int:
-        return sum(self.books[epoch] for epoch in {span.epoch for span in self.spans if span.epoch is not None})
+        return self._books_bytes
 
     def nbytes(self) -> int:
         return sum(self._span_bytes(span, resident=True) for span in self.spans) + self.book_bytes()
@@ -369,16 +405,18 @@ class PlannedLayer:
 
     def limited_bytes(self) -> int:
         """What `Limits.layer_bytes` is of."""
-        return sum(map(self._span_bytes, self.spans)) + (0 if self.settings.offload else self.book_bytes())
+        return self._spans_bytes + (0 if self.settings.offload else self._books_bytes)
 
     def append(self, first: int, frames: int, newest: int = 0) -> None:
         """See `cache.LayerCache.append`."""
         for start, count in split(first, frames, self.settings.sink_frames, newest):
             sink = start < self.settings.sink_frames
-            span = PlannedSpan(start, count, sink, *first_bits(self.settings, sink))
+            span = PlannedSpan(start, count, sink, *first_bits(self.settings, sink), layer=self)
             new, books = self._span_bytes(span), self._place_in_epoch(span, frames if newest else count)
-            relax(self.spans, span.last, self.settings, self.share, new + (0 if self.settings.offload else books), self.limited_bytes)
+            relax(self.spans, span.last, self.settings, self.share, new + (0 if self.settings.offload else books), self.limited_bytes,
+                  self.leave)
             self.spans.append(span)
+            self.count(span, 1)
             if self.settings.offload:
                 self.largest = max(self.largest, new)
 

@@ -195,7 +195,7 @@ class LayerCache:
         if opens_epoch and not settings.offload:
             new += sum(budget.codebook_bytes(owner.geometry, settings.codec, tensor, whole_frames or frames)
                        for tensor in (settings.key, settings.value) if budget.needs_codebook(settings, tensor, sink))
-        budget.relax(self.entries, first + frames - 1, settings, owner.limits, new, lambda: self.limited_bytes)
+        budget.relax(self.entries, first + frames - 1, settings, owner.limits, new, lambda: self.limited_bytes, self.leave)
         sides = self.sides
         needs = [budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)]
         if opens_epoch:
@@ -210,6 +210,10 @@ class LayerCache:
         if not any(needs):
             entry.books = (None, None)
         self.entries.append(entry)
+
+    def leave(self, start: int, stop: int) -> None:
+        """Delete the entries at those places."""
+        del self.entries[start:stop]
 
     def _opens_epoch(self, sink: bool) -> bool:
         settings = self.owner.settings
