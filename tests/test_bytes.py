@@ -1,0 +1,294 @@
+"""Numbers of bytes that were worked out by hand, for geometries small enough to do so: what a forecast adds up, and what tensors take."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui_qvg.qvg import budget
+from comfyui_qvg.qvg.budget import GIB, Geometry, Limits
+from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.codec import TensorCodec
+from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
+
+# three frames: 105 tokens of 4 rows of 64 channels, 26,880 numbers
+ODD = Geometry(layers=2, heads=4, head_dim=64, grid=(5, 7))
+TWO = TensorSettings(stages=2, group=32)
+# a frame: 256 tokens of a row of 8 channels, 2,048 numbers
+EVEN = Geometry(layers=1, heads=1, head_dim=8, grid=(16, 16))
+BARE = QVGSettings(key=TensorSettings(stages=0), value=TensorSettings(stages=0), sink_frames=0, recent_frames=0)
+# 5,120 bytes a frame of `EVEN`: 2,048 of K and of V, and 256 scales of two bytes for each
+EIGHT = BARE.both(bits=8)
+
+
+@pytest.mark.parametrize(("kind", "changes", "bits", "parts"), [
+    ("qvg", {}, 1, [3360, 840, 4, 840]),
+    ("qvg", {}, 3, [3360, 3360, 3360, 840, 4, 840]),
+    ("qvg", {"stages": 0}, 2, [3360, 3360, 840, 4, 0]),
+    ("qvg", {"stages": 1, "group": 64}, 1, [3360, 420, 4, 420]),
+    # a head narrower than a group is one group
+    ("qvg", {"stages": 1, "group": 256}, 1, [3360, 420, 4, 420]),
+    ("qvg", {}, 8, [26880, 1680]),
+    ("qvg", {}, 16, [107520]),
+    ("paper", {}, 2, [6720, 840, 0, 840]),
+    ("paper", {"symmetric": False}, 4, [13440, 840, 840, 840]),
+    ("plain", {"stages": 0}, 8, [26880, 1680])])
+def test_a_span(kind, changes, bits, parts):
+    """And a real span takes as much."""
+    tensor = replace(TWO, **changes)
+    assert budget.span_parts(ODD, kind, tensor, 3, bits, itemsize=4) == parts
+    assert budget.span_bytes(ODD, kind, tensor, 3, bits, itemsize=4) == sum(parts)
+    assert sum(budget.span_parts(replace(ODD, batch=2), kind, tensor, 3, bits, itemsize=4)) == 2 * sum(parts)
+    codec = TensorCodec(kind, tensor, 64, 1)
+    x = torch.randn(105, 4, 64)
+    span = codec.encode(x, bits, codec.train(x, torch.Generator()))
+    counted = span.bytes_by_kind()
+    assert sum(counted.values()) == sum(parts) and span.bits == bits
+    if kind == "qvg" and bits < 8:
+        assert counted == {"planes": 3360 * bits, "scales": parts[-3] + 4, "ids": parts[-1]}
+    elif kind == "paper":
+        assert counted == {"planes": 3360 * bits, "scales": parts[1] + parts[2], "ids": 840}
+    else:
+        assert counted == {"plain": sum(parts)}
+
+
+def test_sixteen_bits_take_what_the_model_computes_in():
+    assert [budget.span_bytes(ODD, "plain", TWO, 3, 16, itemsize) for itemsize in (2, 4)] == [53760, 107520]
+
+
+def test_offloaded_tensors_begin_at_whole_lines():
+    assert list(map(budget.aligned, (0, 1, 127, 128, 129, 840, 3360))) == [0, 128, 128, 128, 256, 896, 3456]
+    settings = replace(BARE, key=TWO, value=TWO)
+    # K in two planes 2 * 3360 + 840 + 4 + 840, V in one 3360 + 1684
+    assert budget.entry_bytes(ODD, settings, 3, (2, 1)) == 8404 + 5044
+    assert budget.entry_bytes(ODD, replace(settings, offload=True), 3, (2, 1)) == 2 * 3456 + 896 + 128 + 896 + 3456 + 896 + 128 + 896
+
+
+@pytest.mark.parametrize(("kind", "changes", "frames", "count"), [
+    # 105 tokens make 5 centroids of 18 tokens each: 2 stages * 4 rows * 5 * 64, their scales twice 2 * 4 * 64, channel scales twice 4 * 64
+    ("qvg", {}, 3, 2560 + 1024 + 512),
+    ("qvg", {"centroids": 3}, 3, 1536 + 1024 + 512),
+    ("qvg", {"stages": 1}, 3, 1280 + 512 + 512),
+    ("qvg", {"stages": 0}, 3, 512),
+    ("qvg", {}, 1, 512 + 1024 + 512),
+    ("paper", {}, 3, 5120)])
+def test_a_codebook(kind, changes, frames, count):
+    tensor = replace(TWO, **changes)
+    assert budget.codebook_bytes(ODD, kind, tensor, frames) == count
+    book = TensorCodec(kind, tensor, 64, 1).train(torch.randn(35 * frames, 4, 64), torch.Generator())
+    assert book.nbytes == count
+
+
+@pytest.mark.parametrize(("tokens", "most", "count"), [(1, 256, 1), (17, 256, 1), (35, 256, 1), (36, 256, 2), (105, 256, 5), (105, 3, 3),
+                                                       (100_000, 256, 256), (4608, 256, 256), (4607, 256, 255)])
+def test_centroids_of_a_codebook(tokens, most, count):
+    """18 tokens for each."""
+    assert TensorSettings(centroids=most).codebook_size(tokens) == count
+
+
+def test_a_geometry():
+    assert ODD.frame_tokens == 35 and ODD.rows == 4 and replace(ODD, batch=3).rows == 12
+    # K and V, two bytes a number, two layers
+    assert ODD.bf16_bytes(3) == 2 * 2 * 2 * 26880
+    assert [replace(ODD, layers=layers).staged_layers for layers in (1, 2, 30)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (9, 1), (10, 2), (12, 3), (16, 4), (24, 6), (40, 10)])
+def test_heads_that_are_decoded_at_once(heads, group):
+    """The largest divisor of at most a quarter."""
+    assert budget.head_group(heads) == group
+
+
+def test_buffers():
+    assert [budget.buffers_on(*what) for what in (("cpu", 12), ("cuda", 12), ("cuda", 2), ("cuda", 1), ("mps", 12))] == [1, 2, 2, 1, 1]
+
+
+def test_a_workspace():
+    # K and V of 210 tokens of one head of 64 channels in two bytes
+    assert budget.workspace_bytes(ODD, 6) == 2 * 210 * 64 * 2
+    assert budget.workspace_bytes(replace(ODD, batch=3, buffers=2), 6, itemsize=4) == 2 * 210 * 64 * 4 * 6
+    assert budget.workspace_bytes(replace(ODD, heads=12), 6) == 3 * 2 * 210 * 64 * 2
+    cache = KVCache(BARE, layers=1, heads=12, head_dim=64, grid=(5, 7), dtype=torch.bfloat16, max_frames=6)
+    assert [tuple(part.shape) for part in cache.workspace.views(70)] == [(1, 70, 3, 64)] * 2
+    assert cache.workspace.nbytes == 3 * 2 * 210 * 64 * 2
+
+
+def test_a_workspace_without_an_end_grows_by_more_than_it_must():
+    cache = KVCache(BARE, layers=1, heads=4, head_dim=64, grid=(5, 7), dtype=torch.float32, batch=2)
+    sizes = []
+    for tokens in (70, 80, 87, 88):
+        keys, values = cache.workspace.views(tokens)
+        keys.fill_(1)
+        values.fill_(2)
+        assert (keys == 1).all() and keys.shape == (2, tokens, 1, 64)
+        sizes.append(cache.workspace.nbytes)
+    # a quarter more than 70 is 87; a quarter more than 88 is 110
+    assert sizes == [2 * 2 * count * 64 * 4 for count in (87, 87, 87, 110)]
+
+
+@pytest.mark.parametrize(("changes", "sink", "bits"), [
+    ({}, False, (2, 2)), ({"recent_frames": 1}, False, (4, 4)), ({"sink_frames": 1}, True, (4, 4)), ({"recent_frames": 1}, True, (3, 3)),
+    ({"sink_frames": 1}, False, (2, 2)), ({"recent_frames": 1, "recent_bits": 1}, False, (2, 2))])
+def test_bits_of_a_new_span(changes, sink, bits):
+    """Sinks and recent frames hold at least theirs, and no less than was chosen."""
+    settings = replace(BARE, sink_bits=3 if "recent_frames" in changes else 4, **changes)
+    assert budget.first_bits(settings, sink) == bits
+
+
+@pytest.mark.parametrize(("bits", "sink_bits", "sink", "needed"), [
+    (2, 4, False, True), (2, 4, True, True), (2, 16, True, False), (2, 8, True, False), (2, 16, False, True), (8, 4, False, False),
+    (16, 4, True, False)])
+def test_what_needs_a_codebook(bits, sink_bits, sink, needed):
+    settings = replace(BARE, sink_frames=1, sink_bits=sink_bits)
+    assert budget.needs_codebook(settings, TensorSettings(bits=bits), sink) is needed
+
+
+@pytest.mark.parametrize(("sink", "window", "cap", "total", "seen", "stored"), [
+    (3, 0, None, None, None, None),
+    (3, 0, None, 20, 20, 18),
+    (3, 0, None, 21, 21, 18),
+    (3, 0, None, 19, 19, 18),
+    (0, 0, None, 3, 3, 0),
+    (0, 0, None, 1, 1, 0),
+    # three sinks, six of the window, two frames of a chunk that overhangs it, and the chunk itself
+    (3, 6, None, None, 14, 11),
+    (0, 6, None, None, 11, 8),
+    (3, 6, None, 10, 10, 9),
+    (3, 6, None, 100, 14, 11),
+    (3, 6, 5, None, 13, 10),
+    (3, 4, 5, None, 12, 9),
+    (3, 0, 5, 100, 13, 10)])
+def test_frames_that_a_pass_sees(sink, window, cap, total, seen, stored):
+    settings = replace(BARE, sink_frames=sink, window_frames=window)
+    assert budget.capacity_frames(settings, 3, total, cap) == seen
+    assert budget.history_frames(settings, 3, total, cap) == stored
+
+
+def test_what_visits_the_device():
+    """A frame of `EVEN` in b planes takes, aligned, 256 b + 256 scales + 128 + 256 ids a tensor: 3,328 for both of 4 planes, 2,304 of 2."""
+    settings = replace(QVGSettings().both(stages=1), offload=True)
+    staged = budget.staging_bytes(settings, EVEN, 3, 18, Limits())
+    # three sinks, three recent frames and two more of a chunk that reaches into them
+    assert staged == 3 * 3328 + 5 * 3328 + 10 * 2304
+    assert budget.staging_bytes(settings, EVEN, 3, 18, Limits(40_000)) == 40_000
+    assert budget.staging_bytes(settings, EVEN, 3, 18, Limits(staged + 1)) == staged
+    assert budget.staging_bytes(settings, EVEN, 3, 2, Limits()) == 2 * 3328
+    assert budget.staging_bytes(settings, EVEN, 3, 5, Limits()) == 5 * 3328
+    assert budget.staging_bytes(replace(settings, sink_bits=2, sink_frames=2), EVEN, 1, 6, Limits()) == 2 * 2304 + 3 * 3328 + 2304
+    assert budget.staging_bytes(replace(settings, offload=False), EVEN, 3, 18, Limits()) is None
+    assert budget.staging_bytes(settings, EVEN, 3, None, Limits()) is None
+
+
+# A budget of `EVEN`, besides codebooks of 32 bytes each: the workspace takes 2 * 2,048 * 2 bytes a frame that a pass sees, the frames held
+# and two chunks less one. The budgets lie in the middle between what two lengths need.
+@pytest.mark.parametrize(("settings", "chunk", "total", "budget_bytes", "cap", "share"), [
+    # 11 frames of workspace and 10 of 5,120 bytes are 141,312, one more of each 154,624
+    (EIGHT, 1, None, 148_000, 10, 148_000 - 11 * 8192),
+    (EIGHT, 1, 1000, 148_000, 10, 148_000 - 11 * 8192),
+    # never more than the video has
+    (EIGHT, 1, 8, 148_000, 8, 148_000 - 8 * 8192),
+    # the newest of 4 planes, 2,562 bytes, the others of one, 1,026: for 5 frames 6 * 8,192 + 4 * 1,026 + 2,562 = 55,818
+    (replace(BARE, recent_frames=1), 1, None, 60_000, 5, 60_000 - 6 * 8192),
+    # chunks of three: 7,682 and 3,074 bytes; 6 frames see 11
+    (replace(BARE, recent_frames=1), 3, None, 106_000, 6, 106_000 - 11 * 8192),
+    # two sinks of 16 bits, 8,192 bytes each, are seen, too
+    (replace(EIGHT, sink_frames=2, sink_bits=16), 1, None, 148_000 + 2 * 2 * 8192, 10, 148_000 + 2 * 8192 - 11 * 8192),
+    # of which a video of one frame has one
+    (replace(EIGHT, sink_frames=2, sink_bits=16), 1, 1, 24_000, 1, 24_000 - 8192),
+])
+def test_what_a_budget_leaves_to_a_layer(settings, chunk, total, budget_bytes, cap, share):
+    found = budget.limits(replace(settings, budget_gib=budget_bytes / GIB), EVEN, chunk, total)
+    assert (found.cap_frames, found.layer_bytes) == (cap, share)
+
+
+def test_a_budget_is_shared_by_the_layers():
+    one = budget.limits(replace(EIGHT, budget_gib=148_000 / GIB), EVEN, 1, None)
+    # twice what is left beside one workspace
+    two = budget.limits(replace(EIGHT, budget_gib=(148_000 + one.layer_bytes + 1) / GIB), replace(EVEN, layers=2), 1, None)
+    assert two == one
+    assert budget.limits(EIGHT, EVEN, 1, None) == Limits(None, None)
+
+
+def test_a_limit_of_the_host():
+    """10 frames of 5,120 bytes, of whole lines of 128; beside a budget, the smaller of both."""
+    settings = replace(EIGHT, offload=True, host_gib=(51_200 + 300) / GIB)
+    assert budget.limits(settings, EVEN, 1, None) == Limits(51_200 + 256, 10)
+    assert budget.limits(replace(settings, budget_gib=1.0), EVEN, 1, None) == Limits(51_200 + 256, 10)
+    assert budget.limits(settings, replace(EVEN, layers=2), 1, None).cap_frames == 5
+    with pytest.raises(ValueError, match=r"A limit of .* GiB for offloaded spans is too small: .* need 4\.77e-06 GiB at one plane"):
+        budget.limits(replace(settings, host_gib=5000 / GIB), EVEN, 1, None)
+
+
+@pytest.mark.parametrize("settings", [EIGHT, replace(BARE, recent_frames=1), replace(EIGHT, sink_frames=2, sink_bits=16)])
+def test_the_smallest_budget(settings):
+    """A chunk, the one before it in the workspace, and the sink."""
+    newest = 5120 if settings.key.bits == 8 else 2562
+    least = 2 * 8192 + newest + settings.sink_frames * 2 * 8192
+    assert budget.limits(replace(settings, budget_gib=(least + 200) / GIB), EVEN, 1, None).cap_frames == 1
+    with pytest.raises(ValueError, match=r"A memory budget of .* is too small: .* Raise the budget"):
+        budget.limits(replace(settings, budget_gib=(least - 100) / GIB), EVEN, 1, None)
+
+
+# Two layers, 10 frames, two sinks in 16 bits (8,192 bytes a frame), a window of 4: what each layer holds after every chunk is
+# 2 * 8192 + 5120, then 3 * 5120 more, then those without the first, then the last frame and the chunk before
+WALKED = replace(EIGHT, sink_frames=2, sink_bits=16, window_frames=4)
+PAIR = replace(EVEN, layers=2)
+
+
+def fill(settings, chunks, **options):
+    """A real cache of `PAIR` in bf16 after passes over chunks; where each pass reads what is behind it."""
+    cache = KVCache(settings, layers=2, heads=1, head_dim=8, grid=(16, 16), dtype=torch.bfloat16, max_frames=sum(chunks), **options)
+    for frames in chunks:
+        for layer in cache.layers:
+            if layer.tokens:
+                keys, values = cache.workspace.views(layer.tokens + 256 * frames)
+                layer.read(slice(0, 1), keys[:, :layer.tokens], values[:, :layer.tokens])
+            layer.append(*torch.randn(2, 1, 256 * frames, 1, 8).bfloat16(), frames)
+    return cache.stats()
+
+
+def test_a_forecast():
+    found = budget.forecast(WALKED, PAIR, 10, 3)
+    most, last = 2 * 8192 + 6 * 5120, 2 * 8192 + 4 * 5120
+    assert (found.stored_bytes, found.held_frames, found.workspace_bytes) == (2 * last, 6, 10 * 8192)
+    assert found.peak_bytes == 2 * most + 10 * 8192
+    assert found.bf16_bytes == 2 * 10 * 8192 and found.numbers == 2 * 6 * 4096 and found.host_bytes == 0
+    assert found.stored_ratio == pytest.approx(163840 / 73728) and found.peak_ratio == pytest.approx(163840 / 176128)
+    assert found.bits_per_number == pytest.approx(12)
+    stats = fill(WALKED, [3, 3, 3, 1])
+    assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames, stats.numbers) == (2 * last, 2 * most + 10 * 8192, 6, 49152)
+    assert stats.by_kind == {"planes": 0, "scales": 0, "ids": 0, "codebooks": 0, "plain": 2 * last}
+    assert stats.by_layer == (last, last) and stats.by_bits == {8: 2 * 4 * 5120, 16: 2 * 2 * 8192}
+    assert (stats.frames, stats.tokens, stats.bf16_bytes) == (10, 6 * 256, 2 * 10 * 8192)
+    assert stats.ratio == pytest.approx(163840 / 73728) and stats.bits_per_number == pytest.approx(12)
+
+
+def test_a_forecast_with_a_start_video():
+    """Four frames in one pass and then chunks: 0+2 and 2+2, then 4+3, then 7+3 without 2+2."""
+    found = budget.forecast(WALKED, PAIR, 10, 3, first_frames=4)
+    assert (found.stored_bytes, found.held_frames) == (2 * (2 * 8192 + 6 * 5120), 8)
+    stats = fill(WALKED, [4, 3, 3])
+    assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames) == (found.stored_bytes, found.peak_bytes, found.held_frames)
+
+
+def test_a_start_video_is_seen_whole():
+    """Behind a window of one frame a pass sees five frames that overhang it by four, and at most a chunk of five more."""
+    settings = replace(EIGHT, window_frames=1)
+    assert budget.forecast(settings, PAIR, 30, 1).workspace_bytes == 2 * 8192
+    assert budget.forecast(settings, PAIR, 30, 1, first_frames=5).workspace_bytes == 10 * 8192
+    assert budget.forecast(settings, PAIR, 30, 1).peak_bytes == 2 * 5120 + 2 * 8192
+    assert budget.forecast(settings, PAIR, 30, 1, first_frames=5).peak_bytes == 2 * 5 * 5120 + 10 * 8192
+
+
+def test_one_chunk_needs_no_workspace():
+    found = budget.forecast(EIGHT, PAIR, 3, 3)
+    assert (found.workspace_bytes, found.peak_bytes, found.stored_bytes) == (0, 2 * 3 * 5120, 2 * 3 * 5120)
+
+
+def test_a_forecast_of_offloaded_spans():
+    """On the device: the workspace, two layers that visit, and the largest block on its way; on the host, what is held at most."""
+    found = budget.forecast(replace(WALKED, offload=True), PAIR, 10, 3)
+    staged = 2 * 8192 + 7 * 5120
+    assert found.peak_bytes == 10 * 8192 + 2 * staged + 2 * 8192
+    assert found.host_bytes == 2 * (2 * 8192 + 6 * 5120)
+    assert found.stored_bytes == 2 * (2 * 8192 + 4 * 5120)

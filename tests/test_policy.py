@@ -1,0 +1,391 @@
+"""What is held after every chunk, and in how many bits: tables written by hand from what `settings.QVGSettings` and `budget.relax` promise.
+
+The cache and its forecast share one rule, so that each agrees with the other even where both are wrong. Here both are held against what a
+person reads in the documentation. A row names settings and chunks, and after every chunk what is there, oldest first:
+`first frame + frames = bits of K / bits of V`. Numbers of bytes are worked out beside the tables.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui_qvg.qvg.budget import Geometry, Limits, PlannedLayer, split
+from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
+
+# 256 tokens a frame of one head of 8 channels: a frame of K or of V is 2,048 numbers, a plane of it 256 bytes, its scales 256
+GRID, DIM = (16, 16), 8
+GEOMETRY = Geometry(layers=1, heads=1, head_dim=DIM, grid=GRID)
+FEW = TensorSettings(stages=1, centroids=2)
+NO_CENTROIDS = TensorSettings(stages=0)
+# three sink frames of 4 bits, three recent frames of 4 bits, and 2 bits behind them
+BASE = QVGSettings(key=FEW, value=FEW, iterations=1)
+PAPER = replace(PRESETS["paper"].both(centroids=2, stages=1), iterations=1)
+
+
+def parse(text):
+    """"0+3=4/2 3+1=16/8" -> [(0, 3, 4, 2), (3, 1, 16, 8)]"""
+    spans = []
+    for word in text.split():
+        place, bits = word.split("=")
+        spans.append((*map(int, place.split("+")), *map(int, bits.split("/"))))
+    return spans
+
+
+def held(spans):
+    return [(span.first, span.frames, span.key_bits, span.value_bits) for span in spans]
+
+
+def cache_of(settings, share=None, layers=1):
+    cache = KVCache(settings, layers=layers, heads=1, head_dim=DIM, grid=GRID, dtype=torch.float32)
+    if share is not None:
+        cache.limits = share
+    return cache
+
+
+def tokens(frames, seed=0):
+    return torch.randn(2, 1, frames * GEOMETRY.frame_tokens, 1, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def check(settings, chunks, expected, share=None):
+    """A real cache and a planned one, chunk by chunk, against a hand-written column."""
+    assert len(chunks) == len(expected)
+    real, planned = cache_of(settings, share).layers[0], PlannedLayer(settings, GEOMETRY, share or Limits(), itemsize=4)
+    first = 0
+    for number, (frames, line) in enumerate(zip(chunks, expected)):
+        real.append(*tokens(frames, number), frames)
+        planned.append(first, frames)
+        first += frames
+        assert held(real.entries) == parse(line), f"the cache after chunk {number}"
+        assert held(planned.spans) == parse(line), f"the forecast after chunk {number}"
+        assert real.next_frame == first
+        for entry in real.entries:
+            # what an entry says of itself is what its tensors are
+            assert all(span.decode(slice(None), entry._tables).shape[0] == entry.frames * GEOMETRY.frame_tokens for span in entry.spans)
+
+
+# settings, chunks, and what is held after each of them
+AGEING = {
+    "balanced": ({}, [3, 3, 3, 3], [
+        "0+3=4/4",
+        "0+3=4/4 3+3=4/4",
+        "0+3=4/4 3+3=2/2 6+3=4/4",
+        "0+3=4/4 3+3=2/2 6+3=2/2 9+3=4/4"]),
+    "nothing is kept wider": ({"sink_frames": 0, "recent_frames": 0}, [3, 3], ["0+3=2/2", "0+3=2/2 3+3=2/2"]),
+    "sinks alone": ({"recent_frames": 0}, [3, 3, 3], ["0+3=4/4", "0+3=4/4 3+3=2/2", "0+3=4/4 3+3=2/2 6+3=2/2"]),
+    # of frames 0 to 5 the newest three are a whole span; of 0 to 6 they reach into the one before, which stays wide as long as one of them
+    # is in it
+    "recent frames reach into a span": ({"sink_frames": 0}, [3, 3, 1, 2], [
+        "0+3=4/4",
+        "0+3=2/2 3+3=4/4",
+        "0+3=2/2 3+3=4/4 6+1=4/4",
+        "0+3=2/2 3+3=2/2 6+1=4/4 7+2=4/4"]),
+    "four recent frames": ({"sink_frames": 0, "recent_frames": 4}, [3, 3, 3, 3], [
+        "0+3=4/4",
+        "0+3=4/4 3+3=4/4",
+        "0+3=2/2 3+3=4/4 6+3=4/4",
+        "0+3=2/2 3+3=2/2 6+3=4/4 9+3=4/4"]),
+    "two recent frames": ({"sink_frames": 0, "recent_frames": 2}, [3, 1, 1], [
+        "0+3=4/4",
+        "0+3=4/4 3+1=4/4",
+        "0+3=2/2 3+1=4/4 4+1=4/4"]),
+    "frame by frame": ({"sink_frames": 1, "recent_frames": 2}, [1, 1, 1, 1, 1], [
+        "0+1=4/4",
+        "0+1=4/4 1+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=4/4",
+        "0+1=4/4 1+1=2/2 2+1=4/4 3+1=4/4",
+        "0+1=4/4 1+1=2/2 2+1=2/2 3+1=4/4 4+1=4/4"]),
+    "a start image": ({"sink_frames": 1}, [1, 3, 3, 3], [
+        "0+1=4/4",
+        "0+1=4/4 1+3=4/4",
+        "0+1=4/4 1+3=2/2 4+3=4/4",
+        "0+1=4/4 1+3=2/2 4+3=2/2 7+3=4/4"]),
+    "a start image before three sink frames": ({}, [1, 3, 3], [
+        "0+1=4/4",
+        "0+1=4/4 1+2=4/4 3+1=4/4",
+        "0+1=4/4 1+2=4/4 3+1=2/2 4+3=4/4"]),
+    "a start video in one pass": ({"recent_frames": 1}, [7, 3], [
+        "0+3=4/4 3+4=4/4",
+        "0+3=4/4 3+4=2/2 7+3=4/4"]),
+    "a sink inside a chunk": ({"sink_frames": 2, "sink_bits": 16}, [3, 3], [
+        "0+2=16/16 2+1=4/4",
+        "0+2=16/16 2+1=2/2 3+3=4/4"]),
+    "a sink over two chunks": ({"sink_frames": 4, "sink_bits": 3, "recent_frames": 0}, [3, 3, 3], [
+        "0+3=3/3",
+        "0+3=3/3 3+1=3/3 4+2=2/2",
+        "0+3=3/3 3+1=3/3 4+2=2/2 6+3=2/2"]),
+    # sink_bits and recent_bits are the least that is held, and never narrow what was chosen
+    "fewer bits for sinks and recent frames": (
+        {"key": replace(FEW, bits=4), "value": replace(FEW, bits=3), "sink_bits": 1, "recent_bits": 2}, [3, 3, 3], [
+            "0+3=4/3",
+            "0+3=4/3 3+3=4/3",
+            "0+3=4/3 3+3=4/3 6+3=4/3"]),
+    "between K and V": ({"key": replace(FEW, bits=4), "value": replace(FEW, bits=1), "recent_bits": 3, "sink_frames": 0}, [3, 3], [
+        "0+3=4/3",
+        "0+3=4/1 3+3=4/3"]),
+    "one plane": ({"key": replace(FEW, bits=1), "value": replace(FEW, bits=1), "recent_bits": 2}, [3, 3, 3], [
+        "0+3=4/4",
+        "0+3=4/4 3+3=2/2",
+        "0+3=4/4 3+3=1/1 6+3=2/2"]),
+    "recent frames in 16 bits": ({"recent_bits": 16, "sink_frames": 0}, [3, 3], ["0+3=16/16", "0+3=2/2 3+3=16/16"]),
+    "recent frames in 8 bits": ({"recent_bits": 8, "sink_frames": 0}, [3, 3], ["0+3=8/8", "0+3=2/2 3+3=8/8"]),
+    "sinks in 8 bits": ({"sink_bits": 8}, [3, 3, 3], ["0+3=8/8", "0+3=8/8 3+3=4/4", "0+3=8/8 3+3=2/2 6+3=4/4"]),
+    "V in 8 bits": ({"value": TensorSettings(bits=8), "sink_frames": 0}, [3, 3], ["0+3=4/8", "0+3=2/8 3+3=4/8"]),
+    "V in 8 bits, recent frames in 16": ({"value": TensorSettings(bits=8), "sink_frames": 0, "recent_bits": 16}, [3, 3], [
+        "0+3=16/16",
+        "0+3=2/8 3+3=16/16"]),
+    "window of a chunk": ({"window_frames": 3, "sink_frames": 0}, [3, 3, 3], ["0+3=4/4", "3+3=4/4", "6+3=4/4"]),
+    # frames 2 to 5 are the newest four: the span of 0 to 2 stays for its last frame
+    "window of four": ({"window_frames": 4, "sink_frames": 0}, [3, 3, 3], ["0+3=4/4", "0+3=2/2 3+3=4/4", "3+3=2/2 6+3=4/4"]),
+    "window of two chunks": ({"window_frames": 6, "sink_frames": 0}, [3, 3, 3, 3], [
+        "0+3=4/4",
+        "0+3=2/2 3+3=4/4",
+        "3+3=2/2 6+3=4/4",
+        "6+3=2/2 9+3=4/4"]),
+    "window of two frames": ({"window_frames": 2, "sink_frames": 0, "recent_frames": 1}, [1, 1, 1, 1], [
+        "0+1=4/4",
+        "0+1=2/2 1+1=4/4",
+        "1+1=2/2 2+1=4/4",
+        "2+1=2/2 3+1=4/4"]),
+    "window of one frame": ({"window_frames": 1, "sink_frames": 0, "recent_frames": 0}, [1, 1, 1], ["0+1=2/2", "1+1=2/2", "2+1=2/2"]),
+    "window behind sinks": ({"window_frames": 3, "sink_frames": 1}, [3, 3, 3], [
+        "0+1=4/4 1+2=4/4",
+        "0+1=4/4 3+3=4/4",
+        "0+1=4/4 6+3=4/4"]),
+    "window as long as the video": ({"window_frames": 9, "sink_frames": 0}, [3, 3, 3], [
+        "0+3=4/4",
+        "0+3=2/2 3+3=4/4",
+        "0+3=2/2 3+3=2/2 6+3=4/4"]),
+    "a short last chunk": ({"sink_frames": 0, "window_frames": 4}, [3, 3, 1], [
+        "0+3=4/4",
+        "0+3=2/2 3+3=4/4",
+        "3+3=4/4 6+1=4/4"]),
+}
+
+
+@pytest.mark.parametrize("name", AGEING)
+def test_what_ages(name):
+    changes, chunks, expected = AGEING[name]
+    check(replace(BASE, **changes), chunks, expected)
+
+
+OTHERS = {
+    "off": (PRESETS["off"], [3, 3], ["0+3=16/16", "0+3=16/16 3+3=16/16"]),
+    "off behind a window": (replace(PRESETS["off"], window_frames=3, sink_frames=1), [3, 3], [
+        "0+1=16/16 1+2=16/16",
+        "0+1=16/16 3+3=16/16"]),
+    "paper": (PAPER, [3, 3], ["0+3=2/2", "0+3=2/2 3+3=2/2"]),
+    "paper, recent frames as they are": (replace(PAPER, recent_frames=3, recent_bits=16), [3, 3], ["0+3=16/16", "0+3=2/2 3+3=16/16"]),
+    "paper with a sink": (replace(PAPER, sink_frames=1, sink_bits=4), [3, 3], ["0+1=4/4 1+2=2/2", "0+1=4/4 1+2=2/2 3+3=2/2"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_ages_in_other_codecs(name):
+    check(*OTHERS[name])
+
+
+# Without centroids a frame of K and V in b planes each takes 2 (256 b + 256 scales + 1 exponent) bytes: 2,562 for 4 planes, 2,050 for 3,
+# 1,538 for 2, and 1,026 for 1. A codebook holds channel scales alone, 32 bytes for both. The limits leave a hundred bytes to either side.
+# In 8 bits a frame of V takes 2,048 + 2 * 256; in 16, here of float32, it takes 8,192.
+BUDGETS = {
+    # the widest, and of equals the oldest, loses a plane, until the new frame fits; what has none left leaves, the oldest first
+    "all are old": ({"bits": 4}, {}, Limits(3 * 2562 + 300), [1] * 7, [
+        "0+1=4/4",
+        "0+1=4/4 1+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=4/4",
+        "0+1=2/2 1+1=2/2 2+1=3/3 3+1=4/4",
+        "0+1=1/1 1+1=1/1 2+1=2/2 3+1=2/2 4+1=4/4",
+        "0+1=1/1 1+1=1/1 2+1=1/1 3+1=1/1 4+1=1/1 5+1=4/4",
+        "1+1=1/1 2+1=1/1 3+1=1/1 4+1=1/1 5+1=1/1 6+1=4/4"]),
+    # two recent frames: they lose planes only after all old ones have one left, and none leaves before that
+    "old before recent": ({"bits": 2}, {"recent_frames": 2}, Limits(2 * 1538 + 2 * 2562 + 232), [1] * 7, [
+        "0+1=4/4",
+        "0+1=4/4 1+1=4/4",
+        "0+1=2/2 1+1=4/4 2+1=4/4",
+        "0+1=2/2 1+1=2/2 2+1=4/4 3+1=4/4",
+        "0+1=1/1 1+1=1/1 2+1=1/1 3+1=4/4 4+1=4/4",
+        "0+1=1/1 1+1=1/1 2+1=1/1 3+1=1/1 4+1=2/2 5+1=4/4",
+        "1+1=1/1 2+1=1/1 3+1=1/1 4+1=1/1 5+1=1/1 6+1=4/4"]),
+    # the sink's 2,562 bytes are lost to the others, and a frame of one plane more does not fit
+    "sinks stay as they are": ({"bits": 4}, {"sink_frames": 1, "sink_bits": 4}, Limits(3 * 2562 + 300), [1] * 7, [
+        "0+1=4/4",
+        "0+1=4/4 1+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=4/4",
+        "0+1=4/4 1+1=1/1 2+1=2/2 3+1=4/4",
+        "0+1=4/4 2+1=1/1 3+1=1/1 4+1=4/4",
+        "0+1=4/4 3+1=1/1 4+1=1/1 5+1=4/4",
+        "0+1=4/4 4+1=1/1 5+1=1/1 6+1=4/4"]),
+    # planes of K go alone where K has more
+    "K is wider": ({"key_bits": 3, "value_bits": 1}, {}, Limits(3400), [1] * 3, [
+        "0+1=3/1",
+        "0+1=3/1 1+1=3/1",
+        "1+1=1/1 2+1=3/1"]),
+    # 8 bits are no planes: only K can lose some
+    "V in 8 bits": ({"key_bits": 2, "value_bits": 8}, {}, Limits(2 * 3329 + 180), [1] * 3, [
+        "0+1=2/8",
+        "0+1=2/8 1+1=2/8",
+        "1+1=1/8 2+1=2/8"]),
+    # from 16 bits a recent frame falls to what was chosen, not to 15
+    "recent frames in 16 bits": ({"bits": 2}, {"recent_frames": 2, "recent_bits": 16}, Limits(4 * 8192 + 1000), [1] * 3, [
+        "0+1=16/16",
+        "0+1=16/16 1+1=16/16",
+        "0+1=1/1 1+1=2/2 2+1=16/16"]),
+    "chunks of two": ({"bits": 4}, {}, Limits(2 * 5122 + 300), [2] * 3, [
+        "0+2=4/4",
+        "0+2=4/4 2+2=4/4",
+        "0+2=1/1 2+2=2/2 4+2=4/4"]),
+    # what cannot be held at all leaves like what lies behind a window
+    "a cap of frames": ({"bits": 2}, {}, Limits(None, 2), [1] * 4, [
+        "0+1=2/2",
+        "0+1=2/2 1+1=2/2",
+        "1+1=2/2 2+1=2/2",
+        "2+1=2/2 3+1=2/2"]),
+    "the narrower of cap and window": ({"bits": 2}, {"window_frames": 1}, Limits(None, 2), [1] * 3, ["0+1=2/2", "1+1=2/2", "2+1=2/2"]),
+    "the narrower of window and cap": ({"bits": 2}, {"window_frames": 2}, Limits(None, 1), [1] * 3, ["0+1=2/2", "1+1=2/2", "2+1=2/2"]),
+}
+
+
+def budget_settings(bits, changes):
+    key, value = bits.get("key_bits", bits.get("bits")), bits.get("value_bits", bits.get("bits"))
+    bare = QVGSettings(key=replace(NO_CENTROIDS, bits=key), value=replace(NO_CENTROIDS, bits=value), sink_frames=0, recent_frames=0)
+    return replace(bare, **changes)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_what_is_given_up_over_budget(name):
+    bits, changes, share, chunks, expected = BUDGETS[name]
+    check(budget_settings(bits, changes), chunks, expected, share)
+
+
+@pytest.mark.parametrize(("first", "frames", "sink", "newest", "parts"), [
+    (0, 3, 0, 0, [(0, 3)]), (0, 3, 3, 0, [(0, 3)]), (0, 3, 4, 0, [(0, 3)]), (0, 3, 2, 0, [(0, 2), (2, 1)]), (3, 3, 4, 0, [(3, 1), (4, 2)]),
+    (3, 3, 3, 0, [(3, 3)]), (3, 3, 2, 0, [(3, 3)]), (0, 8, 0, 3, [(0, 5), (5, 3)]), (0, 3, 0, 3, [(0, 3)]), (0, 2, 0, 3, [(0, 2)]),
+    (0, 8, 2, 3, [(0, 2), (2, 3), (5, 3)]), (4, 8, 0, 1, [(4, 7), (11, 1)])])
+def test_where_a_chunk_is_cut(first, frames, sink, newest, parts):
+    assert split(first, frames, sink, newest) == parts
+
+
+def test_a_history_that_arrives_whole_keeps_its_newest_frames_wider():
+    settings = replace(BASE, sink_frames=0, recent_frames=3, recent_bits=3)
+    real, planned = cache_of(settings).layers[0], PlannedLayer(settings, GEOMETRY, Limits(), itemsize=4)
+    real.append(*tokens(8), 8, 3)
+    planned.append(0, 8, 3)
+    assert held(real.entries) == held(planned.spans) == parse("0+5=2/2 5+3=3/3")
+
+
+# what is done to a cache between two chunks, and what is left; lists begin with what three chunks of three leave of Balanced
+CHANGES = {
+    "rewind to a chunk": ([("rewind", 6)], "0+3=4/4 3+3=2/2", 6),
+    "rewind by two chunks": ([("rewind", 3)], "0+3=4/4", 3),
+    "rewind to nothing": ([("rewind", 0)], "", 0),
+    "rewind behind the end": ([("rewind", 12)], "0+3=4/4 3+3=2/2 6+3=4/4", 9),
+    # a chunk of which one frame is forgotten goes whole
+    "rewind into a chunk": ([("rewind", 7)], "0+3=4/4 3+3=2/2", 7),
+    "rewind and store again": ([("rewind", 6), ("append", 3)], "0+3=4/4 3+3=2/2 6+3=4/4", 9),
+    "rewind and store one frame": ([("rewind", 6), ("append", 1)], "0+3=4/4 3+3=2/2 6+1=4/4", 7),
+    "forget before a chunk": ([("forget", 6)], "0+3=4/4 6+3=4/4", 9),
+    "forget before a frame of a chunk": ([("forget", 5)], "0+3=4/4 6+3=4/4", 9),
+    "forget nothing": ([("forget", 3)], "0+3=4/4 3+3=2/2 6+3=4/4", 9),
+    "forget all": ([("forget", 9)], "0+3=4/4", 9),
+    "narrow": ([("narrow", True)], "0+3=4/4 3+3=2/2 6+3=3/3", 9),
+    "narrow to two": ([("narrow", True)] * 2, "0+3=4/4 3+3=2/2 6+3=2/2", 9),
+    "narrow to one": ([("narrow", True)] * 3, "0+3=4/4 3+3=1/1 6+3=1/1", 9),
+    "narrow where there is nothing": ([("narrow", True)] * 3 + [("narrow", False)], "0+3=4/4 3+3=1/1 6+3=1/1", 9),
+    "narrow and go on": ([("narrow", True), ("append", 3)], "0+3=4/4 3+3=2/2 6+3=2/2 9+3=4/4", 12),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_taken_back(name):
+    steps, left, following = CHANGES[name]
+    cache = cache_of(BASE, layers=2)
+    for number in range(3):
+        for layer in cache.layers:
+            layer.append(*tokens(3, number), 3)
+    for step, value in steps:
+        for layer in cache.layers:
+            if step == "append":
+                layer.append(*tokens(value, 9), value)
+            elif step == "forget":
+                layer.forget_before(value)
+            elif step == "narrow":
+                assert layer.narrow() is value
+        if step == "rewind":
+            cache.rewind(value)
+    for layer in cache.layers:
+        assert held(layer.entries) == parse(left)
+        assert layer.held_frames == sum(frames for _, frames, _, _ in parse(left))
+        assert layer.tokens == 256 * layer.held_frames
+    assert cache.frames == following
+
+
+def test_what_cannot_be_narrowed():
+    for settings in (PRESETS["off"], PAPER, replace(BASE, sink_frames=3)):
+        layer = cache_of(settings).layers[0]
+        layer.append(*tokens(3), 3)
+        before = held(layer.entries)
+        assert layer.narrow() is False and held(layer.entries) == before
+
+
+def test_narrowing_takes_only_planes():
+    """Of K and V that are not held alike, the wider; what is held in 8 or 16 bits and was to be planes falls to those."""
+    for changes, seen in (({"key": replace(FEW, bits=4), "value": replace(FEW, bits=3)}, ["4/3", "3/3", "2/2", "1/1"]),
+                          ({"value": TensorSettings(bits=8)}, ["2/8", "1/8"]),
+                          ({"recent_frames": 3, "recent_bits": 16}, ["16/16", "2/2", "1/1"]),
+                          ({"recent_frames": 3, "recent_bits": 16, "value": TensorSettings(bits=8)}, ["16/16", "2/16", "1/16"])):
+        layer = cache_of(replace(BASE, **{"sink_frames": 0, "recent_frames": 0} | changes)).layers[0]
+        layer.append(*tokens(3), 3)
+        found = [held(layer.entries)]
+        while layer.narrow():
+            found.append(held(layer.entries))
+        assert found == [parse(f"0+3={bits}") for bits in seen]
+
+
+def test_shrinking_gives_up_the_cheapest_first():
+    """Heads at a time, then planes of the widest, then the older half of the chunks; sinks stay, and layers stay alike."""
+    cache = KVCache(replace(BASE, recent_frames=0), layers=2, heads=8, head_dim=DIM, grid=GRID, dtype=torch.float32)
+    pair = torch.randn(2, 1, 3 * 256, 8, DIM, generator=torch.Generator().manual_seed(0))
+    for _ in range(6):
+        for layer in cache.layers:
+            layer.append(*pair, 3)
+    cache.workspace.views(10)
+    assert cache.workspace.group == 2 and cache.workspace.nbytes > 0
+    found = []
+    while (said := cache.shrink()) is not None:
+        assert cache.layers[0].held_frames == cache.layers[1].held_frames
+        found.append((cache.workspace.group, [first for first, *_ in held(cache.layers[0].entries)],
+                      {key for _, _, key, _ in held(cache.layers[1].entries)[1:]}, said))
+    assert [step[:3] for step in found] == [
+        (1, [0, 3, 6, 9, 12, 15], {2}), (1, [0, 3, 6, 9, 12, 15], {1}), (1, [0, 9, 12, 15], {1}), (1, [0, 12, 15], {1}), (1, [0, 15], {1})]
+    assert "decoded 1 at a time" in found[0][3] and "lost a bit plane" in found[1][3]
+    assert all("older half" in said for *_, said in found[2:])
+    assert cache.workspace.nbytes == 0
+
+
+def test_a_layer_that_already_lost_spans_does_not_stop_shrinking():
+    """A pass that failed may have let a span leave one layer and not yet the others: what stays is what all of them still have."""
+    cache = cache_of(replace(BASE, sink_frames=0, recent_frames=0).both(bits=1), layers=2)
+    for number in range(4):
+        for layer in cache.layers:
+            layer.append(*tokens(3, number), 3)
+    cache.layers[1].forget_before(6)
+    assert "older half" in cache.shrink()
+    assert [held(layer.entries) for layer in cache.layers] == [parse("9+3=1/1")] * 2
+
+
+def test_freed_and_used_again():
+    cache = cache_of(BASE)
+    cache.layers[0].append(*tokens(3), 3)
+    cache.free()
+    assert cache.frames == 0 and not cache.layers[0].entries
+    cache.layers[0].append(*tokens(3), 3)
+    assert held(cache.layers[0].entries) == parse("0+3=4/4")
+
+
+def test_what_does_not_fit_is_refused():
+    layer = cache_of(BASE).layers[0]
+    with pytest.raises(ValueError, match=r"The value of 3 frames has shape \(1, 512, 1, 8\); this cache was made for \(1, 768, 1, 8\)"):
+        layer.append(tokens(3)[0], tokens(2)[1], 3)
+    assert layer.next_frame == 0 and not layer.entries
