@@ -1,0 +1,390 @@
+"""Numbers of the codec, each against what they must be: scales, levels, centroids, and what a cache reads back of K and of V."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui_qvg.qvg import codec, e4m3, planes, smoothing
+from comfyui_qvg.qvg.codec import LevelTables, PlainSpan, PlaneSpan, TensorCodec
+from comfyui_qvg.qvg.settings import TensorSettings
+
+ALL = slice(None)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def relative(found, x):
+    """Of each row of [T, R, D], the error as a share of its energy."""
+    return ((found.float() - x).square().sum((0, 2)) / x.square().sum((0, 2))).tolist()
+
+
+def left_by(bits, tensor, x, seen=None):
+    """The share of each row's energy that a span with `bits` leaves."""
+    one = TensorCodec("qvg", tensor, x.shape[-1], 4)
+    book = one.train(x if seen is None else seen, generator())
+    return relative(one.encode(x, bits, book).decode(ALL, LevelTables("cpu")), x)
+
+
+# K and V together
+
+
+@pytest.mark.parametrize("bits", [[(4, 4)], [(4, 4), (4, 4)], [(4, 4), (3, 3), (2, 2)], [(4, 2)], [(4, 4), (2, 4)]])
+def test_k_and_v_decoded_at_once_are_those_decoded_alone(bits):
+    """K large and V small, and rows that differ: what takes its scales, ids, exponents or centroids from another is not near."""
+    rows, tables, sides, kept = 4, LevelTables("cpu"), [], []
+    one = TensorCodec("qvg", TensorSettings(stages=2, centroids=4, group=16), 32, 3)
+    for side, factor in enumerate((300.0, 0.02)):
+        xs = [factor * (1 + torch.arange(rows)[:, None]) * noise(40, rows, 32, seed=10 * side + number) for number in range(len(bits))]
+        book = one.train(torch.cat(xs), generator())
+        sides.append([one.encode(x, 4, book) for x in xs])
+        for span, held in zip(sides[-1], bits):
+            span.drop(held[side])
+        kept.append(torch.cat(xs))
+    most = {4: 0.02, 3: 0.06, 2: 0.2}[min(min(held) for held in bits)]
+    for part in (ALL, slice(1, 3), slice(3, 4)):
+        for found, spans, x in zip(codec.decode(sides, part, tables), sides, kept):
+            assert torch.equal(found, torch.cat([span.decode(part, tables) for span in spans]))
+            assert max(relative(found, x[:, part])) < most
+
+
+def test_k_and_v_that_differ_are_decoded_each_by_itself():
+    x, tables = noise(40, 2, 32), LevelTables("cpu")
+    key = TensorCodec("qvg", TensorSettings(stages=1, centroids=4), 32, 2)
+    value = TensorCodec("qvg", TensorSettings(gain="unbiased"), 32, 2)
+    spans = [key.encode(x, 4, key.train(x, generator())), value.encode(2 * x, 3, value.train(2 * x, generator()))]
+    for sides in ([[spans[0]], [spans[1]]], [[PlainSpan(x)], [spans[1]]], [[PlainSpan(x), PlainSpan(3 * x)], [spans[1]]]):
+        for found, side in zip(codec.decode(sides, ALL, tables), sides):
+            assert torch.equal(found, torch.cat([span.decode(ALL, tables) for span in side]))
+
+
+def test_what_can_be_decoded_in_one_go():
+    x = noise(40, 2, 32)
+    one = TensorCodec("qvg", TensorSettings(stages=1, centroids=4, gain="mse"), 32, 2)
+    book, other = one.train(x, generator()), one.train(x, generator())
+    span = one.encode(x, 4, book)
+    assert codec.like(span, one.encode(x + 1, 2, book))
+    assert not codec.like(span, one.encode(x, 4, other))
+    assert not codec.like(span, one.encode(x[:30], 4, book))
+    assert not codec.like(span, replace(span, gain="energy"))
+    assert not codec.like(span, PlainSpan(x)) and not codec.like(PlainSpan(x), span)
+    assert codec.like(PlainSpan(x), PlainSpan(x[:3]))
+    eight = one.encode(x, 8)
+    assert not codec.like(eight, PlainSpan(x)) and not codec.like(PlainSpan(x), eight) and not codec.like(eight, eight)
+
+
+# scales
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 1.3, 1.5, 1.75, 1.99, 2.0, 1e-15, 3e-5, 0.7, 65504.0, 1e15])
+def test_scales_never_saturate(factor):
+    """However large a row is, its largest scale lies in [128, 256] of 448, and what is read back is as near as anywhere else."""
+    x = factor * noise(60, 2, 32)
+    x[:, 1] /= 1024
+    one = TensorCodec("qvg", TensorSettings(stages=0, group=16), 32, 1)
+    unit = smoothing.Codebook(torch.empty(0, 2, 0, 32, dtype=torch.uint8), torch.empty(0, 2, 1, 32, dtype=torch.bfloat16),
+                              torch.ones(2, 32, dtype=torch.bfloat16))
+    span = one.encode(x, 4, unit)
+    largest = e4m3.decode(span.scales).amax((0, 2))
+    assert (largest >= 128).all() and (largest <= 256).all()
+    assert max(relative(span.decode(ALL, LevelTables("cpu")), x)) < 0.02
+    # the root mean square of every group, to the three bits that E4M3 keeps
+    stored = e4m3.decode(span.scales) * 2.0 ** span.exponents.float()[:, None]
+    torch.testing.assert_close(stored, x.unflatten(-1, (2, 16)).square().mean(-1).sqrt(), rtol=2**-4, atol=0)
+
+
+def test_each_group_of_channels_has_its_scale():
+    x = noise(100, 3, 64) * torch.tensor([1.0, 30.0, 0.05, 4.0]).repeat_interleave(16)
+    whole, grouped = ([max(left_by(bits, TensorSettings(stages=0, group=group, gain="mse"), x)) for bits in (1, 4)] for group in (64, 16))
+    # channel scales alone even out channels that differ for good
+    assert whole[1] < 0.02 and grouped[1] < 0.02
+    loud = torch.where(torch.arange(100)[:, None, None] % 2 > 0, 50.0, 1.0) * noise(100, 3, 64)
+    loud[:, :, :16] = noise(100, 3, 16, seed=1)
+    one = TensorCodec("qvg", TensorSettings(stages=0, group=16, gain="mse"), 64, 1)
+    found = one.encode(loud, 4, one.train(loud, generator())).decode(ALL, LevelTables("cpu"))
+    assert max(relative(found[:, :, :16], loud[:, :, :16])) < 0.02 and max(relative(found[::2, :, 16:], loud[::2, :, 16:])) < 0.02
+
+
+def test_a_channel_that_was_silent_may_speak():
+    """It gets a thousandth of its row's scale. A later span, in which it is as loud as the others, is read back as finite numbers, and
+    what lies in other groups is as near as ever."""
+    seen = noise(200, 2, 32)
+    seen[:, :, 3] = 0
+    one = TensorCodec("qvg", TensorSettings(stages=0, group=16), 32, 1)
+    book = one.train(seen, generator())
+    scale = book.channel_scale.float()
+    assert scale[:, 3].tolist() == pytest.approx((1e-3 * seen.square().mean((0, 2)).sqrt()).tolist(), rel=0.01)
+    torch.testing.assert_close(scale[:, 4:], seen.square().mean(0).sqrt()[:, 4:], rtol=2**-8, atol=0)
+    spoken = noise(200, 2, 32, seed=1)
+    found = one.encode(spoken, 4, book).decode(ALL, LevelTables("cpu"))
+    assert found.isfinite().all()
+    assert max(relative(found[..., 3:4], spoken[..., 3:4])) < 0.7
+    assert max(relative(found[..., 16:], spoken[..., 16:])) < 0.02
+
+
+def test_a_row_that_was_silent_may_speak():
+    one = TensorCodec("qvg", TensorSettings(stages=1, centroids=2, group=16), 32, 1)
+    book = one.train(torch.zeros(60, 2, 32), generator())
+    assert (book.channel_scale == 1).all() and (book.centroid_scale == 1).all()
+    x = noise(60, 2, 32)
+    assert max(relative(one.encode(x, 4, book).decode(ALL, LevelTables("cpu")), x)) < 0.02
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e4])
+def test_eight_bits(factor):
+    """127 steps to each side of zero, a group at a time; silence stays silence."""
+    x = factor * noise(50, 2, 32)
+    x[5:9, :, :16] = 0
+    x[7, 1, 20] = 100 * factor
+    span = TensorCodec("qvg", TensorSettings(group=16), 32, 1).encode(x, 8)
+    found = span.decode(ALL, LevelTables("cpu"))
+    step = x.unflatten(-1, (2, 16)).abs().amax(-1) / 127
+    assert ((found - x).unflatten(-1, (2, 16)).abs() <= 0.5 * step[..., None] + 0.5 * x.unflatten(-1, (2, 16)).abs() * 2**-7).all()
+    assert not found[5:9, :, :16].any()
+    assert span.data.dtype == torch.int8 and span.data.amax() == 127 and span.scales.shape == (50, 2, 2)
+    assert torch.equal(span.decode(slice(1, 2), LevelTables("cpu")), found[:, 1:])
+
+
+def test_sixteen_bits_are_a_copy():
+    x = noise(10, 2, 32).bfloat16()
+    span = TensorCodec("plain", TensorSettings(stages=0), 32, 1).encode(x[::2], 16)
+    kept = x[::2].clone()
+    x.zero_()
+    first = span.decode(ALL, LevelTables("cpu"))
+    assert first.dtype == torch.float32 and torch.equal(first, kept.float())
+    # what is read may be overwritten
+    first.zero_()
+    assert torch.equal(span.decode(slice(1, 2), LevelTables("cpu")), kept[:, 1:].float())
+
+
+def test_float32_of_sixteen_bits_is_a_copy_too():
+    span = PlainSpan(noise(4, 2, 8))
+    kept = span.data.clone()
+    span.decode(ALL, LevelTables("cpu")).zero_()
+    assert torch.equal(span.data, kept)
+
+
+# levels
+
+
+@pytest.mark.parametrize(("bits", "borders", "levels"), [
+    # Max (1960), table I: the best quantizers of 2 and of 4 levels for a Gaussian
+    (1, [], [0.7980]), (2, [0.9816], [0.4528, 1.510])])
+def test_levels_are_those_of_the_literature(bits, borders, levels):
+    assert planes.thresholds(bits) == pytest.approx(borders, abs=1e-3)
+    assert planes.levels(bits) == pytest.approx(levels, abs=1e-3)
+    kept = 1 - planes.distortion(bits)
+    assert planes.distortion(bits) == pytest.approx({1: 0.3634, 2: 0.1175}[bits], abs=1e-4)
+    assert planes.levels(bits, "energy") == pytest.approx([level / math.sqrt(kept) for level in levels], rel=2e-3)
+    assert planes.levels(bits, "unbiased") == pytest.approx([level / kept for level in levels], rel=2e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_planes_say_which_cell_a_number_lies_in(bits):
+    """Just above each border, just below the next, and far out, on both sides of zero."""
+    cells, levels = planes.cells(bits), planes.levels(bits, "energy")
+    wanted = [(sign * x, sign * level) for (low, high), level in zip(cells, levels) for x in (low + 1e-4, min(high - 1e-4, 30.0))
+              for sign in (1, -1)]
+    wanted = (wanted * 8)[:len(wanted) * 8]
+    z = torch.tensor([x for x, _ in wanted])
+    codes = planes.encode(z[None], bits)
+    assert len(codes) == bits and all(code.shape == (1, len(z) // 8) and code.dtype == torch.uint8 for code in codes)
+    found = planes.LevelTable("energy", "cpu")(torch.stack(codes)[:, None], [(bits, 1)])[0, 0]
+    torch.testing.assert_close(found, torch.tensor([level for _, level in wanted]))
+
+
+def test_zero_is_read_as_positive():
+    codes = planes.encode(torch.zeros(1, 8), 2)
+    assert torch.equal(planes.LevelTable("mse", "cpu")(torch.stack(codes)[:, None], [(2, 1)])[0], torch.full((1, 8), planes.levels(2)[0]))
+
+
+def test_channel_i_is_bit_i_of_its_byte():
+    z = torch.full((1, 16), -1.0)
+    z[0, [0, 3, 9, 15]] = 1.0
+    assert planes.encode(z, 1)[0].tolist() == [[0b1001, 0b10000010]]
+    # the second plane: far from zero or near
+    assert planes.encode(torch.where(z > 0, 1.5, 0.1), 2)[1].tolist() == [[0b1001, 0b10000010]]
+
+
+def test_tokens_of_different_widths_are_read_together():
+    z, table = noise(30, 16), planes.LevelTable("mse", "cpu")
+    codes = torch.stack(planes.encode(z, 4))
+    mixed = codes.clone()
+    mixed[2:, :10], mixed[1:, 10:14] = 0, 0
+    found = table(mixed[:, None], [(2, 10), (1, 4), (4, 16)])[0]
+    alone = [table(codes[:bits, None, part], [(bits, part.stop - part.start)])[0]
+             for bits, part in ((2, slice(0, 10)), (1, slice(10, 14)), (4, slice(14, 30)))]
+    assert torch.equal(found, torch.cat(alone))
+
+
+# centroids
+
+
+def clustered(tokens, rows=2, dim=16, clusters=4, seed=0, spread=0.05):
+    """Tokens around a few far places, and the places [R, C, D]."""
+    places = 10 * noise(rows, clusters, dim, seed=seed)
+    chosen = torch.arange(tokens) % clusters
+    return places[:, chosen].transpose(0, 1) + spread * noise(tokens, rows, dim, seed=seed + 1), places
+
+
+def test_a_codebook_begins_with_the_one_before():
+    """Centroids stay in the order of those before, fewer steps suffice, and no random number is drawn."""
+    x, _ = clustered(144)
+    draw = generator(3)
+    first = smoothing.train([x], 2, 4, 8, draw, [None])[0]
+    state = draw.get_state()
+    moved = x + 0.5
+    second = smoothing.train([moved], 2, 4, 8, draw, [first])[0]
+    assert torch.equal(draw.get_state(), state)
+    # the first stage has moved with the tokens, each centroid with its own; E4M3 rounds to a sixteenth
+    torch.testing.assert_close(second.values(0), first.values(0) + 0.5, atol=0.7, rtol=0.13)
+    cold = smoothing.train([moved], 2, 4, 8, generator(4), [None])[0]
+    assert not torch.allclose(cold.values(0), first.values(0) + 0.5, atol=0.7, rtol=0.13)
+
+
+def test_a_codebook_of_another_size_begins_anew():
+    x, _ = clustered(144)
+    small = smoothing.train([x], 1, 2, 8, generator(3), [None])[0]
+    draw, same = generator(5), generator(5)
+    found = smoothing.train([x], 1, 4, 8, draw, [small])[0]
+    assert torch.equal(found.centroids, smoothing.train([x], 1, 4, 8, same, [None])[0].centroids)
+    assert torch.equal(draw.get_state(), same.get_state()) and not torch.equal(draw.get_state(), generator(5).get_state())
+
+
+def test_a_later_codebook_takes_a_quarter_of_the_steps(monkeypatch):
+    x, _ = clustered(144)
+    steps, real = [], smoothing.kmeans
+    monkeypatch.setattr(smoothing, "kmeans", lambda x, start, iterations: steps.append(iterations) or real(x, start, iterations))
+    book = smoothing.train([x], 2, 4, 8, generator(), [None])[0]
+    smoothing.train([x], 2, 4, 8, generator(), [book])
+    smoothing.train([x], 2, 4, 3, generator(), [book])
+    assert steps == [8, 8, 2, 2, 1, 1]
+
+
+def test_clusters_are_found():
+    """Of well separated clusters nothing is left but their spread and the rounding of E4M3, which the residual sees."""
+    x, places = clustered(400)
+    found = smoothing.kmeans(x.transpose(0, 1), places + 0.5, 3)
+    torch.testing.assert_close(found, torch.stack([x[number::4].mean(0) for number in range(4)], dim=1), rtol=1e-4, atol=1e-4)
+    book = smoothing.train([x], 2, 4, 8, generator(), [None])[0]
+    residual, ids = smoothing.subtract(x, book, ALL)
+    assert residual.square().mean() < 0.01 * x.square().mean() and ids.shape == (2, 2, 400) and ids.dtype == torch.uint8
+    assert ids.amax() <= 3
+    torch.testing.assert_close(book.channel_scale.float(), residual.square().mean(1).sqrt(), rtol=2**-7, atol=1e-4)
+    # what was subtracted is what is stored
+    again = residual + sum(book.values(stage)[torch.arange(2)[:, None], ids[stage].long()] for stage in range(2))
+    torch.testing.assert_close(again, x.transpose(0, 1))
+
+
+def test_the_nearest_centroid_is_taken():
+    x, centroids = noise(2, 50, 16), noise(2, 7, 16, seed=1)
+    expected = (x[:, :, None] - centroids[:, None]).square().sum(-1).argmin(-1)
+    assert torch.equal(smoothing.assign(x, centroids), expected)
+    twins = centroids[:, [0, 0, 1]]
+    assert smoothing.assign(x, twins).unique().tolist() == [0, 2]
+    assert torch.equal(smoothing.picked(centroids, expected), centroids[torch.arange(2)[:, None], expected])
+
+
+def test_a_step_takes_means_and_moves_what_nothing_chose():
+    """An empty centroid moves to a token: of as many neighbours as there are tokens to a centroid, the one farthest from its choice."""
+    x = torch.zeros(1, 9, 8)
+    x[0, :, 0] = torch.tensor([0.0, 1, 2, 10, 11, 15, 20, 22, 27])
+    centroids = torch.zeros(1, 3, 8)
+    centroids[0, :, 0] = torch.tensor([1.0, 21, 500])
+    ids = smoothing.assign(x, centroids)
+    assert ids[0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    moved = smoothing.update(x, ids, centroids)[0, :, 0].tolist()
+    assert moved == pytest.approx([24 / 5, 21, 27])
+    # no token of the second third chose the second; the one farthest from the centroid that it chose is 11
+    centroids[0, :, 0] = torch.tensor([1.0, 500, 21])
+    moved = smoothing.update(x, smoothing.assign(x, centroids), centroids)[0, :, 0].tolist()
+    assert moved == pytest.approx([24 / 5, 11, 21])
+
+
+def test_tokens_to_begin_with_are_distinct():
+    for count in (1, 5, 20):
+        drawn = smoothing.draw(20, count, 3, generator(), torch.device("cpu"))
+        assert drawn.shape == (3, count) and all(len(set(row.tolist())) == count for row in drawn)
+        assert 0 <= drawn.min() and drawn.max() < 20
+    assert drawn[0].tolist() != drawn[1].tolist()
+
+
+@pytest.mark.parametrize(("rows", "each", "limit", "slices"), [
+    (4, 10, 100, [(0, 4)]), (4, 10, 20, [(0, 2), (2, 4)]), (5, 10, 29, [(0, 2), (2, 4), (4, 5)]), (3, 10, 5, [(0, 1), (1, 2), (2, 3)]),
+    (2, 0, 5, [(0, 2)])])
+def test_slices_of_rows(rows, each, limit, slices):
+    assert [(part.start, part.stop) for part in smoothing.row_slices(rows, each, limit)] == slices
+
+
+def test_slices_of_rows_change_nothing(monkeypatch):
+    x = noise(100, 5, 16)
+    one = TensorCodec("qvg", TensorSettings(stages=2, centroids=4, group=16), 16, 2)
+    whole = one.train(x, generator())
+    span = one.encode(x, 3, whole)
+    monkeypatch.setattr(smoothing, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(smoothing, "row_slices", lambda rows, *_: [slice(row, row + 1) for row in range(rows)])
+    parts = one.train(x, generator())
+    assert all(torch.equal(a, b) for a, b in zip(vars(whole).values(), vars(parts).values()))
+    again = one.encode(x, 3, whole)
+    assert torch.equal(again.decode(ALL, LevelTables("cpu")), span.decode(ALL, LevelTables("cpu")))
+
+
+def test_centroids_are_kept_to_three_bits():
+    """E4M3 under a power of two a channel, the largest between a half and the whole of what E4M3 holds."""
+    found = noise(2, 6, 16) * torch.logspace(-5, 5, 16)
+    codes, scale, residual = smoothing.store(noise(2, 40, 16), found)
+    assert scale.shape == (2, 1, 16) and (torch.frexp(scale.float()).mantissa == 0.5).all()
+    torch.testing.assert_close(e4m3.decode(codes) * scale.float(), found, rtol=2**-4, atol=0.5 * 2**-9 * scale.float().max())
+    largest = e4m3.decode(codes).abs().amax(1)
+    assert (largest > 223).all() and (largest <= 448).all()
+    assert residual.shape == (2, 40, 16)
+
+
+def test_without_stages_there_are_channel_scales_alone():
+    x = noise(50, 2, 16) * torch.logspace(-1, 1, 16)
+    book = smoothing.train([x], 0, 1, 2, generator(), [None])[0]
+    assert book.stages == 0 and book.centroids.numel() == 0
+    torch.testing.assert_close(book.channel_scale.float(), x.square().mean(0).sqrt(), rtol=2**-8, atol=0)
+    assert torch.equal(smoothing.subtract(x, book, ALL)[0], x.transpose(0, 1))
+
+
+# spans
+
+
+def test_a_span_that_lost_planes_reads_what_is_left():
+    x, tables = noise(40, 2, 32), LevelTables("cpu")
+    one = TensorCodec("qvg", TensorSettings(stages=1, centroids=2, gain="mse"), 32, 2)
+    span = one.encode(x, 4, one.train(x, generator()))
+    errors = [max(relative(span.decode(ALL, tables), x))]
+    for bits in (3, 2, 1):
+        span.drop(bits)
+        assert span.bits == bits == len(span.planes)
+        errors.append(max(relative(span.decode(ALL, tables), x)))
+    assert errors == sorted(errors) and errors[0] < 0.015 and 0.2 < errors[-1] < 0.4
+
+
+def test_a_span_that_lies_otherwise_reads_the_same():
+    x, tables = noise(40, 3, 32), LevelTables("cpu")
+    one = TensorCodec("qvg", TensorSettings(stages=2, centroids=2, group=16), 32, 2)
+    span = one.encode(x, 3, one.train(x, generator()))
+    by_token = replace(span, planes=[plane.contiguous() for plane in span.planes], scales=span.scales.contiguous(),
+                       ids=span.ids.contiguous())
+    gathered = by_token.gather_rows()
+    for name in ("scales", "ids"):
+        assert getattr(gathered, name).stride() == getattr(span, name).stride()
+        assert torch.equal(getattr(gathered, name), getattr(span, name))
+    assert all(a.stride() == b.stride() and torch.equal(a, b) for a, b in zip(gathered.planes, span.planes))
+    assert torch.equal(gathered.decode(ALL, tables), span.decode(ALL, tables)) and gathered.bits == 3
+    assert isinstance(gathered, PlaneSpan) and span.planes[0].stride() == (4, 160, 1)
+
+
+def test_heads_that_cannot_be_packed_are_refused():
+    with pytest.raises(ValueError, match="head dim of 12 cannot be packed"):
+        TensorCodec("qvg", TensorSettings(), 12, 1)
