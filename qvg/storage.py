@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -25,11 +25,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .budget import Geometry
 from .cache import Entry, KVCache, LayerCache
 from .codec import PaperCodebook, PlaneSpan
+from .fingerprint import fingerprint as fingerprint
 from .layout import make_span, span_layout, span_tensors
 from .sampler import Run, Sampler
 from .settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
@@ -38,24 +39,8 @@ from .smoothing import Codebook
 VERSION = 1
 HEADER, DIGEST = "qvg_session", "qvg_session_sha256"
 SIDES = ("key", "value")
-SAMPLED_NUMBERS = 64
 # what reading a file of any content can raise
 DAMAGE = (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError, MemoryError)
-
-
-def fingerprint(network: nn.Module, changing: Collection[str] = ()) -> str:
-    """A name of a network's weights: a hash of every tensor's name, shape and 64 of its numbers, so that billions take seconds.
-
-    changing: names of tensors whose numbers depend on the moment (such as those that a LoRA is added to while they are on the GPU).
-    """
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {name in changing}".encode())
-        if name not in changing:
-            flat = tensor.detach().flatten()
-            # rounded, because a loader may hold a weight in another type while it is in use
-            digest.update(_bytes(flat[::max(1, flat.numel() // SAMPLED_NUMBERS)][:SAMPLED_NUMBERS].float().bfloat16()))
-    return digest.hexdigest()[:32]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
