@@ -14,23 +14,33 @@ LongCat-Video is published in parts, of which any one may be named, and repackag
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from .models import longcat
+from . import tensor_files
+from .models import longcat, wan
 from .names import Found, find_network, split_layout
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = SAFETENSORS + PICKLED
 
-PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+MOST_PARTS = 1000
+MOST_LAYERS = 256
+BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,3})\..+")
+
+# the weights that a network's sizes are read from, and how many axes they have
+WAN_SIZING = {"patch_embedding.weight": 5, "text_embedding.0.weight": 2, "time_embedding.0.weight": 2, "blocks.0.ffn.0.weight": 2,
+              "head.head.weight": 2}
+LONGCAT_SIZING = {"time_embedding.mlp.0.weight": 2, "blocks.0.ffn.w1.weight": 2, "blocks.0.self_attn.norm_q.weight": 1}
+# types that hold one number each; all others may be packed
+SINGLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 HEAD_DIM = 128
 LATENT_CHANNELS = 16
@@ -118,11 +128,12 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Descript
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path.name} is not a checkpoint that can be read here; choose a {', '.join(SUFFIXES)} file.")
     if path.suffix.lower() in SAFETENSORS:
-        content, config = _read_parts(path)
+        content, config, available = _read_parts(path)
     else:
-        content, config = _read_pickled(path), {}
+        content, config, available = tensor_files.read_pickled(path), {}, path.stat().st_size
     try:
         found = find_network(content)
+        tensor_files.check(found.state, available)
         state = split_layout(found.state) if longcat.is_longcat(found.state) else found.state
     except ValueError as error:
         raise ValueError(f"{path.name} cannot be opened. {error}") from error
@@ -131,49 +142,38 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Descript
     return state, _describe(path.name, found, state, config)
 
 
-def _read_parts(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """A file, or all parts of the model whose part it is."""
+def _read_parts(path: Path) -> tuple[dict[str, torch.Tensor], dict, int]:
+    """A file, or all parts of the model whose part it is; what their metadata says, and how many bytes they have."""
     numbered = PART.fullmatch(path.name)
-    if numbered is None:
-        return _read_safetensors(path)
-    stem, count, suffix = numbered["stem"], numbered["count"], numbered["suffix"]
-    names = [f"{stem}-{number:05}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
-    missing = [name for name in names if not (path.parent / name).is_file()]
+    names = [path.name]
+    if numbered is not None:
+        stem, count, suffix = numbered["stem"], int(numbered["count"]), numbered["suffix"]
+        if not 1 <= int(numbered["number"]) <= count <= MOST_PARTS:
+            raise ValueError(f"{path.name} calls itself part {int(numbered['number'])} of {count}, which cannot be. Give the file the name "
+                             "that it was published with.")
+        names = [f"{stem}-{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
+    missing = [name for name in names if not (path.parent / name).is_file()] if numbered else []
     if missing:
-        raise ValueError(f"{path.name} is one part of {int(count)}, and {', '.join(missing[:3])} is not beside it. Put all parts into one "
+        raise ValueError(f"{path.name} is one part of {count}, and {', '.join(missing[:3])} is not beside it. Put all parts into one "
                          "folder under the names they were published with.")
-    content, config = {}, {}
+    content, config, available = {}, {}, 0
     for name in names:
-        part, found = _read_safetensors(path.parent / name)
+        part, metadata = tensor_files.read_safetensors(path.parent / name)
         content |= part
-        config |= found
-    return content, config
+        config |= _config(name, metadata)
+        available += (path.parent / name).stat().st_size
+    return content, config, available
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def _config(name: str, metadata: dict[str, str]) -> dict:
+    """What a file's metadata says about its network besides the sizes, which only weights can say."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            content = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path.name} is not a whole safetensors file ({error}); download it again.") from error
-    return content, json.loads(metadata.get("config", "{}")).get("transformer", {})
-
-
-def _read_pickled(path: Path) -> dict:
-    # only the zip format, torch's own since 1.6, can be mapped; its index is at the end, which a broken download lacks
-    whole_zip = zipfile.is_zipfile(path)
-    with open(path, "rb") as file:
-        if file.read(2) == b"PK" and not whole_zip:
-            raise ValueError(f"{path.name} is not a whole .pt file; download it again.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=whole_zip)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path.name} holds Python objects besides tensors, or is damaged. It is not opened, because "
-                         "such a file can run code. Get a .safetensors file, or a .pt of plain tensors.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds a {type(content).__name__}, not a state dict.")
-    return content
+        config = json.loads(metadata.get("config", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} has metadata that cannot be read ({tensor_files.first_line(error)}); download it again.") from None
+    config = config.get("transformer") if isinstance(config, dict) else None
+    eps = config.get("eps") if isinstance(config, dict) else None
+    return {"eps": eps} if isinstance(eps, float) and 0 < eps < 1 else {}
 
 
 def _describe(name: str, found: Found, state: dict[str, torch.Tensor], config: dict) -> Description:
@@ -181,45 +181,75 @@ def _describe(name: str, found: Found, state: dict[str, torch.Tensor], config: d
         if any(fragment in key for key in state for fragment in fragments):
             raise ValueError(f"{name} {sentence}.")
     if longcat.is_longcat(state):
+        _check_layers(name, state)
         try:
             sizes = longcat.LongCatSizes.read(state)
         except ValueError as error:
             raise ValueError(f"{name} cannot be opened. {error}") from error
-        with torch.device("meta"):
-            missing = sorted(longcat.LongCat(sizes).state_dict().keys() - state.keys())
-        if missing:
-            raise ValueError(f"{name} is LongCat-Video but lacks {', '.join(missing[:3])}; the file may be one part of several, or "
-                             "damaged.")
+        _check_weights(name, "LongCat-Video", state, lambda: longcat.LongCat(sizes))
         return Description(
             file=name, container=found.container, left=len(found.left), layers=sizes.layers, dim=sizes.dim, ffn_dim=sizes.ffn_dim,
-            text_dim=sizes.text_dim,
-            parameters=sum(t.numel() for t in state.values()), head_dim=sizes.head_dim, model="longcat",
+            text_dim=sizes.text_dim, parameters=sum(t.numel() for t in state.values()), head_dim=sizes.head_dim, model="longcat",
             dtype=str(state["blocks.0.ffn.w3.weight"].dtype).removeprefix("torch."))
 
-    patch = state.get("patch_embedding.weight")
-    if patch is None or "head.modulation" not in state:
+    if "patch_embedding.weight" not in state or "head.modulation" not in state:
         holds = ", ".join(sorted(state)[:3]) or "no tensors"
         raise ValueError(f"{name} is not a Wan 2.1 video model (it holds {holds}). Choose the file of Self-Forcing, "
                          "Causal-Forcing, LongLive, or another model with that layout.")
-    channels = patch.shape[1]
+    dim, channels = _shape(name, state, "patch_embedding.weight", 5)[:2]
     if channels != LATENT_CHANNELS:
         kind = {36: "an image-to-video Wan", 48: "a Wan 2.2 5B"}.get(channels, "another Wan")
         raise ValueError(f"{name} is {kind}: it takes {channels} latent channels. ComfyUI's autoregressive model takes "
                          f"{LATENT_CHANNELS}; choose a causal checkpoint of Wan 2.1 text-to-video.")
-
-    dim = patch.shape[0]
     if dim % HEAD_DIM:
         raise ValueError(f"{name} has width {dim}; Wan heads have {HEAD_DIM} channels, which does not divide it.")
-    numbers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
-    layers = len(numbers)
-    needed = ["text_embedding.0.weight", "time_embedding.0.weight", "time_projection.1.weight", "head.head.weight"]
-    needed += [f"blocks.{i}.{part}.weight" for i in range(layers) for part in ("self_attn.q", "cross_attn.o", "ffn.2")]
-    missing = [key for key in needed if key not in state]
-    if missing or not layers:
-        raise ValueError(f"{name} looks like Wan 2.1 but lacks {', '.join(missing[:3]) or 'its blocks'}; "
-                         "the file may be one part of several, or damaged.")
+    _check_layers(name, state)
+    if missing := [key for key in WAN_SIZING if key not in state]:
+        raise ValueError(f"{name} looks like Wan 2.1 but lacks {', '.join(missing[:3])}; the file may be one part of several, or damaged.")
+    sizes = wan.WanSizes.read(state)
+    _check_weights(name, "Wan 2.1", state, lambda: wan.CausalWan(sizes))
     return Description(
-        file=name, container=found.container, left=len(found.left), layers=layers, dim=dim,
-        ffn_dim=state["blocks.0.ffn.0.weight"].shape[0], text_dim=state["text_embedding.0.weight"].shape[1],
-        parameters=sum(t.numel() for t in state.values()),
+        file=name, container=found.container, left=len(found.left), layers=sizes.layers, dim=dim, ffn_dim=sizes.ffn_dim,
+        text_dim=sizes.text_dim, parameters=sum(t.numel() for t in state.values()),
         dtype=str(state["blocks.0.self_attn.q.weight"].dtype).removeprefix("torch."), config=config)
+
+
+def _shape(name: str, state: dict[str, torch.Tensor], key: str, axes: int) -> torch.Size:
+    """Of a weight that decides the network's sizes. Raises ValueError where it is empty or has another number of axes."""
+    shape = state[key].shape
+    if len(shape) != axes or 0 in shape:
+        raise ValueError(f"{name} holds {key} with shape {tuple(shape)}, where {axes} numbers above 0 belong; the file is damaged, "
+                         "download it again.")
+    return shape
+
+
+def _check_layers(name: str, state: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError where the network's layers cannot be counted: before it is built, since a file may say that there are billions."""
+    for key, axes in {**WAN_SIZING, **LONGCAT_SIZING}.items():
+        if key in state:
+            _shape(name, state, key, axes)
+    found = {key: BLOCK.fullmatch(key) for key in state if key.startswith("blocks.")}
+    if strange := [key for key, match in found.items() if match is None]:
+        raise ValueError(f"{name} holds {strange[0][:80]}, which is no part of a numbered layer; the file is damaged, download it again.")
+    numbers = {int(match[1]) for match in found.values()}
+    if numbers != set(range(len(numbers))) or len(numbers) > MOST_LAYERS:
+        raise ValueError(f"{name} numbers {len(numbers)} layers from {min(numbers)} to {max(numbers)}; they should follow each other from "
+                         f"0 to {MOST_LAYERS - 1} at most. The file may be one part of several, or damaged.")
+
+
+def _check_weights(name: str, kind: str, state: dict[str, torch.Tensor], build: Callable[[], nn.Module]) -> None:
+    """Raises ValueError where a network of the sizes that were read has weights that the file lacks, or has in another shape. What is
+    missing would be filled with whatever is in memory, and one false size can ask for more memory than any file holds."""
+    try:
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{name} describes a {kind} that cannot be ({tensor_files.first_line(error)}); download it again.") from error
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{name} is {kind} but lacks {', '.join(missing[:3])}; the file may be one part of several, or damaged.")
+    for key, weight in expected.items():
+        shape, found = tuple(weight.shape), state[key]
+        # of packed numbers only the least size is known: a bit each
+        if tuple(found.shape) != shape if found.dtype in SINGLE else 8 * found.nbytes < weight.numel():
+            raise ValueError(f"{name} holds {key} with shape {tuple(found.shape)}, but the network that its other weights describe has "
+                             f"{shape} there; the file is damaged, download it again.")

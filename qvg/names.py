@@ -73,7 +73,10 @@ def split_layout(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if len(names) == 1:
             state[names[0]] = tensor
             continue
-        layer, field = FUSED.fullmatch(name).groups()
+        fused = FUSED.fullmatch(name)
+        if fused is None:
+            raise ValueError(f"{name!r} is no part of a layer; the file may be damaged.")
+        layer, field = fused.groups()
         weight = state_dict.get(f"{layer}weight")
         rows = weight.shape[0] if weight is not None and weight.ndim else 0
         state.update(zip(names, _share(name, field, tensor, len(names), rows)))

@@ -2,31 +2,23 @@
 
 import json
 import pickle
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg.checkpoint import open_checkpoint
+from comfyui_qvg.qvg.checkpoint import Description, open_checkpoint
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.names import official_name
 
-PARTS = ("self_attn.q", "self_attn.o", "cross_attn.o", "ffn.0", "ffn.2")
 
-
-def wan_state(layers=2, dim=256, channels=16, text_dim=4096):
-    """The keys that a Wan 2.1 is known by, with weights of one row where a shape does not matter."""
-    state = {
-        "patch_embedding.weight": torch.zeros(dim, channels, 1, 2, 2),
-        "text_embedding.0.weight": torch.zeros(1, text_dim),
-        "time_embedding.0.weight": torch.zeros(1, 256),
-        "time_projection.1.weight": torch.zeros(6, 1),
-        "head.head.weight": torch.zeros(4 * channels, 1),
-        "head.modulation": torch.zeros(1, 2, dim),
-    }
-    for layer in range(layers):
-        state |= {f"blocks.{layer}.{part}.weight": torch.full((2, 1), float(layer)) for part in PARTS}
-    return state
+def wan_state(layers=2, dim=256, channels=16, text_dim=64):
+    """The weights of a small Wan 2.1, all zeros."""
+    with torch.device("meta"):
+        state = CausalWan(WanSizes(dim=dim, ffn_dim=32, layers=layers, text_dim=text_dim, channels=channels)).state_dict()
+    return {key: torch.zeros(tensor.shape) for key, tensor in state.items()}
 
 
 def wrapped(state, prefix):
@@ -41,7 +33,7 @@ def test_training_checkpoints_are_unwrapped(tmp_path, container, prefix):
     torch.save({container: content} if container else content, path)
     state, found = open_checkpoint(path)
     assert state.keys() == wan_state().keys()
-    assert (found.container, found.layers, found.heads, found.text_dim) == (container or "", 2, 2, 4096)
+    assert (found.container, found.layers, found.heads, found.text_dim) == (container or "", 2, 2, 64)
     assert found.family.startswith("causal Wan 2.1 layout, 2 layers, 2 heads")
 
 
@@ -66,7 +58,7 @@ def test_old_torch_format_opens_too(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "generator_ema.model."])
 def test_safetensors(tmp_path, prefix):
     path = tmp_path / "repackaged.safetensors"
-    save_file(wrapped(wan_state(), prefix), path)
+    save_file(wrapped(wan_state(text_dim=4096), prefix), path)
     state, found = open_checkpoint(path)
     assert state.keys() == wan_state().keys()
     assert json.loads(found.metadata()["config"]) == {"transformer": {"causal_ar": True}}
@@ -79,10 +71,8 @@ def test_metadata_keeps_the_files_own_config_and_adds_text_width(tmp_path):
     assert config == {"transformer": {"eps": 1e-5, "causal_ar": True, "text_dim": 64}}
 
 
-def test_known_sizes_are_named(tmp_path):
-    path = tmp_path / "self_forcing_dmd.pt"
-    torch.save({"generator": wan_state(layers=30, dim=1536)}, path)
-    found = open_checkpoint(path)[1]
+def test_known_sizes_are_named():
+    found = Description("self_forcing_dmd.pt", "generator", 30, 1536, 8960, 4096, 1_419_000_000, "bfloat16")
     assert "30 layers, 12 heads" in found.family and "1.3B" in found.family and "Self-Forcing" in found.family
     assert str(found).startswith("self_forcing_dmd.pt: causal Wan 2.1 layout")
 
@@ -101,7 +91,7 @@ WRONG = {
     "text_encoder": ({"shared.weight": torch.zeros(1)}, "CLIPLoader"),
     "unknown": ({"layers.0.weight": torch.zeros(1)}, "not a Wan 2.1 video model"),
     "shard": ({key: t for key, t in wan_state().items() if "head.head" not in key}, "lacks head.head.weight"),
-    "narrow": (wan_state(dim=192), "192"),
+    "narrow": (wan_state() | {"patch_embedding.weight": torch.zeros(192, 16, 1, 2, 2)}, "192"),
     "empty": ({}, "no tensors"),
 }
 
@@ -114,6 +104,119 @@ def test_other_files_are_refused_with_a_sentence(tmp_path, name):
     with pytest.raises(ValueError, match=expected) as error:
         open_checkpoint(path)
     assert str(error.value).startswith(path.name) and str(error.value).endswith(".")
+
+
+FALSE = {
+    "a layer far away": (wan_state() | {"blocks.999999999.ffn.0.weight": torch.zeros(1)}, "no part of a numbered layer"),
+    "a layer left out": ({key.replace("blocks.1.", "blocks.2."): x for key, x in wan_state().items()}, "numbers 2 layers from 0 to 2"),
+    "too many layers": (wan_state() | {f"blocks.{number}.x": torch.zeros(1) for number in range(300)}, "numbers 300 layers"),
+    "a layer without a number": (wan_state() | {"blocks.x.ffn.0.weight": torch.zeros(1)}, "no part of a numbered layer"),
+    "an empty weight": (wan_state() | {"blocks.0.ffn.0.weight": torch.zeros(10**9, 0)}, r"\(1000000000, 0\)"),
+    "a vector for a matrix": (wan_state() | {"text_embedding.0.weight": torch.zeros(64)}, "numbers above 0"),
+    "a wide layer": (wan_state() | {"blocks.0.ffn.0.weight": torch.zeros(100_000, 256)}, r"blocks.0.ffn.0.bias with shape \(32,\), but"),
+    "one weight of another size": (wan_state() | {"blocks.1.cross_attn.k.weight": torch.zeros(256, 8)}, "blocks.1.cross_attn.k.weight"),
+    "packed in fewer numbers than a bit each": (
+        wan_state() | {"blocks.1.ffn.0.weight": torch.zeros(32, 8, dtype=torch.uint8)}, "blocks.1.ffn.0.weight"),
+    "one weight missing": ({key: x for key, x in wan_state().items() if key != "blocks.1.norm3.bias"}, "lacks blocks.1.norm3.bias"),
+    "complex": (wan_state() | {"blocks.1.norm3.bias": torch.zeros(256, dtype=torch.complex64)}, "no layer takes"),
+}
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+@pytest.mark.parametrize("name", FALSE)
+def test_false_sizes_are_refused_before_a_network_is_built(tmp_path, name, ending):
+    content, expected = FALSE[name]
+    path = tmp_path / f"false.{ending}"
+    (save_file if ending == "safetensors" else torch.save)(content, path)
+    with pytest.raises(ValueError, match=expected) as error:
+        open_checkpoint(path)
+    assert str(error.value).startswith(path.name) and str(error.value).endswith(".")
+
+
+def test_packed_weights_open(tmp_path):
+    """Their shapes are the packing's own; side tensors are the loader's business."""
+    path = tmp_path / "packed.safetensors"
+    packed = {"blocks.1.ffn.0.weight": torch.zeros(32, 128, dtype=torch.uint8), "blocks.1.ffn.0.weight_scale": torch.zeros(32, 16)}
+    save_file(wan_state() | packed, path)
+    assert open_checkpoint(path)[0]["blocks.1.ffn.0.weight"].shape == (32, 128)
+
+
+SPECIAL = {
+    "sparse": lambda: torch.zeros(256).to_sparse(), "meta": lambda: torch.zeros(256, device="meta"),
+    "expanded": lambda: torch.zeros(1).expand(256), "huge": lambda: torch.zeros(1).expand(10**12),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(256), 1.0, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SPECIAL)
+def test_tensors_that_no_layer_takes(tmp_path, name):
+    path = tmp_path / "special.pt"
+    torch.save({"generator": wan_state() | {"blocks.1.norm3.bias": SPECIAL[name]()}}, path)
+    with pytest.raises(ValueError, match=r"^special\.pt (cannot be opened\. It holds blocks\.1\.norm3\.bias|holds Python).*\.$"):
+        open_checkpoint(path)
+
+
+def test_many_views_of_one_storage(tmp_path):
+    """Each is whole, but to give every one memory of its own would take a thousand times the file's."""
+    path = tmp_path / "views.pt"
+    block = torch.zeros(1_000_000)
+    torch.save(wan_state() | {f"extra.{number}": block.view(1000, 1000) for number in range(1000)}, path)
+    with pytest.raises(ValueError, match="names tensors of 4,0"):
+        open_checkpoint(path)
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path):
+    """A gigabyte of zeros, deflated to a megabyte."""
+    path, plain = tmp_path / "bomb.pt", tmp_path / "plain.pt"
+    torch.save(wan_state(), plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(ValueError, match=r"bomb\.pt is compressed \(plain/data\.pkl\)"):
+        open_checkpoint(path)
+
+
+def test_dicts_without_end(tmp_path):
+    """A dict that holds itself, and one whose copies double at every level."""
+    path = tmp_path / "loop.pt"
+    loop = wan_state()
+    loop["model"] = loop
+    torch.save({"generator": loop, "model": loop}, path)
+    assert open_checkpoint(path)[0].keys() == wan_state().keys()
+    bomb = {}
+    for _ in range(60):
+        bomb = {"model": bomb, "generator": bomb}
+    torch.save(bomb, path)
+    with pytest.raises(ValueError, match="not a Wan 2"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("count, words", [("99999", "calls itself part 1 of 99999"), ("00000", "calls itself part 1 of 0")])
+def test_absurd_numbers_of_parts(tmp_path, count, words):
+    path = tmp_path / f"model-00001-of-{count}.safetensors"
+    save_file(wan_state(), path)
+    with pytest.raises(ValueError, match=words):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("config", [
+    "{", "[]", '{"transformer": 3}', '{"transformer": {"num_layers": 1000000000, "eps": "x"}}', 100_000 * "["])
+def test_metadata_does_not_decide_sizes(tmp_path, config):
+    """Core adds what it is given to the sizes that it reads itself."""
+    path = tmp_path / "a.safetensors"
+    save_file(wan_state(text_dim=4096), path, metadata={"config": config})
+    try:
+        assert json.loads(open_checkpoint(path)[1].metadata()["config"]) == {"transformer": {"causal_ar": True}}
+    except ValueError as error:
+        assert "metadata that cannot be read" in str(error)
+
+
+def test_a_fused_layer_without_a_field(tmp_path):
+    path = tmp_path / "fused.safetensors"
+    save_file(longcat_state()[1] | {"blocks.0.attn.qkv.": torch.zeros(3), "blocks.0.attn.qkv.\n": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\..* is no part of a layer"):
+        open_checkpoint(path)
 
 
 def longcat_state():
