@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg import codec, e4m3, planes, smoothing
+from comfyui_qvg.qvg.cache import KVCache
 from comfyui_qvg.qvg.codec import LevelTables, PlainSpan, PlaneSpan, TensorCodec
-from comfyui_qvg.qvg.settings import TensorSettings
+from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 
 ALL = slice(None)
 
@@ -247,6 +248,21 @@ def test_a_codebook_begins_with_the_one_before():
     torch.testing.assert_close(second.values(0), first.values(0) + 0.5, atol=0.7, rtol=0.13)
     cold = smoothing.train([moved], 2, 4, 8, generator(4), [None])[0]
     assert not torch.allclose(cold.values(0), first.values(0) + 0.5, atol=0.7, rtol=0.13)
+
+
+def test_codebooks_of_a_cache_begin_with_those_before():
+    """K and V of frames that hold the same clusters keep the numbers of their centroids, whenever new ones are trained."""
+    tensor = TensorSettings(stages=1, centroids=4)
+    settings = QVGSettings(key=tensor, value=tensor, sink_frames=0, recent_frames=0, epoch_frames=1, iterations=8)
+    cache = KVCache(settings, layers=1, heads=2, head_dim=16, grid=(12, 12), dtype=torch.float32)
+    x = torch.stack([clustered(144, seed=seed)[0] for seed in (0, 7)])[:, None]
+    for number in range(4):
+        cache.layers[0].append(*(x + 0.02 * noise(*x.shape, seed=20 + number)), 1)
+    first, *others = {id(entry.books[0]): entry.books for entry in cache.layers[0].entries}.values()
+    assert others
+    for books in others:
+        for old, new in zip(first, books):
+            torch.testing.assert_close(new.values(0), old.values(0), atol=1.0, rtol=0.13)
 
 
 def test_a_codebook_of_another_size_begins_anew():
