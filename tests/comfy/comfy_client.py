@@ -18,8 +18,6 @@ import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import aiohttp
-
 PREVIEW, TEXT, PREVIEW_WITH_METADATA = 1, 3, 4
 
 
@@ -150,6 +148,8 @@ class ComfyClient:
         return json.loads(text) if text else None
 
     async def _listen(self) -> None:
+        import aiohttp  # one of ComfyUI's requirements: where they are missing, this module is imported all the same
+
         self._listener = asyncio.current_task()
         try:
             async with aiohttp.ClientSession() as session:
@@ -157,7 +157,7 @@ class ComfyClient:
         except asyncio.CancelledError:
             pass
 
-    async def _collect(self, session: aiohttp.ClientSession) -> None:
+    async def _collect(self, session) -> None:
         async with session.ws_connect(f"{self.url}/ws?clientId={self.client_id}", max_msg_size=0) as socket:
             await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
             async for raw in socket:
@@ -171,11 +171,14 @@ class ComfyClient:
                         self._connected.set()
 
 
-def _decode(raw: aiohttp.WSMessage) -> Message | None:
-    if raw.type == aiohttp.WSMsgType.TEXT:
+def _decode(raw) -> Message | None:
+    """raw: an aiohttp.WSMessage. None: it is of a kind that ComfyUI does not send."""
+    from aiohttp import WSMsgType
+
+    if raw.type == WSMsgType.TEXT:
         message = json.loads(raw.data)
         return Message(message["type"], message.get("data") or {})
-    if raw.type != aiohttp.WSMsgType.BINARY:
+    if raw.type != WSMsgType.BINARY:
         return None
     (kind,) = struct.unpack(">I", raw.data[:4])
     if kind == TEXT:

@@ -3,20 +3,22 @@
 `comfy` is a client of one server for the whole session, `comfy_server` the server itself; `start_comfy` starts
 further ones with flags of their own; `page` is the frontend in chromium, opened on the session's server. Where
 ComfyUI or chromium is missing these tests are skipped, and the summary says so in red: a green run without them is
-not a full run.
+not a full run. It also says which version ran, and which others are here and did not.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from comfy_browser import open_browser, open_page
-from comfy_paths import SHIMS, find_comfyui, missing_browser, missing_comfyui
+from comfy_paths import SHIMS, find_comfyui, missing_browser, missing_comfyui, other_comfyuis, version
 
-_not_run: dict[str, int] = {}  # reason -> how many tests
+NOT_RUN = "not run"  # the user property that says why
 
 
 def pytest_itemcollected(item):
@@ -28,7 +30,8 @@ def pytest_runtest_setup(item):
     if not reason and "browser" in item.fixturenames:
         reason = missing_browser()
     if reason:
-        _not_run[reason] = _not_run.get(reason, 0) + 1
+        # a property travels with the report, also from a worker of pytest-xdist
+        item.user_properties.append((NOT_RUN, reason))
         pytest.skip(reason)
 
 
@@ -36,10 +39,20 @@ def pytest_runtest_setup(item):
 def pytest_terminal_summary(terminalreporter):
     """Below everything else that the summary says."""
     result = yield
-    for reason, count in _not_run.items():
+    reports = [report for kind in ("passed", "failed", "skipped") for report in terminalreporter.stats.get(kind, ())]
+    reasons = Counter(value for report in reports for name, value in getattr(report, "user_properties", ()) if name == NOT_RUN)
+    for reason, count in reasons.items():
         noun = "test" if count == 1 else "tests"
         terminalreporter.write_line(f"NOT RUN: {count} real-ComfyUI {noun}: {reason}", red=True, bold=True)
+    if not missing_comfyui():
+        terminalreporter.write_line(f"real ComfyUI: {version(find_comfyui())} at {find_comfyui()}, frontend {frontend_version()}")
+        for reason in other_comfyuis():
+            terminalreporter.write_line(f"NOT RUN: {reason}", red=True, bold=True)
     return result
+
+
+def frontend_version() -> str:
+    return importlib.metadata.version("comfyui-frontend-package")
 
 
 @pytest.fixture(scope="session")

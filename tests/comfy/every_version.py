@@ -1,0 +1,33 @@
+"""Run the tests inside ComfyUI on every checkout that is here (comfy_paths.py says which), one after the other.
+
+    python tests/comfy/install_requirements.py
+    python tests/comfy/every_version.py [arguments of pytest]
+
+Each run is a pytest of its own, by the Python that has that ComfyUI's requirements, because one process can import
+only one ComfyUI. Ends with the first status that is not 0, after all have run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from comfy_paths import REPOSITORY, checkouts, version
+from install_requirements import environment_python
+
+
+def main(arguments: list[str]) -> int:
+    statuses = []
+    for root in checkouts() or [None]:
+        environment, python = dict(os.environ), sys.executable
+        if root is not None:
+            environment["COMFYUI_PATH"], python = str(root), environment_python(root)
+            print(f"\nComfyUI {version(root)}, {root}", flush=True)
+        command = [python, "-m", "pytest", "-m", "comfyui", "tests/comfy", *arguments]
+        statuses.append(subprocess.run(command, cwd=REPOSITORY, env=environment).returncode)
+    return next(filter(None, statuses), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
