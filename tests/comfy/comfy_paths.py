@@ -98,7 +98,7 @@ def other_comfyuis() -> list[str]:
 
 def _lacks(root: Path, what_to_do: str) -> str:
     lacking = unmet(root)
-    named = ", ".join(lacking[:6]) + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
+    named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
     return f"{sys.executable} lacks what ComfyUI {version(root)} at {root} asks for, {named}: {what_to_do}"
 
 

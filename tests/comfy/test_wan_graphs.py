@@ -79,7 +79,7 @@ def exact(graph):
 
 
 @pytest.mark.parametrize("order", ["quantize first", "quantize last"])
-@pytest.mark.parametrize("extra", [{"lora": 1.0}, {"image": True}])
+@pytest.mark.parametrize("extra", [{"lora": 1.0}, {"image": True}, {"image": True, "block": 1}])
 def test_lora_and_start_image_on_either_side(comfy, extra, order):
     core, _ = run(comfy, build(preset=None, **extra))
     ours, _ = run(comfy, exact(build(order=order, **extra)))
