@@ -273,9 +273,13 @@ def run_key(model, positive, negative, start, settings: list) -> str:
 
 
 def _numbers(patch) -> list[float]:
-    """A few numbers of a weight patch, to tell LoRAs apart."""
-    weights = getattr(patch, "weights", None) or [None]
-    return weights[0].flatten()[:8].tolist() if isinstance(weights[0], torch.Tensor) else []
+    """A few numbers of a weight patch, to tell LoRAs apart: of the first tensor in it."""
+    inside = getattr(patch, "weights", patch)
+    if isinstance(inside, torch.Tensor):
+        return inside.flatten()[:8].tolist()
+    if not isinstance(inside, list | tuple):
+        return []
+    return next((numbers for numbers in map(_numbers, inside) if numbers), [])
 
 
 def open_file(prefix: str, key: str | None, width: int, height: int) -> tuple[SegmentFile, ui.SavedResult]:

@@ -10,9 +10,10 @@ with whatever stands beside a weight (biases, the scales of quantized files). `q
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # words that wrappers of modules put anywhere into a name
@@ -113,7 +114,7 @@ def find_network(content: Mapping) -> Found:
     Averaged weights are preferred, then a generator. Where there is no video network all tensors of the largest dict are given, with
     the usual words taken off, for the caller to say what they are. Raises ValueError when several networks are equally good.
     """
-    tensors = list(_tensors(content))
+    tensors = list(tensors_in(content))
     parts: dict[tuple, set[str]] = {}
     for path, name, _ in tensors:
         match = NETWORK.match(name)
@@ -139,17 +140,27 @@ def plain(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 
-def _tensors(content: Mapping) -> Iterator[tuple[tuple[str, ...], str, Tensor]]:
-    """(names of the dicts around it, plain name, tensor) of every tensor; a dict is entered once, and not deeper than DEPTH."""
+def tensors_in(content: Mapping, numbers: bool = False) -> Iterator[tuple[tuple[str, ...], str, Tensor]]:
+    """(names of the dicts around it, plain name, tensor) of every tensor, with `numbers` of every plain number, too.
+
+    A dict is entered once, and not deeper than DEPTH.
+    """
     waiting, seen = [((), content)], {id(content)}
     while waiting:
         path, inside = waiting.pop()
         for key, value in inside.items():
             if isinstance(value, Tensor) and isinstance(key, str):
                 yield path, plain(key), value
+            elif numbers and isinstance(value, int | float) and isinstance(key, str):
+                yield path, plain(key), torch.tensor(value)
             elif isinstance(value, Mapping) and id(value) not in seen and len(path) < DEPTH:
                 seen.add(id(value))
                 waiting.append(((*path, str(key)), value))
+
+
+def judges(words: Iterable[str]) -> bool:
+    """Whether words on the way to a network say that it judges or teaches, and does not sample."""
+    return any(other in word for word in words for other in OTHERS)
 
 
 def _words(place: tuple[tuple[str, ...], str]) -> list[str]:
@@ -160,7 +171,7 @@ def _words(place: tuple[tuple[str, ...], str]) -> list[str]:
 def _rank(place: tuple[tuple[str, ...], str]) -> int:
     """How likely this network is the one that samples; 0 is best."""
     words = _words(place)
-    if any(other in word for word in words for other in OTHERS):
+    if judges(words):
         return len(CONTAINERS) + 2
     if any("ema" in word.split("_") for word in words):
         return 0

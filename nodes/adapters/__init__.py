@@ -1,1 +1,3 @@
-"""How each model family's attention is made to read a quantized cache."""
+"""How each model family's attention is made to read a quantized cache, and how its LoRAs are named."""
+
+from . import lora as lora

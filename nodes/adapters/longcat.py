@@ -1,4 +1,4 @@
-"""LongCat-Video in ComfyUI: its model class, its LoRAs, and the given frames that a sampling run reads from a quantized cache.
+"""LongCat-Video in ComfyUI: its model class, and the given frames that a sampling run reads from a quantized cache.
 
 ComfyUI does not know this network, so the classes that it would look up are made here and handed to its own machinery; latent format
 and text encoder are those of Wan 2.1. Sampling is ComfyUI's: any sampler makes the new frames, and the MODEL that `continue_from` returns
@@ -16,7 +16,6 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
-import comfy.weight_adapter
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -29,7 +28,6 @@ from ...qvg.chart import format_bytes
 from ...qvg.context import context_settings, forecast_context
 from ...qvg.models.longcat import LongCat, LongCatSizes
 from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
-from ...qvg.names import official_name
 from ...qvg.settings import PRESETS, QVGSettings
 from ..run_log import ATTACHMENT, RunLog
 
@@ -100,39 +98,6 @@ def load(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None, disab
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.set_model_sampler_cfg_function(lambda args: cfg_zero(args["cond"], args["uncond"], args["cond_scale"]))
     return patcher
-
-
-class OfficialLoRA(comfy.weight_adapter.LoRAAdapter):
-    """LoRA files as LongCat-Video publishes them: names joined by hyphen words, one ladder for fused layers, and their own scale."""
-
-    HYPHEN = "___lorahyphen___"
-
-    @classmethod
-    def load(cls, x, lora, alpha, dora_scale, loaded_keys=None):
-        name = x.removeprefix("diffusion_model.")
-        if name == x:
-            return None
-        fused, place, count = official_name(name + ".")
-        prefix = cls.HYPHEN.join(["lora", *fused.rstrip(".").split(".")])
-        down = lora.get(f"{prefix}.lora_down.weight")
-        if down is None:
-            return None
-        keys = {f"{prefix}.lora_down.weight", f"{prefix}.alpha_scale"}
-        ladder = f"{prefix}.lora_up.blocks.{place}.weight"
-        if ladder in lora:
-            up, down = lora[ladder], down.chunk(count)[place]
-            keys.add(ladder)
-        else:
-            up = lora[f"{prefix}.lora_up.weight"].chunk(count)[place]
-            keys.add(f"{prefix}.lora_up.weight")
-        # core divides by the rank; this file's scale is already divided
-        scale = lora.get(f"{prefix}.alpha_scale")
-        rank = down.shape[0]
-        return cls(keys & lora.keys(), (up, down, rank if scale is None else float(scale) * rank, None, None, None))
-
-
-# core asks every adapter of this list whether it knows a LoRA's keys
-comfy.weight_adapter.adapters.append(OfficialLoRA)
 
 
 class Given:
