@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..qvg import planes
 from ..qvg.codec import PaperSpan, PlainSpan, PlaneSpan
-from ..qvg.dispatch import Unsupported, before_launch
+from ..qvg.dispatch import Unsupported, before_launch, launching
 from .halves import pair
 from .octets import (
     bfloat16_octet,
@@ -382,7 +382,7 @@ class Reader:
         self._halves = computes_in_halves(self._platform, self._major, dtype)
         self._rows: dict[int, Row] = {}
         self._places: list[tuple[int, int, int]] | None = None
-        self._launches: list[tuple[Kind, Tiling, int, int, int]] = []
+        self._launches: list[tuple[tuple, Kind, Tiling, int, int, int]] = []
 
     def _row(self, span) -> Row | None:
         row = self._rows.get(id(span))
@@ -411,8 +411,9 @@ class Reader:
         before = 0
         for kind, same in kinds.items():
             tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major, self._halves and kind.code == PLANES.value)
-            before_launch("decode", kind, self._head_dim, self._dtype, self._device)
-            self._launches.append((kind, tile, before, len(same), tile.share(max(columns[FRAMES.value] for columns, _ in same))))
+            variant = "decode", kind, self._head_dim, self._dtype, self._device
+            before_launch(*variant)
+            self._launches.append((variant, kind, tile, before, len(same), tile.share(max(columns[FRAMES.value] for columns, _ in same))))
             before += len(same)
         if jobs:
             self._jobs = self._send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64))
@@ -431,7 +432,8 @@ class Reader:
         batch, _, count, _ = keys.shape
         native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
         height, width = self._rope.grid
-        for kind, tile, first, spans, share in self._launches:
+        for variant, kind, tile, first, spans, share in self._launches:
+            launching(*variant)
             decode_kernel[(triton.cdiv(height * width, share * tile.tokens), count, spans * batch)](
                 self._jobs, self._levels, self._angles.pairs if tile.halves else self._angles.table, keys, values,
                 first, heads.start, all_heads, batch, *keys.stride()[:3],
@@ -449,7 +451,12 @@ def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> N
     if layer.reader is None:
         layer.reader = Reader(owner.rope, owner.geometry.head_dim, keys.dtype, keys.device, owner.angles)
     layer.reader.update([(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in layer.present()])
-    layer.reader(heads, owner.geometry.heads, keys, values)
+    try:
+        layer.reader(heads, owner.geometry.heads, keys, values)
+    except BaseException:
+        # what failed may be one of several kinds, of which the next read is to ask again
+        layer.reader = None
+        raise
 
 
 def computes_in_halves(name: str, major: int, dtype: torch.dtype) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..qvg import planes
 from ..qvg.codec import PlaneSpan
-from ..qvg.dispatch import before_launch
+from ..qvg.dispatch import GIVE_UP, before_launch, note
+from ..qvg.memory import ran_out
 from ..qvg.smoothing import Codebook
 from .assign import PREPARED, nearest, prepare, prepared
 from .octets import e4m3_octet, float32_octet, octets, tile_of
@@ -34,8 +35,9 @@ from .tiles import (
 MAX_BORDERS = 2 ** (planes.MAX_PLANES - 1) - 1
 # scales that a program looks at together
 SCALES = 2048
-# why Hopper's kernel does not run on a device of that kind
-_hopper_failures: dict[torch.device, str] = {}
+ON_HOPPER = "encode on Hopper"
+# what Hopper's kernel said when it failed, by what it was compiled for and by the shapes of the call
+_hopper_failures: dict[tuple, dict[tuple, str]] = {}
 
 
 def encode_warps(product: Product, head_dim: int, major: int) -> int:
@@ -226,25 +228,36 @@ def borders_and_planes(spans: list[PlaneSpan]) -> list[float | Tensor]:
 
 def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
     """Whether the kernel for such GPUs has encoded tensors to the spans made for them. What failed is not tried again."""
-    x, book = xs[0], spans[0].codebook
+    x, first = xs[0], spans[0]
     # that kernel reads two channels at once
     odd = x.stride(0) % 2 or x.stride(1) % 2 or any(tensor.data_ptr() % 4 for tensor in xs)
-    if major(x.device) != 9 or x.dtype != torch.bfloat16 or odd or x.device in _hopper_failures:
+    if major(x.device) != 9 or x.dtype != torch.bfloat16 or odd:
+        return False
+    failed = _hopper_failures.get(_compiled_for(first), {})
+    reason = failed.get(x.shape) or (len(failed) >= GIVE_UP and next(iter(failed.values())))
+    if reason:
+        note(ON_HOPPER, reason)
         return False
     try:
         from . import hopper
 
-        cut = hopper.Cut.of(spans[0].bits, book.stages, book.centroids.shape[2], x.shape[2])
+        cut = hopper.Cut.of(first.bits, first.codebook.stages, first.codebook.centroids.shape[2], x.shape[2])
         if cut is not None:
             hopper.launch(cut, spans, xs)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if ran_out(error):
+            raise
         # a Triton without Gluon, or with another one; the kernel for any GPU asks for less
-        _hopper_failures[x.device] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        logging.warning("QVG: tokens are encoded by the kernel for any GPU from here on: %s", _hopper_failures[x.device])
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        _hopper_failures.setdefault(_compiled_for(first), {})[x.shape] = reason
+        logging.warning("QVG: %s tokens in %s heads are encoded by the kernel for any GPU from here on: %s", *x.shape[:2], reason)
+        note(ON_HOPPER, reason)
         return False
     return cut is not None
+
+
+def _compiled_for(span: PlaneSpan) -> tuple:
+    return span.scales.device, span.bits, span.scales.shape[2], span.codebook.centroids.shape
 
 
 def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs: Tensor) -> list[PlaneSpan]:

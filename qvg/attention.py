@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import dispatch
 from .cache import KVCache, LayerCache
 from .rope import turn_chunk
 
@@ -58,6 +59,10 @@ class CachedAttention:
         return cos[:, None], sin[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with dispatch.recording(self.cache.calls):
+            return self._pass(layer, q, k, v)
+
+    def _pass(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         history = self.cache.layers[layer]
         past, workspace = history.tokens, self.cache.workspace
         if not past:

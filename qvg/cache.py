@@ -10,7 +10,7 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class CacheStats:
     stored_bytes: spans and codebooks; peak_bytes: the most that stored bytes and workspace were together so far; bf16_bytes: what all
     frames seen so far take at two bytes a number. held_frames: latent frames still in the cache. by_bits: stored bytes without codebooks,
     by the bits in which their numbers are held. host_bytes: what offloaded spans take in host memory; they are part of stored_bytes, while
-    peak_bytes is of the device.
+    peak_bytes is of the device. backends: what did each op so far, and why not something faster; see `dispatch.summary`.
     """
 
     frames: int
@@ -52,6 +52,7 @@ class CacheStats:
     by_layer: tuple[int, ...]
     by_bits: dict[int, int]
     host_bytes: int = 0
+    backends: dict[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -74,7 +75,8 @@ class CacheStats:
                   for name in ("numbers", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes")}
         return replace(first, **counts, by_kind={kind: sum(part.by_kind[kind] for part in parts) for kind in first.by_kind},
                        by_layer=tuple(map(sum, zip(*(part.by_layer for part in parts)))),
-                       by_bits=dict(sum((Counter(part.by_bits) for part in parts), Counter())))
+                       by_bits=dict(sum((Counter(part.by_bits) for part in parts), Counter())),
+                       backends={op: said for part in parts for op, said in part.backends.items()})
 
     def as_dict(self) -> dict:
         return asdict(self) | {"ratio": self.ratio, "peak_ratio": self.peak_ratio, "bits_per_number": self.bits_per_number}
@@ -356,6 +358,7 @@ class KVCache:
         self.host = HostStore(device, self._staging) if settings.offload else None
         self.layers = [LayerCache(self, number) for number in range(layers)]
         self.peak_bytes = 0
+        self.calls: dispatch.Calls = {}
         self._held: dict[int, int] = {}  # bytes of each layer as counted last
 
     @property
@@ -417,12 +420,13 @@ class KVCache:
             numbers=self.geometry.bf16_bytes(held) // 2, stored_bytes=sum(by_kind.values()),
             workspace_bytes=self.workspace.nbytes, peak_bytes=self.peak_bytes, bf16_bytes=self.geometry.bf16_bytes(self.frames),
             by_kind=by_kind, by_layer=tuple(sum(layer.values()) for layer in layers), by_bits=dict(sorted(by_bits.items())),
-            host_bytes=sum(layer.host_bytes for layer in self.layers))
+            host_bytes=sum(layer.host_bytes for layer in self.layers), backends=dispatch.summary(self.calls))
 
     def free(self) -> None:
         """Give all memory back; the cache is empty and can be used again."""
         self.workspace.free()
         self._held.clear()
+        self.calls.clear()
         self.layers = [LayerCache(self, number) for number in range(self.geometry.layers)]
         if self.host is not None:
             self.host.close()

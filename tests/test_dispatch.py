@@ -85,17 +85,149 @@ def broken_kernel(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"assign": fail}, ""))
+    install(monkeypatch, fail)
+
+
+def install(monkeypatch, assign):
+    """A kernel on this device, in a process where none has failed yet."""
+    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"assign": assign}, ""))
     monkeypatch.setattr(dispatch, "_interprets", lambda: True)
+    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(dispatch, "_failures", {})
 
 
-def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel, monkeypatch):
+def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel):
     with dispatch.force("triton"), pytest.raises(RuntimeError, match="C compiler"):
         smoothing.assign(X, TABLE)
-    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
     assert smoothing.assign(X, TABLE).shape == (2, 30)
     assert "C compiler" in dispatch.refusal("assign", "cpu")
+
+
+class Kernel:
+    """Assigns as the twin does, for one variant a number of channels. fails: whether it does at these tokens."""
+
+    def __init__(self, fails):
+        self.fails, self.tried = fails, []
+
+    def __call__(self, x, centroids):
+        dispatch.before_launch("assign", x.shape[-1])
+        self.tried.append(x.shape)
+        if self.fails(x):
+            raise RuntimeError("Triton Error [CUDA]: misaligned address")
+        return smoothing._assign(x, centroids)
+
+
+def assigned(tokens: int, dim: int = 64) -> None:
+    x = torch.randn(2, tokens, dim)
+    assert torch.equal(smoothing.assign(x, x[:, :5]), smoothing._assign(x, x[:, :5]))
+
+
+def test_a_failed_launch_leaves_other_shapes_to_the_kernel(monkeypatch, caplog):
+    kernel, calls = Kernel(lambda x: x.shape[1] == 30), {}
+    install(monkeypatch, kernel)
+    with dispatch.recording(calls):
+        for tokens in (30, 30, 31, 30, 32):
+            assigned(tokens)
+    assert [shape[1] for shape in kernel.tried] == [30, 31, 32], "what failed is not tried again at the same shapes, and at no others"
+    assert dispatch.summary(calls) == {
+        "assign": "triton; 3 of 5 calls in torch (the Triton kernel failed (RuntimeError: Triton Error [CUDA]: misaligned address))"}
+    assert len(caplog.records) == 1 and "misaligned address" in caplog.text
+
+
+def test_a_kernel_that_fails_at_every_shape_is_given_up_for_its_variant_alone(monkeypatch):
+    """A compiler that fails takes seconds each time; another head dim is compiled anew."""
+    kernel = Kernel(lambda x: x.shape[-1] == 64)
+    install(monkeypatch, kernel)
+    for tokens in range(30, 40):
+        assigned(tokens)
+        assigned(tokens, 128)
+    assert sum(shape[-1] == 64 and shape[1] < 30 + dispatch.GIVE_UP for shape in kernel.tried) == dispatch.GIVE_UP
+    assert sum(shape[-1] == 128 for shape in kernel.tried) == 10
+    calls = {}
+    with dispatch.recording(calls):
+        assigned(50)
+    assert "misaligned address" in dispatch.summary(calls)["assign"]
+
+
+def test_a_launch_without_memory_is_no_failure_of_the_kernel(monkeypatch):
+    """Who asked gives something up and asks again, as where torch's own allocator finds no room."""
+    def full(x, centroids):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    install(monkeypatch, full)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        smoothing.assign(X, TABLE)
+    assert not dispatch.refusal("assign", "cpu")
+
+
+@pytest.mark.parametrize("error", [KeyError("a listener of the progress text"), KeyboardInterrupt()])
+def test_what_a_listener_raises_is_no_failure_of_the_kernel(monkeypatch, error):
+    """It reaches whoever listens, as an interrupt must, and the kernel is used afterwards."""
+    def listener(sentence):
+        raise error
+
+    kernel, calls = Kernel(lambda x: False), {}
+    install(monkeypatch, kernel)
+    monkeypatch.setattr(dispatch, "_launched", set())
+    with dispatch.on_compile(listener), pytest.raises(type(error)) as raised:
+        smoothing.assign(X, TABLE)
+    assert raised.value is error and not dispatch.refusal("assign", "cpu")
+    said = []
+    with dispatch.on_compile(said.append), dispatch.recording(calls):
+        assigned(30)
+    assert dispatch.summary(calls) == {"assign": "triton"}
+    assert said == [TOLD.format("assign"), ""], "it was not compiled then, so it is told of now"
+
+
+def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
+    """Of several launches of a read the one that failed counts, not the one prepared last; reads of other kinds go on with the kernel."""
+    ops = pytest.importorskip("comfyui_qvg.kernels.ops")
+    from comfyui_qvg.kernels import decode
+
+    monkeypatch.setattr(dispatch, "_failures", {})
+    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
+    real = decode.decode_kernel
+
+    class Broken:
+        def __getitem__(self, grid):
+            def launch(*arguments, **meta):
+                if meta["BITS"] == 4:
+                    raise RuntimeError("out of registers")
+                return real[grid](*arguments, **meta)
+            return launch
+
+    monkeypatch.setattr(decode, "decode_kernel", Broken())
+    assert ops.OPS["decode"] is decode.read
+    settings = replace(PRESETS["balanced"], sink_frames=1, sink_bits=4, recent_frames=0)
+    found = []
+    for chosen in (settings, replace(settings, sink_frames=0)):
+        cache = KVCache(chosen, layers=1, heads=1, head_dim=64, grid=(2, 2), device=DEVICE, dtype=torch.float32, chunk_frames=1)
+        for frame in range(3 + dispatch.GIVE_UP):
+            q, k, v = torch.randn(3, 1, 4, 1, 64, device=DEVICE)
+            CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
+        found.append(cache.stats().backends["decode"])
+    assert found[0].startswith("torch (") and "out of registers" in found[0]
+    assert found[1] == "triton"
+    assert {launch[2].bits for launch in dispatch._failures} == {4}
+
+
+def test_the_bytes_of_a_cache_come_with_its_backends_and_their_reasons():
+    """Heads of 48 channels have no kernel: who looks at a run's report sees it there, on a GPU and where the interpreter stands for one."""
+    pytest.importorskip("triton")
+    found = {}
+    for dim in (48, 64):
+        settings = PRESETS["balanced"].both(group=16)
+        cache = KVCache(settings, layers=1, heads=1, head_dim=dim, grid=(2, 2), device=DEVICE, dtype=torch.float32)
+        for frame in range(2):
+            q, k, v = torch.randn(3, 1, 4, 1, dim, device=DEVICE)
+            CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
+        found[dim] = cache.stats().as_dict()["backends"]
+        cache.free()
+        assert not cache.stats().backends
+    assert set(found[48]) >= {"encode", "decode", "turn"}
+    why = "heads of 48 channels" if DEVICE == "cuda" else "need a CUDA or ROCm device, not cpu"
+    assert all(said.startswith("torch (") and why in said for said in found[48].values())
+    assert DEVICE == "cpu" or set(found[64].values()) == {"triton"}
 
 
 @pytest.fixture
@@ -153,8 +285,7 @@ def test_a_kernel_that_fails_is_no_longer_told_of(fresh, broken_kernel, monkeypa
         dispatch.before_launch("assign")
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"assign": fail}, ""))
-    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
+    install(monkeypatch, fail)
     said = []
     with dispatch.on_compile(said.append):
         assert smoothing.assign(X, TABLE).shape == smoothing.assign(X, TABLE).shape == (2, 30)
