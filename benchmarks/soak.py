@@ -103,7 +103,8 @@ def flat(model: str, chunks: int, steps: int, budget_mib: float, settled: int) -
 def work(model: str, folder: Path, chunks: int, steps: int) -> None:
     """One process of `kill`: begin, or go on where the last one was killed."""
     network, vae, embed, latent = MODELS[model]()
-    todo, session = job(folder, latent, chunks, steps, 64), None
+    # killed before its first checkpoint, it begins anew
+    todo, session = replace(job(folder, latent, chunks, steps, 64), overwrite=True), None
     if todo.session.is_file():
         session = storage.load(todo.session)
         todo = resumed(session, todo.out)
@@ -114,7 +115,7 @@ def work(model: str, folder: Path, chunks: int, steps: int) -> None:
 
 def kill(model: str, chunks: int, steps: int, times: int, seed: int) -> dict:
     """Kill a run until it has been killed `times` times, then let it finish; what came out of it against an undisturbed run."""
-    draw, killed, unreadable, began = random.Random(seed), 0, 0, time.monotonic()
+    draw, killed, unreadable, orphans, began = random.Random(seed), 0, 0, [], time.monotonic()
     with tempfile.TemporaryDirectory() as top:
         folders = [Path(top) / name for name in ("whole", "killed")]
         for folder in folders:
@@ -135,11 +136,13 @@ def kill(model: str, chunks: int, steps: int, times: int, seed: int) -> dict:
                 unreadable += not _readable(folders[1])
             else:
                 results.append(_result(folders[1]))
+                orphans += sorted({path.name for path in folders[1].iterdir()} - {path.name for path in folders[0].iterdir()})
                 for file in folders[1].iterdir():
                     file.unlink()
         equal = all(result == _result(folders[0]) for result in results)
     return {"model": model, "chunks": chunks, "steps": steps, "torch": torch.__version__, "killed": killed,
-            "finished_runs": len(results), "equal": equal, "unreadable_files": unreadable, "seconds": round(time.monotonic() - began, 1)}
+            "finished_runs": len(results), "equal": equal, "unreadable_files": unreadable, "orphans": orphans,
+            "seconds": round(time.monotonic() - began, 1)}
 
 
 def _command(model: str, folder: Path, chunks: int, steps: int) -> list[str]:
@@ -183,7 +186,7 @@ def main(options: list[str] | None = None) -> int:
         good = found["growth_percent"] < 1 and found["cache_peak"] <= found["budget"] and found["frames"] == found["expected_frames"]
     else:
         found = kill(chosen.model, chosen.chunks or 30, chosen.steps, chosen.times, chosen.seed)
-        good = found["equal"] and not found["unreadable_files"]
+        good = found["equal"] and not found["unreadable_files"] and not found["orphans"]
     print(json.dumps(found | {"cpu": os.uname().machine, "good": good}, indent=1))
     return 0 if good else 1
 

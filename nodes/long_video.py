@@ -11,6 +11,8 @@ SAMPLER.
 
 from __future__ import annotations
 
+import logging
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import comfy.model_management
@@ -116,30 +118,56 @@ class ARSampler(comfy.samplers.Sampler):
         return start.expand(x.shape[0], *start.shape[1:]) if start.shape[0] == 1 else start
 
     def _run(self, sampler: Sampler, base, callback, log, x) -> torch.Tensor:
-        options, video, meter = self.options, torch.zeros_like(x), Meter()
+        options, video, meter, done = self.options, torch.zeros_like(x), Meter(), 0
         if options.session is not None:
             made = _resume(options.session, sampler, base)
-            video[:, :, :made.shape[2]] = made
-        recorders = [part.open(sampler, base) for part in (options.save, options.stream) if part is not None]
+            done = made.shape[2]
+            video[:, :, :done] = made
+        recorders = self._opened(sampler, base)
         try:
-            for recorder in recorders if sampler.frames_done else ():
-                recorder.resume(video[:, :, :sampler.frames_done])
+            for recorder in recorders if done else ():
+                recorder.resume(video[:, :, :done])
             try:
                 for event in sampler:
+                    if isinstance(event, ChunkDone):
+                        # kept before anything else, which may fail
+                        done = event.first + event.latents.shape[2]
+                        video[:, :, event.first:done] = event.latents
                     self._tell(event, sampler, meter, callback, video)
                     if isinstance(event, ChunkDone):
-                        video[:, :, event.first:sampler.frames_done] = event.latents
                         if log is not None:
                             log.note(event.stats)
                         for recorder in recorders:
-                            recorder.chunk(event, video[:, :, :sampler.frames_done])
+                            self._record(recorder.chunk, event, video[:, :, :done])
             except comfy.model_management.InterruptProcessingException:
-                if not options.keep_partial or not sampler.frames_done:
+                if not options.keep_partial or not done:
                     raise
         finally:
+            with ExitStack() as stack:
+                for recorder in reversed(recorders):
+                    stack.callback(self._record, recorder.close, video[:, :, :done])
+        return video[:, :, :done]
+
+    def _opened(self, sampler: Sampler, base) -> list:
+        """What writes the video and the session. Raises ValueError where a place cannot be used."""
+        recorders = []
+        try:
+            for part in (self.options.save, self.options.stream):
+                if part is not None:
+                    recorders.append(part.open(sampler, base, self.options.session))
+        except BaseException:
             for recorder in recorders:
-                recorder.close(video[:, :, :sampler.frames_done])
-        return video[:, :, :sampler.frames_done]
+                recorder.release()
+            raise
+        return recorders
+
+    def _record(self, write, *what) -> None:
+        """A disk that refuses does not end the video, which is in memory."""
+        try:
+            write(*what)
+        except OSError as error:
+            logging.error("QVG: %s", error)
+            self._say(str(error))
 
     def _tell(self, event, sampler: Sampler, meter: Meter, callback, video) -> None:
         """Progress over all chunks and steps, a preview of the newest frames, and a line on the node."""

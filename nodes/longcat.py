@@ -12,24 +12,26 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import folder_paths
 import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
 from ..qvg import dispatch
+from ..qvg.files import InUse, Taken
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
 from ..qvg.segments import SegmentFile, Segments, SegmentSession, digest
 from .adapters import longcat
 from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType, model_name
+from .outputs import places
 from .run_log import send_text
 from .session import SavingSampler, SegmentSaver
 
@@ -53,7 +55,7 @@ class LongVideo:
     """Segments of one video. length, given_frames: video frames of a segment, and those of them that it continues. file: where the video
     goes as it grows, or None.
 
-    Raises ValueError where a segment would have nothing new, or a video that is decoded at its end should go into a file before.
+    Raises ValueError where a segment would have nothing new, or the size does not divide into tokens.
     """
 
     vae: object
@@ -67,6 +69,9 @@ class LongVideo:
     file: SegmentFile | None = None
 
     def __post_init__(self):
+        if self.width % 16 or self.height % 16:
+            raise ValueError(f"A video of {self.width} x {self.height} pixels does not divide into tokens of 16 x 16. Set width and height "
+                             f"to {max(1, self.width // 16) * 16} x {max(1, self.height // 16) * 16}.")
         if latent_frames(self.given_frames) >= latent_frames(self.length):
             raise ValueError(f"Segments of {self.length} frames that continue {self.given_frames} frames have nothing new in them; "
                              "raise length, or lower given_frames.")
@@ -200,6 +205,9 @@ class QVGLongCatContinue(io.ComfyNode):
         sampler, save = take_apart(sampler)
         if session is not None and not isinstance(session, SegmentSession):
             raise ValueError(f"{session.path.name} is a video of a causal model. Connect it to AR Video Sampler (QVG).")
+        if stream_to and carry != "pixels":
+            raise ValueError("stream_to writes frames as segments are done, but segments carried as latents are decoded at the end. Set "
+                             "carry to pixels, or leave stream_to empty.")
         shift = model.get_model_object("model_sampling").shift
         plain, tailed = (noise_levels(steps, distilled=schedule == "distilled", tail=tail, shift=shift) for tail in (False, fine_tail))
         # what starts from text or from one image has no tail
@@ -215,22 +223,7 @@ class QVGLongCatContinue(io.ComfyNode):
             name = model_name(model.model, model)
             if session is not None:
                 made = session.resume(name, made, segments, width // STRIDE, height // STRIDE)
-            saver = save and SegmentSaver(save, name, made)
-        done = made.done
-        if stream_to:
-            if carry != "pixels":
-                raise ValueError("stream_to writes frames as segments are done, but segments carried as latents are decoded at the end. "
-                                 "Set carry to pixels, or leave stream_to empty.")
-            # with a session, that is what a stopped run goes on from
-            key = None if save is not None or session is not None else run_key(model, positive, negative, images, [
-                width, height, length, given_frames, seed, cfg, schedule, [level.tolist() for level in (plain, tailed)]])
-            video.file, shown = open_file(stream_to, key, width, height)
-            done = max(done, video.file.done)
-            if done >= segments:
-                raise ValueError(f"{video.file.path.name} has {done} segments already. Raise segments to go on, or change "
-                                 "stream_to to begin anew.")
         progress = Progress(model, sum(map(len, levels)) - segments)
-        progress.done = sum(len(level) - 1 for level in levels[:done])
 
         def sample(segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
             if given is None:
@@ -246,11 +239,27 @@ class QVGLongCatContinue(io.ComfyNode):
                                     disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=own_seed)
             return samples.to(device)
 
-        images, latents = video.make(sample, start, made, saver)
-        if not stream_to:
-            return io.NodeOutput(images, {"samples": latents})
-        video.file.finish()
-        return io.NodeOutput(images, {"samples": latents}, ui=ui.PreviewVideo([shown]))
+        with ExitStack() as held:
+            if save is not None:
+                saver = SegmentSaver(save, name, made, session, segment_bytes(width, height, length, segments))
+                held.callback(saver.place.release)
+            done = made.done
+            if stream_to:
+                # with a session, that is what a stopped run goes on from
+                key = None if save is not None or session is not None else run_key(model, positive, negative, images, [
+                    width, height, length, given_frames, seed, cfg, schedule, [level.tolist() for level in (plain, tailed)]])
+                video.file, shown = open_file(stream_to, key, width, height)
+                held.callback(video.file.release)
+                done = max(done, video.file.done)
+                if done >= segments:
+                    raise ValueError(f"{video.file.path.name} has {done} segments already. Raise segments to go on, or change "
+                                     "stream_to to begin anew.")
+            progress.done = sum(len(level) - 1 for level in levels[:done])
+            images, latents = video.make(sample, start, made, saver)
+            if not stream_to:
+                return io.NodeOutput(images, {"samples": latents})
+            video.file.finish()
+            return io.NodeOutput(images, {"samples": latents}, ui=ui.PreviewVideo([shown]))
 
 
 def take_apart(sampler) -> tuple:
@@ -282,11 +291,23 @@ def _numbers(patch) -> list[float]:
     return next((numbers for numbers in map(_numbers, inside) if numbers), [])
 
 
+def segment_bytes(width: int, height: int, length: int, segments: int) -> int:
+    """About what a session of a whole video takes: the latents of its segments, in 4 bytes a number."""
+    return 4 * CHANNELS * latent_frames(length) * (width // STRIDE) * (height // STRIDE) * (segments + 1)
+
+
 def open_file(prefix: str, key: str | None, width: int, height: int) -> tuple[SegmentFile, ui.SavedResult]:
     """The unfinished video under this prefix that was made from the same, or a new one; and what the frontend shows of it."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory(), width, height)
-    path = (key and SegmentFile.find(folder, f"{glob.escape(name)}_*_.mp4", key)) or Path(folder) / f"{name}_{counter:05}_.mp4"
-    return SegmentFile(path, key, FRAME_RATE), ui.SavedResult(path.name, subfolder, io.FolderType.output)
+    numbered = places(prefix, ".mp4", width, height)
+    first, subfolder = next(numbered)
+    name = first.name.removesuffix("_.mp4").rpartition("_")[0]
+    unfinished = key and SegmentFile.find(first.parent, f"{glob.escape(name)}_*_.mp4", key)
+    for path in chain([unfinished] if unfinished else [], [first], (path for path, _ in numbered)):
+        try:
+            return SegmentFile(path, key, FRAME_RATE), ui.SavedResult(path.name, subfolder, io.FolderType.output)
+        except (Taken, InUse):
+            # another run has it
+            continue
 
 
 class Progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import comfy.samplers
@@ -17,6 +18,8 @@ from comfy_api.latest import io
 
 from ..qvg import segments, storage
 from ..qvg.file_names import relative
+from ..qvg.files import Lock, check_place, remove_parts
+from ..qvg.recorder import session_bytes
 from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType, model_name
 
@@ -44,30 +47,73 @@ class SaveTo:
     path: Path
     every: int
 
-    def open(self, sampler, base) -> Saver:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        return Saver(self, sampler, model_name(base))
+    def open(self, sampler, base, session) -> Saver:
+        shape = sampler.shape
+        latents = 4 * sampler.run.frames * shape[0] * shape[1] * shape[2] * shape[3]
+        return Saver(SessionPlace(self.path, session, session_bytes(sampler) + latents), self.every, sampler, model_name(base))
+
+
+class SessionPlace:
+    """The file of a session while a run saves there. Raises ValueError where it cannot be written or another run writes it.
+
+    session: the one that the run goes on from, or None. needed_bytes: about what the file will take.
+    A session of another video that has this name is not lost: the first save gives it a number.
+    """
+
+    def __init__(self, path: Path, session, needed_bytes: int):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_place(path, needed_bytes)
+        self.own = session is not None and session.path.resolve() == path.resolve()
+        self.lock = Lock(path)
+        remove_parts(path)
+
+    def save(self, write) -> None:
+        """Call `write` with the path. Raises OSError where the disk refuses; what was there is then there still."""
+        aside = None
+        if not self.own and self.path.exists():
+            aside = next(path for number in count(1) if not (path := self.path.with_stem(f"{self.path.stem} {number}")).exists())
+            self.path.rename(aside)
+        try:
+            write(self.path)
+        except BaseException:
+            if aside is not None:
+                aside.rename(self.path)
+            raise
+        self.own = True
+        if aside is not None:
+            logging.info("QVG: the session of another video, %s, is now %s", self.path.name, aside)
+
+    def release(self) -> None:
+        self.lock.release()
 
 
 class Saver:
-    def __init__(self, place: SaveTo, sampler, fingerprint: str):
-        self.place, self.sampler, self.fingerprint = place, sampler, fingerprint
-        self.saved_frames = 0
+    def __init__(self, place: SessionPlace, every: int, sampler, fingerprint: str):
+        self.place, self.every, self.sampler, self.fingerprint = place, every, sampler, fingerprint
+        given = 0 if sampler.start is None else sampler.start.shape[2]
+        self.saved_frames = max(given, sampler.frames_done)
 
     def resume(self, video) -> None:
-        self.saved_frames = video.shape[2]
+        """What the session that the run goes on from holds is saved already."""
 
     def chunk(self, event, video) -> None:
-        if event.chunk is not None and (event.chunk + 1) % self.place.every == 0:
+        if event.chunk is not None and (event.chunk + 1) % self.every == 0:
             self._save(video)
 
     def close(self, video) -> None:
-        given = 0 if self.sampler.start is None else self.sampler.start.shape[2]
-        if self.sampler.settled and self.sampler.frames_done > max(given, self.saved_frames):
-            self._save(video)
+        try:
+            # the sampler may count a chunk that an error kept from the video
+            if self.sampler.settled and self.sampler.frames_done == video.shape[2] > self.saved_frames:
+                self._save(video)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        self.place.release()
 
     def _save(self, video) -> None:
-        storage.save(self.place.path, self.sampler, fingerprint=self.fingerprint, latents=video)
+        self.place.save(lambda path: storage.save(path, self.sampler, fingerprint=self.fingerprint, latents=video))
         self.saved_frames = video.shape[2]
         logging.info("QVG: %d latent frames are saved in %s", self.saved_frames, self.place.path)
 
@@ -84,21 +130,33 @@ class SavingSampler(comfy.samplers.Sampler):
 
 
 class SegmentSaver:
-    """Writes a session of a video in segments. made: what is saved already."""
+    """Writes a session of a video in segments. made: what is saved already. needed_bytes: about what all segments will take.
+    Raises ValueError as `SessionPlace`."""
 
-    def __init__(self, place: SaveTo, fingerprint: str, made: segments.Segments):
-        place.path.parent.mkdir(parents=True, exist_ok=True)
-        self.place, self.fingerprint, self.saved = place, fingerprint, made.done
+    def __init__(self, save: SaveTo, fingerprint: str, made: segments.Segments, session, needed_bytes: int):
+        self.place, self.every = SessionPlace(save.path, session, needed_bytes), save.every
+        self.fingerprint, self.saved = fingerprint, made.done
 
     def segment(self, made: segments.Segments) -> None:
-        if made.done % self.place.every == 0:
-            self.close(made)
+        if made.done % self.every == 0:
+            self._save(made)
 
     def close(self, made: segments.Segments) -> None:
-        if made.done > self.saved:
-            made.save(self.place.path, self.fingerprint)
-            self.saved = made.done
-            logging.info("QVG: %d segments are saved in %s", made.done, self.place.path)
+        try:
+            if made.done > self.saved:
+                self._save(made)
+        finally:
+            self.place.release()
+
+    def _save(self, made: segments.Segments) -> None:
+        """A disk that refuses does not end the video."""
+        try:
+            self.place.save(lambda path: made.save(path, self.fingerprint))
+        except OSError as error:
+            logging.error("QVG: %s", error)
+            return
+        self.saved = made.done
+        logging.info("QVG: %d segments are saved in %s", made.done, self.place.path)
 
 
 class QVGSaveVideoSession(io.ComfyNode):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import comfy.model_management
@@ -15,7 +16,9 @@ import torch
 from comfy.ldm.wan.vae import WanVAE, count_cache_layers
 from comfy_api.latest import io
 
+from ..qvg.files import InUse, Taken
 from ..qvg.stream import VideoWriter, to_bytes
+from .outputs import SIZES, check_prefix, places
 from .session import own
 
 AT_A_TIME = 12  # latent frames between cuts, of a video that is there already
@@ -56,24 +59,53 @@ class CoreDecoder:
         return vae.first_stage_model.decoder(z, feat_cache=self.memory, feat_idx=[0])
 
 
+# node id -> the path that its latest execution announced, so that two nodes of a graph announce two
+_announced: dict[str, Path] = {}
+
+
+def announce(prefix: str, ending: str, node_id: str | None) -> Path | None:
+    """Where the next video of a node will go, unless another takes that place; None where the name depends on the video's size."""
+    if any(token in prefix for token in SIZES):
+        check_prefix(prefix)
+        return None
+    others = {path for node, path in _announced.items() if node != node_id}
+    path = next(path for path, _ in places(prefix, ending) if path not in others)
+    if node_id is not None:
+        _announced[node_id] = path
+    return path
+
+
 @dataclass(frozen=True)
 class StreamTo:
-    """Part of an `ARSampler`."""
+    """Part of an `ARSampler`. The file is chosen when sampling starts, because ComfyUI runs a sampler again without the nodes before it.
+
+    announced: where it goes if nothing is there."""
 
     vae: object
-    path: Path
+    prefix: str
+    ending: str
     frame_rate: int
+    announced: Path | None
 
-    def open(self, sampler, base) -> Streamer:
-        return Streamer(self, base)
+    def open(self, sampler, base, session) -> Streamer:
+        return Streamer(self, base, self._writer(*sampler.shape[2:]))
+
+    def _writer(self, rows: int, columns: int) -> VideoWriter:
+        pixels = self.vae.spacial_compression_decode()
+        numbered = (path for path, _ in places(self.prefix, self.ending, columns * pixels, rows * pixels))
+        for path in chain([self.announced] if self.announced else [], numbered):
+            try:
+                return VideoWriter(path, self.frame_rate)
+            except (Taken, InUse):
+                continue
 
 
 class Streamer:
-    def __init__(self, place: StreamTo, base):
-        self.base, self.place = base, place
+    def __init__(self, place: StreamTo, base, writer: VideoWriter):
+        self.base, self.writer = base, writer
         self.decode = CoreDecoder(place.vae, base.current_patcher)
-        self.writer = VideoWriter(place.path, place.frame_rate)
         self.done = 0
+        logging.info("QVG: the video grows in %s", writer.path)
 
     def resume(self, video) -> None:
         for first in range(0, video.shape[2], AT_A_TIME):
@@ -83,16 +115,22 @@ class Streamer:
         self._write(video)
 
     def close(self, video) -> None:
-        # an interrupt may have come between a chunk and its frames
-        self._write(video, last=True)
-        self.writer.close()
-        logging.info("QVG: %d frames are in %s", self.writer.frames, self.place.path)
+        try:
+            # an interrupt may have come between a chunk and its frames
+            self._write(video, last=True)
+        finally:
+            self.writer.close()
+            logging.info("QVG: %d frames are in %s", self.writer.frames, self.writer.path)
+
+    def release(self) -> None:
+        self.writer.release()
 
     def _write(self, video, last: bool = False) -> None:
         """Bring the file up to the end of the latents [B, C, F, H, W]; of a batch, the first video."""
         new, self.done = video[:1, :, self.done:], video.shape[2]
         for part in self.decode(self.base.process_latent_out(new), last):
             self.writer.write(to_bytes(part[0]))
+        # where the disk refuses, the writer keeps the frames for the next time
         self.writer.cut()
 
 
@@ -113,7 +151,8 @@ class QVGStreamVideo(io.ComfyNode):
                 io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second: 16 for Wan 2.1."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, writing."),
-                     io.String.Output(display_name="path", tooltip="The file that grows.")])
+                     io.String.Output(display_name="path", tooltip="The file that grows.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, sampler, vae, filename_prefix, format, frame_rate) -> io.NodeOutput:
@@ -121,6 +160,7 @@ class QVGStreamVideo(io.ComfyNode):
         if not isinstance(vae.first_stage_model, WanVAE):
             raise ValueError(f"{type(vae.first_stage_model).__name__} cannot decode chunk by chunk. Load a Wan 2.1 VAE, or decode the "
                              "whole video with VAE Decode.")
-        place, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        path = Path(place) / f"{name}_{number:05}_{FORMATS[format]}"
-        return io.NodeOutput(sampler.changed(stream=StreamTo(vae, path, frame_rate)), str(path))
+        ending = FORMATS[format]
+        announced = announce(filename_prefix, ending, cls.hidden.unique_id)
+        shown = announced or Path(folder_paths.get_output_directory()) / f"{filename_prefix}_{ending}"
+        return io.NodeOutput(sampler.changed(stream=StreamTo(vae, filename_prefix, ending, frame_rate, announced)), str(shown))

@@ -12,7 +12,7 @@ FORBIDDEN = '\\:*?"<>|'
 # names that Windows gives to devices, whatever ending follows
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 LONGEST = 255  # bytes that common file systems allow a part of a path
-BESIDE = len(".part")  # what a file's name grows by while it is written
+BESIDE = len(".01234567.part")  # what a file's name grows by while it is written
 
 
 def relative(name: str, ending: str = "", existing: bool = False) -> PurePosixPath:
@@ -32,10 +32,21 @@ def relative(name: str, ending: str = "", existing: bool = False) -> PurePosixPa
     return PurePosixPath(*parts)
 
 
+def fault(name: str) -> str:
+    """What is wrong with the name of a file, as the end of a sentence; "" where nothing is."""
+    if not name.strip(" ."):
+        return "has no name"
+    return _control(name) or _not_everywhere(name)
+
+
 def _leads_out(part: str) -> str:
     """What is wrong with a part of a path on any system, as the end of a sentence; "" where nothing is."""
     if not part.strip(" .") or part.startswith("~"):
         return "is empty, leads out of its folder, or has a part without a name"
+    return _control(part)
+
+
+def _control(part: str) -> str:
     return "has a control character" if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in part) else ""
 
 

@@ -9,6 +9,7 @@ length of the video: latents are decoded as they come and kept no longer than a 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -26,11 +27,13 @@ from .cache import KVCache
 from .chart import format_bytes
 from .models.wan import HEAD_DIM, PATCH, CausalWan
 from .models.wan_vae import WanVAE
+from .pictures import read_frames
+from .recorder import Recorder
 from .sampler import Adapted, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
 from .schedule import PromptTrack, Schedule, latent_frames
 from .settings import PRESETS, QVGSettings
 from .storage import Session
-from .stream import ChunkDecoder, VideoWriter, encode_stream, read_frames, to_bytes
+from .stream import encode_stream
 
 # of what is free, left to everything that is not the cache
 MARGIN = 0.2
@@ -38,9 +41,18 @@ KEPT = ("frame_rate", "checkpoint", "cfg", "negative", "position_limit")
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something to be told that does not end the run, as a sentence."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Job:
     """A video to be made. latent: (height, width) of its latents; session: where checkpoints go, every `checkpoint` chunks; negative: the
-    prompt that cfg leads away from."""
+    prompt that cfg leads away from. overwrite: put video and session in the place of others.
+
+    Raises ValueError for a value that a session could not hold."""
 
     out: Path
     session: Path
@@ -54,6 +66,18 @@ class Job:
     negative: str = ""
     position_limit: int = 0
     device: str = "cpu"
+    overwrite: bool = False
+
+    def __post_init__(self):
+        for name, least in (("checkpoint", 1), ("frame_rate", 1), ("position_limit", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least}.")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"cfg is {self.cfg}; give a number such as 1 or 4.5.")
+        if any(size < 1 or size % patch for size, patch in zip(self.latent, PATCH[1:])):
+            raise ValueError(f"A latent frame of {self.latent[0]} x {self.latent[1]} (height x width) does not divide into tokens; make "
+                             f"both even, that is a picture of whole multiples of {8 * PATCH[1]} pixels.")
 
     def values(self) -> dict:
         """What a session must remember besides run and settings."""
@@ -119,44 +143,33 @@ def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start:
 
 
 def generate(network: CausalWan, vae: WanVAE, embed: Callable[[str], Tensor], job: Job, *, start: Tensor | None = None,
-             resume: Session | None = None) -> Iterator[tuple[Event, Sampler]]:
+             resume: Session | None = None) -> Iterator[tuple[Event | Notice, Sampler]]:
     """Make the video; yields every event with the sampler. The file and the session are whole whenever and however this ends.
 
     start: latents [1, C, n, H, W] to go on from.
+    Raises ValueError before the first step where a place or a value cannot be used, and OSError where the disk refuses the video.
     """
     sampler = prepare(network, embed, job, start)
-    decoder, written = ChunkDecoder(vae), 0
-    name = storage.fingerprint(network)
-    if resume is not None:
-        resume.restore(sampler, name)
-        decoder.restore(resume.tensors)
-        written = resume.extra["video_frames"]
-    writer = VideoWriter(job.out, job.frame_rate, frames=written)
-
-    def checkpoint() -> None:
-        # the frames first: a session must never promise frames that are not in the file
-        writer.cut()
-        storage.save(job.session, sampler, fingerprint=name, extra=job.values() | {"video_frames": writer.frames}, tensors=decoder.state())
-
-    # whether every chunk that the sampler counts is in the writer, too
-    whole, given = True, 0 if start is None else start.shape[2]
     try:
-        for event in sampler:
-            if isinstance(event, ChunkDone):
-                whole = False
-                writer.write(to_bytes(decoder(event.latents)[0]))
-                whole = True
-                if event.chunk is not None and (event.chunk + 1) % job.checkpoint == 0:
-                    checkpoint()
-            yield event, sampler
-    finally:
+        name = storage.fingerprint(network)
+        if resume is not None:
+            resume.restore(sampler, name)
+        recorder = Recorder(job, sampler, vae, name, resume)
         try:
-            if whole and sampler.settled and sampler.frames_done > given:
-                checkpoint()
-            writer.close()
+            for event in sampler:
+                failure = None
+                if isinstance(event, ChunkDone):
+                    recorder.chunk(event)
+                    if event.chunk is not None and (event.chunk + 1) % job.checkpoint == 0:
+                        failure = recorder.checkpoint()
+                yield event, sampler
+                if failure:
+                    yield Notice(failure), sampler
         finally:
-            for cache in sampler.model.caches:
-                cache.free()
+            recorder.close()
+    finally:
+        for cache in sampler.model.caches:
+            cache.free()
 
 
 @dataclass

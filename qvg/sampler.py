@@ -35,6 +35,8 @@ from .settings import QVGSettings
 SELF_FORCING_SIGMAS = (1.0, 0.9375, 5 / 6, 0.625, 0.0)
 TIMESTEPS = 1000
 NOISES = ("private", "core")
+# almost three days of video
+MAX_FRAMES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,14 @@ class Run:
 
     def __post_init__(self):
         object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
-        for name, least in (("frames", 1), ("chunk_frames", 1), ("recache_frames", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        # what a session can hold; one that cannot be read again is noticed when hours have gone into it
+        for name, least, most in (("frames", 1, MAX_FRAMES), ("chunk_frames", 1, MAX_FRAMES), ("recache_frames", 0, MAX_FRAMES),
+                                  ("seed", 0, 2**64 - 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least {least} and at most {most}.")
+        if type(self.first_alone) is not bool:
+            raise ValueError(f"first_alone is {self.first_alone!r}; it must be true or false.")
         falling = all(high > low for high, low in zip(self.sigmas, self.sigmas[1:]))
         if len(self.sigmas) < 2 or not falling or self.sigmas[0] > 1 or self.sigmas[-1] < 0:
             raise ValueError(f"The sigmas are {', '.join(f'{sigma:g}' for sigma in self.sigmas) or 'empty'}; give two or more that fall "
@@ -209,16 +216,16 @@ class Sampler:
         yield self._finish(x, denoised, generated=True)
 
     def _finish(self, latents: Tensor, clean: Tensor, generated: bool) -> ChunkDone:
-        """Move the position behind a stored chunk."""
-        first, chunk = self.frames_done, self.chunk if generated else None
-        self.settled = True
-        self.last_prompt = self.model.prompt(first)
-        self.frames_done += latents.shape[2]
-        self.chunk += generated
-        self.recent.append(clean)
-        while self.recent and sum(part.shape[2] for part in self.recent[1:]) >= self.run.recache_frames:
-            del self.recent[0]
-        return ChunkDone(chunk, self.chunks, first, latents, self.model.stats())
+        """Move the position behind a stored chunk, once nothing else can fail."""
+        first, chunk, frames = self.frames_done, self.chunk, latents.shape[2]
+        recent = [*self.recent, clean]
+        while recent and sum(part.shape[2] for part in recent[1:]) >= self.run.recache_frames:
+            del recent[0]
+        done = ChunkDone(chunk if generated else None, self.chunks, first, latents, self.model.stats())
+        # at once, so that an interrupt finds the old position or the new one
+        vars(self).update(frames_done=first + frames, chunk=chunk + generated, last_prompt=self.model.prompt(first), recent=recent,
+                          settled=True)
+        return done
 
     def _store(self, clean: Tensor, first: int, at: int | None = None) -> Iterator[Event]:
         self.settled = False

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from . import storage
+from .files import remove_parts
 from .storage import SessionError
 from .stream import VideoWriter
 
@@ -128,24 +129,28 @@ def load(path: str | Path) -> SegmentSession | storage.Session:
         return SegmentSession(path, str(header["fingerprint"]), made)
 
 
-def _position(path: Path, key: str) -> tuple[int, int, Tensor] | None:
-    """Segments, video frames and given latents of the video at `path`; None where there is none with this key to go on with."""
+def _position(path: Path, key: str) -> tuple[int, int, Tensor, str] | None:
+    """Segments, video frames, given latents and digest of the video at `path`; None where there is none with this key to go on with."""
     try:
         header, stored = storage.read(path.with_suffix(SUFFIX))
-        return (int(header["done"]), int(header["frames"]), stored["given"]) if header["key"] == key else None
+        if header["key"] != key:
+            return None
+        return int(header["done"]), int(header["frames"]), stored["given"], str(header.get("digest", ""))
     except (OSError, *storage.DAMAGE):
         return None
 
 
 class SegmentFile:
     """done: segments in the file. given: latents [B, C, F, H, W] that the next one continues, None for the first. key: what the video is
-    made from; a file is gone on with only under the same key, and without one it always begins anew.
-    Raises ValueError where the file cannot be written or gone on with."""
+    made from; a file is gone on with only under the same key, and without one it always begins anew. Nobody else can write to the file
+    until `finish` or `release`.
+    Raises ValueError where the file cannot be written or gone on with, see `VideoWriter`."""
 
     def __init__(self, path: str | Path, key: str | None, frame_rate: int):
         self.path, self.key = Path(path), key
-        self.done, frames, self.given = (key and _position(self.path, key)) or (0, 0, None)
-        self.writer = VideoWriter(self.path, frame_rate, frames=frames)
+        self.done, frames, self.given, digest = (key and _position(self.path, key)) or (0, 0, None, "")
+        self.writer = VideoWriter(self.path, frame_rate, frames=frames, digest=digest)
+        remove_parts(self.path.with_suffix(SUFFIX))
 
     @staticmethod
     def find(folder: str | Path, pattern: str, key: str) -> Path | None:
@@ -160,13 +165,18 @@ class SegmentFile:
     def save(self, done: int, given: Tensor) -> None:
         """See the frames onto the disk, then the position behind them."""
         self.writer.cut()
-        self.done, self.given = done, given
         if self.key:
             storage.write(self.path.with_suffix(SUFFIX), {
-                "kind": "stream", "key": self.key, "done": done, "frames": self.writer.frames}, {"given": given})
+                "kind": "stream", "key": self.key, "done": done, "frames": self.writer.frames, "digest": self.writer.digest},
+                {"given": given})
+        self.done, self.given = done, given
 
     def finish(self) -> None:
         """Close the file; there is nothing left to go on with."""
         self.writer.close()
         if self.key:
             self.path.with_suffix(SUFFIX).unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Leave the file to be gone on with, by this process or another. Does nothing behind `finish`."""
+        self.writer.release()

@@ -5,7 +5,7 @@
     sampler = Sampler(model, session.run, session.shape)
     session.restore(sampler, fingerprint(network))
 
-A file is written beside its place, flushed to the disk, and renamed: whoever is killed at any moment leaves the old file or the new one.
+A file is put in its place whole (`files`): whoever is killed at any moment leaves the old file or the new one.
 Its header says what each tensor is, with a SHA-256 of it, and a SHA-256 of the header itself, so that a changed bit anywhere is noticed.
 A header that is whole can still be false; so `restore` compares every tensor with what the settings prescribe before the first one is used.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,6 +29,7 @@ from torch import Tensor
 from .budget import Geometry
 from .cache import Entry, KVCache, LayerCache
 from .codec import PaperCodebook, PlaneSpan
+from .files import write_atomically
 from .fingerprint import fingerprint as fingerprint
 from .layout import make_span, span_layout, span_tensors
 from .sampler import Run, Sampler
@@ -119,28 +119,6 @@ def write(path: str | Path, header: Mapping, tensors: Mapping[str, Tensor]) -> N
         name: [str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()] for name, tensor in stored.items()}})
     write_atomically(Path(path), lambda place: save_file(
         stored, place, {HEADER: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()}))
-
-
-def write_atomically(path: Path, write) -> None:
-    """Let `write` make a file beside `path`, then put it there whole. Raises OSError where the disk refuses."""
-    part = path.with_name(path.name + ".part")
-    try:
-        try:
-            write(part)
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written ({error}). Make room on the disk or choose another place.") from None
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):
-        # the rename itself is safe from a power cut once the folder is on the disk
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class SessionError(ValueError):

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg import segments, storage
+from comfyui_qvg.qvg import files, segments, storage
+from comfyui_qvg.qvg.files import InUse, Taken
 from comfyui_qvg.qvg.segments import SUFFIX, SegmentFile, Segments, SegmentSession, digest
 from comfyui_qvg.qvg.storage import SessionError
 
@@ -64,7 +65,29 @@ def test_what_cannot_be_gone_on_with_is_not(tmp_path, damage):
         session.unlink()
     key = "b" if damage == "other key" else "a"
     assert SegmentFile.find(tmp_path, "video_*_.mp4", key) is None
-    assert run(path, key) == [0, 1, 2]
+    before = path.read_bytes()
+    with pytest.raises(Taken, match=r"video_1_\.mp4 is there already"):
+        SegmentFile(path, key, 15)
+    assert path.read_bytes() == before
+    assert run(tmp_path / "video_2_.mp4", key) == [0, 1, 2]
+
+
+def test_an_unfinished_video_has_one_writer(tmp_path):
+    """What an interrupted run leaves can be taken up at once, by one."""
+    path = tmp_path / "video_1_.mp4"
+    video = SegmentFile(path, "a", 15)
+    video.add(frames(0))
+    video.save(1, torch.ones(1, 16, 2, 4, 6))
+    with pytest.raises(InUse, match="being written by another run"):
+        SegmentFile(path, "a", 15)
+    video.release()
+    again = SegmentFile(path, "a", 15)
+    assert again.done == 1 and again.writer.digest == video.writer.digest
+    again.finish()
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name] and len(decoded(path)) == 4
+    # nothing was added, so nothing stays
+    SegmentFile(tmp_path / "empty_1_.mp4", "a", 15).release()
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def latents(seed, frames):
@@ -160,7 +183,7 @@ def test_a_save_that_fails_leaves_the_older_session(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     made = two_segments()
     made.add(latents(4, 5), 2, latents(5, 3))
     with pytest.raises(OSError, match="No space left"):

@@ -29,10 +29,10 @@ from .. import dispatch, metrics
 from ..attention import widened
 from ..cache import CacheStats, KVCache
 from ..chart import format_bytes
+from ..files import write_atomically
 from ..generate import cache_of
 from ..sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..settings import PRESETS
-from ..storage import write_atomically
 from ..stream import ChunkDecoder, VideoWriter, to_bytes
 from . import CHUNK_FRAMES, GRID, LATENT, PROMPTS, embed_prompt, load_tiny
 

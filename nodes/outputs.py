@@ -1,0 +1,46 @@
+"""Names of files below ComfyUI's output folder: numbered and with the tokens of core's save nodes, and never those of a file that is there.
+
+Core's page fills in tokens such as %date:yyyy-MM-dd% and %KSampler.seed% before a graph is sent (`web/js/file_names.js` asks it to, for
+the nodes of this pack), and core's save nodes the others (%width%, %year% and so on). What neither knows is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import folder_paths
+
+from ..qvg.files import PlaceError
+
+TOKEN = re.compile(r"%[^%]+%")
+SIZES = ("%width%", "%height%")
+KNOWN = (*SIZES, "%year%", "%month%", "%day%", "%hour%", "%minute%", "%second%")
+
+
+def check_prefix(prefix: str) -> None:
+    """Raises ValueError for a name with tokens that would stay in it, or without a name."""
+    left = [token for token in TOKEN.findall(prefix) if token not in KNOWN]
+    if left:
+        raise ValueError(f"The file name {prefix!r} holds {left[0]}, which nothing stands for. ComfyUI's page knows %date:yyyy-MM-dd% and "
+                         f"%Node name.widget%; in a graph that is sent without it, use {', '.join(KNOWN)}.")
+    if not Path(prefix).name:
+        raise ValueError(f"The file name {prefix!r} has no name in it. Write one such as video/qvg.")
+
+
+def places(prefix: str, ending: str, width: int = 0, height: int = 0) -> Iterator[tuple[Path, str]]:
+    """Paths below the output folder with rising numbers, and their subfolder; the first is behind all that are there now.
+
+    width, height: pixels, for the tokens. Raises ValueError for a name that leads out of the folder or cannot be used.
+    """
+    check_prefix(prefix)
+    output = folder_paths.get_output_directory()
+    if not (Path(output) / prefix).resolve().is_relative_to(Path(output).resolve()):
+        raise ValueError(f"The file name {prefix!r} leads out of {output}. Use a name below it.")
+    try:
+        folder, name, number, subfolder, _ = folder_paths.get_save_image_path(prefix, output, width, height)
+    except (OSError, ValueError) as error:
+        raise PlaceError(f"{Path(output) / prefix} cannot be written ({error}). Choose another name.") from None
+    return ((Path(folder) / f"{name}_{index:05}_{ending}", subfolder) for index in count(number))
