@@ -53,8 +53,8 @@ class InUse(PlaceError):
 def check_place(path: str | Path, needed_bytes: int = 0) -> None:
     """Raises PlaceError where a file could not be put at `path`: name, folder, permission, or room for `needed_bytes` more."""
     path = Path(path)
-    if fault := fault(path.name):
-        raise PlaceError(f"{str(path)!r} {fault}. Choose another name.")
+    if wrong := fault(path.name):
+        raise PlaceError(f"{str(path)!r} {wrong}. Choose another name.")
     try:
         if path.is_dir():
             raise PlaceError(f"{path} is a folder. Give the name of a file.")
