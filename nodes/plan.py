@@ -11,8 +11,11 @@ from comfy_api.latest import io
 from ..qvg import plan
 from ..qvg.budget import GIB
 from ..qvg.models.catalogue import MODELS
+from ..qvg.models.weights import WEIGHTS
 from .kv_cache import LABELS
 from .run_log import send_text
+
+UNCOUNTED = "not counted"
 
 
 class QVGPlanMemory(io.ComfyNode):
@@ -34,6 +37,9 @@ class QVGPlanMemory(io.ComfyNode):
                                        "when the node runs."),
                 io.Boolean.Input("offload", default=False, optional=True, advanced=True,
                                  tooltip="Plan for frames that are kept in host memory, as offload in QVG Settings does. Default: off."),
+                io.Combo.Input("weights", options=[UNCOUNTED, *WEIGHTS], default=UNCOUNTED, optional=True,
+                               tooltip="Type of the model's weights, to count them, too: memory_gib is then a whole card, 0 this one, and "
+                                       "the weights and 2 GiB for activations are taken off it. Default: not counted."),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="A line a preset: stored, peak, ratios, whether it fits."),
@@ -49,9 +55,12 @@ class QVGPlanMemory(io.ComfyNode):
         return memory_gib or float(comfy.model_management.get_free_memory())
 
     @classmethod
-    def execute(cls, model, width, height, seconds, preset, memory_gib=0.0, offload=False) -> io.NodeOutput:
-        memory = memory_gib or comfy.model_management.get_free_memory() / GIB
-        found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory, offload=offload)
+    def execute(cls, model, width, height, seconds, preset, memory_gib=0.0, offload=False, weights=UNCOUNTED) -> io.NodeOutput:
+        if weights == UNCOUNTED:
+            weights, memory = "", memory_gib or comfy.model_management.get_free_memory() / GIB
+        else:
+            memory = plan.room_beside(model, memory_gib or comfy.model_management.get_total_memory() / GIB, weights)
+        found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory, offload=offload, weights=weights)
         table = plan.render(found, memory)
         send_text(plan.brief(found, memory), cls.hidden.unique_id)
         # a Wan VAE makes one frame of the first latent frame and four of each other

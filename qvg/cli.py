@@ -20,23 +20,28 @@ from . import dispatch, generate
 from . import plan as planning
 from .demo import run as demonstration
 from .models.catalogue import MODELS
+from .models.weights import WEIGHTS
 from .settings import PRESETS
 
+DEFAULT_SECONDS = 30.0
 BENCHMARKS = ("kernels", "generate", "quality")
 
 
 def _plan(arguments) -> None:
+    if arguments.weights and not (arguments.card or arguments.cards):
+        raise ValueError("--weights says what is left of a card for the cache; give --card or --cards with it.")
+    weights = arguments.weights or ("bf16" if arguments.card else "")
     if arguments.cards:
-        print(planning.render_cards(arguments.model))
+        print(planning.render_cards(arguments.model, weights=weights or "bf16"))
         return
     if arguments.card:
-        arguments.vram = planning.room_on(arguments.model, arguments.card)
-        if not arguments.vram:
-            raise ValueError(f"The weights of {arguments.model} in bf16 leave nothing of a card of {arguments.card:g} GiB.")
+        arguments.vram = planning.room_beside(arguments.model, arguments.card, weights)
+    if arguments.seconds is None and arguments.latent_frames is None:
+        arguments.seconds = DEFAULT_SECONDS
     result = planning.plan(
         arguments.model, width=arguments.width, height=arguments.height, seconds=arguments.seconds or 0,
         latent_frames=arguments.latent_frames or 0, preset=arguments.preset or "", vram_gib=arguments.vram,
-        offload=arguments.offload)
+        offload=arguments.offload, weights=weights)
     print(planning.to_json(result) if arguments.json else planning.render(result, arguments.vram))
 
 
@@ -68,14 +73,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, choices=MODELS)
     command.add_argument("--width", type=int, default=0, help="pixels; the model's usual size where left out")
     command.add_argument("--height", type=int, default=0)
-    length = command.add_mutually_exclusive_group(required=True)
-    length.add_argument("--seconds", type=float)
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help=f"length of the video; {DEFAULT_SECONDS:g} where no length is given")
     length.add_argument("--latent-frames", type=int)
     length.add_argument("--cards", action="store_true", help="the longest videos on cards of 8 to 80 GiB")
     command.add_argument("--preset", choices=PRESETS)
     memory = command.add_mutually_exclusive_group()
     memory.add_argument("--vram", type=float, default=0, metavar="GIB", help="say what fits into this much, model weights not counted")
     memory.add_argument("--card", type=float, default=0, metavar="GIB", help="say what fits on a card of this size, beside the weights")
+    command.add_argument("--weights", metavar="TYPE", help=f"of --card and --cards: {', '.join(WEIGHTS)}; bf16 where left out")
     command.add_argument("--offload", action="store_true", help="of spans that wait in host memory and visit the device a layer at a time")
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=_plan)

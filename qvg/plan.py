@@ -9,6 +9,7 @@ from dataclasses import replace
 from .budget import GIB, Forecast, Geometry, forecast
 from .context import context_settings, forecast_context
 from .models.catalogue import MODELS, ModelShape
+from .models.weights import weight_type
 from .settings import PRESETS, QVGSettings
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)
@@ -55,8 +56,10 @@ def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_
 
 
 def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
-         vram_gib: float = 0, offload: bool = False) -> dict:
+         vram_gib: float = 0, offload: bool = False, weights: str = "") -> dict:
     """One row per preset as whole bytes and ratios; with `offload`, of spans that wait in host memory.
+
+    vram_gib: what the cache may take. weights: their type, where they were counted.
 
     Raises ValueError with a sentence for an unknown name or an impossible length.
     """
@@ -81,6 +84,8 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
                            "longest_latent_frames": longest(shape, settings, geometry, limit)}
     width, height = width or shape.size[0], height or shape.size[1]
     head = {"model": model, "width": width, "height": height, "latent_frames": frames, "seconds": shape.seconds(frames)}
+    if weights:
+        head |= {"weights": weight_type(weights), "weight_bytes": shape.weight_bytes(weights)}
     if shape.note:
         head["note"] = shape.note
     return head | ({"preset": preset} | rows[preset] if preset else {"presets": rows})
@@ -91,6 +96,8 @@ def render(result: dict, vram_gib: float = 0) -> str:
     rows = result["presets"] if "presets" in result else {result["preset"]: result}
     lines = [f"{result['model']}, {result['width']} x {result['height']}, {result['latent_frames']} latent frames "
              f"({result['seconds']:.1f} s): {next(iter(rows.values()))['bf16_bytes'] / GIB:.2f} GiB in bf16"]
+    if "weights" in result:
+        lines.append(f"(beside {result['weight_bytes'] / GIB:.1f} GiB of weights in {result['weights']})")
     if "note" in result:
         lines.append(f"({result['note']})")
     offloaded = any(row["host_bytes"] for row in rows.values())
@@ -102,9 +109,10 @@ def render(result: dict, vram_gib: float = 0) -> str:
         if offloaded:
             line += f"{row['host_bytes'] / GIB:>8.2f} GiB"
         if vram_gib:
-            longest_frames = row["longest_latent_frames"]
-            line += f"   {'fits' if row['fits'] else 'does not fit'}; at most {longest_frames} latent frames " \
-                    f"({max(0.0, MODELS[result['model']].seconds(longest_frames)):.1f} s)"
+            longest_frames, shape = row["longest_latent_frames"], MODELS[result["model"]]
+            line += f"   {'fits' if row['fits'] else 'does not fit'}"
+            if not (shape.segment_frames and row["fits"]):
+                line += f"; at most {longest_frames} latent frames ({max(0.0, shape.seconds(longest_frames)):.1f} s)"
         lines.append(line)
     return "\n".join(lines)
 
@@ -112,8 +120,9 @@ def render(result: dict, vram_gib: float = 0) -> str:
 def brief(result: dict, vram_gib: float) -> str:
     """`plan`'s result as sentences, a line a preset, for a place without columns. ComfyUI's Nodes 2.0 runs lines together."""
     rows, shape = result["presets"], MODELS[result["model"]]
+    beside = f" beside {result['weight_bytes'] / GIB:.1f} GiB of weights in {result['weights']}" if "weights" in result else ""
     lines = [f"{result['seconds']:.1f} s at {result['width']} x {result['height']}: {rows['off']['bf16_bytes'] / GIB:.1f} GiB in bf16; "
-             f"{round(vram_gib, 1):g} GiB for the cache."]
+             f"{round(vram_gib, 1):g} GiB for the cache{beside}."]
     for name, row in rows.items():
         if name == "off":
             continue
@@ -124,8 +133,8 @@ def brief(result: dict, vram_gib: float) -> str:
     return "\n".join(lines)
 
 
-def room_on(model: str, card_gib: float) -> float:
-    """GiB of a card that are left for the cache while `model` samples: without its weights in bf16 and `BESIDE_GIB`; at least 0.
+def room_on(model: str, card_gib: float, weights: str = "bf16") -> float:
+    """GiB of a card that are left for the cache while `model` samples: without its weights in this type and `BESIDE_GIB`; at least 0.
 
     A text encoder and a VAE are not counted: ComfyUI moves the one away before, and loads the other after.
     """
@@ -133,15 +142,28 @@ def room_on(model: str, card_gib: float) -> float:
     if shape is None or not shape.parameters:
         known = ", ".join(name for name, other in MODELS.items() if other.parameters)
         raise ValueError(f"The weights of {model!r} cannot be counted here, only those of {known}; give what they leave instead.")
-    return max(0.0, card_gib - shape.weight_bytes / GIB - BESIDE_GIB)
+    return max(0.0, card_gib - shape.weight_bytes(weights) / GIB - BESIDE_GIB)
 
 
-def render_cards(model: str, seconds: float = 30) -> str:
+def room_beside(model: str, card_gib: float, weights: str = "bf16") -> float:
+    """`room_on`, where it is something. Raises ValueError where it is not, with the weights that would leave something."""
+    room = room_on(model, card_gib, weights)
+    if room:
+        return room
+    shape, needed = MODELS[model], MODELS[model].weight_bytes(weights) / GIB + BESIDE_GIB
+    smaller = {name: room_on(model, card_gib, name) for name in shape.weight_types()}
+    smaller = {name: room for name, room in smaller.items() if room}
+    ways = "; ".join(f"{name} would leave {room:.1f} GiB" for name, room in list(smaller.items())[:3])
+    raise ValueError(f"The weights of {model} in {weight_type(weights)} and {BESIDE_GIB:g} GiB beside them take {needed:.1f} GiB, which "
+                     f"leaves nothing of a card of {card_gib:g} GiB" + (f"; {ways}." if ways else ", and no smaller weights would."))
+
+
+def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
     """What fits on cards of `CARDS` GiB, as a table in Markdown: the longest video with its whole history, and the preset for `seconds`."""
     names = ("off", "quality", "balanced", "smallest")
     lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | {seconds:g} s fit with |", "|---" * 7 + "|"]
     for card in CARDS:
-        room = room_on(model, card)
+        room = room_on(model, card, weights)
         rows = plan(model, seconds=seconds, vram_gib=room)["presets"] if room else {}
         longest_of = {name: max(0.0, MODELS[model].seconds(rows[name]["longest_latent_frames"])) if rows else 0.0 for name in names}
         fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if room else "smaller weights")

@@ -10,7 +10,9 @@ import torch
 from comfyui_qvg.qvg import cli
 from comfyui_qvg.qvg.budget import GIB, forecast
 from comfyui_qvg.qvg.models.catalogue import MODELS
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.models.weights import WEIGHTS
 from comfyui_qvg.qvg.plan import BESIDE_GIB, CARDS, brief, longest, plan, render_cards, room_on
 from comfyui_qvg.qvg.settings import PRESETS
 
@@ -54,13 +56,95 @@ def test_with_a_window_any_length_fits():
     assert longest(shape, settings, shape.geometry(), GIB // 8) == 0
 
 
-@pytest.mark.parametrize(("model", "sizes"), [
-    ("self-forcing", WanSizes(1536, 8960, 30, 4096)), ("krea-14b", WanSizes(5120, 13824, 40, 4096))])
-def test_parameters_are_those_of_the_network(model, sizes):
+NETWORKS = {
+    "self-forcing": lambda: CausalWan(WanSizes(1536, 8960, 30, 4096)), "krea-14b": lambda: CausalWan(WanSizes(5120, 13824, 40, 4096)),
+    "longcat": lambda: LongCat(LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096))}
+
+
+def network(model):
     with torch.device("meta"):
-        network = CausalWan(sizes)
-    assert MODELS[model].parameters == sum(tensor.numel() for tensor in network.parameters())
-    assert room_on(model, 80) == 80 - MODELS[model].weight_bytes / GIB - BESIDE_GIB
+        return NETWORKS[model]()
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_parameters_are_those_of_the_network(model):
+    assert MODELS[model].parameters == sum(tensor.numel() for tensor in network(model).parameters())
+    assert room_on(model, 80) == 80 - MODELS[model].weight_bytes() / GIB - BESIDE_GIB
+
+
+# ggml's blocks: (numbers, bytes of the codes, bytes of the scales), as its format says
+BLOCKS = {"Q8_0": (32, 32, 2), "Q6_K": (256, 192, 16 + 2), "Q5_K": (256, 160, 12 + 4), "Q4_K": (256, 128, 12 + 4),
+          "Q3_K": (256, 96, 12 + 2)}
+# the type of a block's matrices, of its value projections and of the feed-forward's second matrix
+FILES = {"Q8_0": ("Q8_0",) * 3, "Q6_K": ("Q6_K",) * 3, "Q5_K_M": ("Q5_K", "Q6_K", "Q6_K"), "Q5_K_S": ("Q5_K",) * 3,
+         "Q4_K_M": ("Q4_K", "Q6_K", "Q6_K"), "Q4_K_S": ("Q4_K", "Q4_K", "Q5_K"), "Q3_K_M": ("Q3_K", "Q4_K", "Q4_K"),
+         "Q3_K_S": ("Q3_K",) * 3}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("model", NETWORKS)
+def test_weights_of_every_type_counted_tensor_by_tensor(model, weights):
+    """As a quantizer goes through a file: matrices of blocks in the type, everything else in 16 bits."""
+    shape = MODELS[model]
+    if weights in FILES and not shape.gguf:
+        with pytest.raises(ValueError, match=f"cannot be {weights}; choose one of bf16, fp8"):
+            shape.weight_bytes(weights)
+        return
+    whole = 0
+    for name, tensor in network(model).named_parameters():
+        matrix = tensor.ndim == 2 and ("_attn." in name or ".ffn." in name)
+        if not matrix or weights == "bf16":
+            whole += 2 * tensor.numel()
+        elif weights == "fp8":
+            whole += tensor.numel()
+        else:
+            numbers, codes, scales = BLOCKS[FILES[weights][1 if ".v." in name else 2 if "ffn.2." in name else 0]]
+            whole += tensor.numel() // numbers * (codes + scales)
+    assert shape.weight_bytes(weights) == whole
+
+
+def test_a_14b_model_on_24_gib(capsys):
+    """In bf16 it is refused with what would fit; in fp8 and GGUF types it is answered; no length is needed."""
+    assert cli.main(["plan", "--model", "krea-14b", "--card", "24"]) == 2
+    message = capsys.readouterr().err
+    room = room_on("krea-14b", 24, "fp8")
+    assert 8 < room < 9 and f"fp8 would leave {room:.1f} GiB" in message and "leaves nothing of a card of 24 GiB" in message
+    longest_of = []
+    for weights in ("fp8", "q6_k", "Q4_K_M"):
+        assert cli.main(["plan", "--model", "krea-14b", "--weights", weights, "--card", "24", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["weight_bytes"] == MODELS["krea-14b"].weight_bytes(weights) and 29 < result["seconds"] < 32
+        longest_of.append(result["presets"]["balanced"]["longest_latent_frames"])
+        limit = int(room_on("krea-14b", 24, weights) * GIB)
+        assert result["presets"]["balanced"]["fits"] == (result["presets"]["balanced"]["peak_bytes"] <= limit)
+    assert 0 < longest_of[0] < longest_of[1] < longest_of[2]
+    assert cli.main(["plan", "--model", "krea-14b", "--weights", "fp8", "--card", "24"]) == 0
+    table = capsys.readouterr().out
+    assert f"within {room:.1f} GiB" in table and "of weights in fp8" in table
+    assert f"({room:.1f} GiB are left for the cache" in " ".join((ROOT / "README.md").read_text().split())
+    assert f"in fp8 leaves {room:.1f} GiB of 24" in (ROOT / "web" / "docs" / "QVGPlanMemory.md").read_text()
+
+
+def test_cards_with_smaller_weights(capsys):
+    assert cli.main(["plan", "--model", "krea-14b", "--weights", "Q4_K_M", "--cards"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert f"| 16 GB | {room_on('krea-14b', 16, 'Q4_K_M'):.1f} GiB |" in rows[2] and "Smaller weights" not in rows[2]
+    assert "Smaller weights" in rows[0]
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--weights", "fp9", "--card", "24"], "There is no weight type 'fp9'; choose one of bf16, fp8, Q8_0"),
+    (["--weights", "fp8"], "give --card or --cards"), (["--weights", "fp8", "--vram", "8"], "give --card or --cards"),
+    (["--card", "4"], "no smaller weights would")])
+def test_weights_that_cannot_be(capsys, options, words):
+    assert cli.main(["plan", "--model", "krea-14b", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_rebuilds_its_cache_fits_at_any_length(capsys):
+    assert cli.main(["plan", "--model", "longcat", "--weights", "fp8", "--card", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith("fits")] and not [line for line in lines if "fits; at most" in line]
 
 
 def test_the_table_of_cards_is_the_plan(capsys):
@@ -68,7 +152,7 @@ def test_the_table_of_cards_is_the_plan(capsys):
     assert cli.main(["plan", "--model", "self-forcing", "--cards"]) == 0
     table = capsys.readouterr().out.strip()
     assert table in (ROOT / "README.md").read_text()
-    beside = MODELS["self-forcing"].weight_bytes / GIB + BESIDE_GIB
+    beside = MODELS["self-forcing"].weight_bytes() / GIB + BESIDE_GIB
     assert f"less about {beside:.1f} GiB" in (ROOT / "web" / "docs" / "QVGPlanMemory.md").read_text()
     assert [line.split()[1] for line in table.splitlines()[2:]] == [str(card) for card in CARDS]
 
@@ -86,8 +170,8 @@ def test_a_card_is_what_its_weights_leave(capsys):
     assert cli.main(["plan", "--model", "self-forcing", "--seconds", "30", "--card", "12"]) == 0
     assert f"within {room_on('self-forcing', 12):.1f} GiB" in capsys.readouterr().out
     assert cli.main(["plan", "--model", "self-forcing", "--seconds", "30", "--card", "4"]) == 2
-    assert "leave nothing of a card of 4 GiB" in capsys.readouterr().err
-    assert cli.main(["plan", "--model", "longcat", "--seconds", "30", "--card", "24"]) == 2
+    assert "leaves nothing of a card of 4 GiB" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", "hy-worldplay-5b", "--seconds", "30", "--card", "24"]) == 2
     assert "cannot be counted" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from comfy_client import ComfyError
-from comfyui_qvg.qvg.plan import brief, plan, render
+from comfyui_qvg.qvg.plan import brief, plan, render, room_on
 
 
 def planned(comfy, **inputs):
@@ -30,6 +30,18 @@ def test_plan_against_this_device(comfy):
     _, report, longest = planned(comfy, memory_gib=0.0, preset="Off")
     assert json.loads(report)["presets"]["off"]["fits"] in (True, False) and int(longest) > 0
     assert planned(comfy, memory_gib=0.01)[2] == "0"
+
+
+def test_plan_counts_weights(comfy):
+    """memory_gib is then a whole card; weights that leave nothing of it are refused with those that would."""
+    table, report, longest = planned(comfy, model="krea-14b", weights="fp8")
+    room = room_on("krea-14b", 24.0, "fp8")
+    wanted = plan("krea-14b", seconds=30.0, vram_gib=room, weights="fp8")
+    assert json.loads(report) == json.loads(json.dumps(wanted)) and table == render(wanted, room)
+    assert int(longest) == 4 * wanted["presets"]["balanced"]["longest_latent_frames"] - 3 > 0
+    assert "of weights in fp8" in comfy.wait_for("text", lambda data: data["node"] == "1")["text"]
+    with pytest.raises(ComfyError, match=r"leaves nothing of a card of 24 GiB; fp8 would leave 8\.5 GiB"):
+        planned(comfy, model="krea-14b", weights="bf16")
 
 
 def compared(comfy, first, second, frames=(4, 4)):
