@@ -25,19 +25,25 @@ from . import dispatch, storage
 from .budget import GIB
 from .cache import KVCache
 from .chart import format_bytes
+from .fields import part_of, real, text, whole
 from .models.wan import HEAD_DIM, PATCH, CausalWan
 from .models.wan_vae import WanVAE
 from .pictures import read_frames
 from .recorder import Recorder
 from .sampler import Adapted, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
 from .schedule import PromptTrack, Schedule, latent_frames
+from .session_parts import MAX_FRAMES
 from .settings import PRESETS, QVGSettings
 from .storage import Session
 from .stream import encode_stream
+from .tensor_files import first_line
 
 # of what is free, left to everything that is not the cache
 MARGIN = 0.2
 KEPT = ("frame_rate", "checkpoint", "cfg", "negative", "position_limit")
+# what `Job.values` writes, and how many frames of the video are in its file
+EXTRA = part_of(frame_rate=whole(1, 1000), checkpoint=whole(1, MAX_FRAMES), cfg=real(-1000, 1000), negative=text(),
+                schedule=text(1_000_000), position_limit=whole(0, MAX_FRAMES), settings=text(), video_frames=whole(0, 4 * MAX_FRAMES))
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,13 @@ class Job:
 
 def resumed(session: Session, out: Path, device: str = "cpu") -> Job:
     """The job that a session was saved by."""
-    values = session.extra
     try:
+        values = EXTRA(session.extra, "extra")
         settings, schedule = QVGSettings.from_json(values["settings"]), Schedule.parse(values["schedule"])
-        kept = {name: values[name] for name in KEPT}
-    except KeyError as error:
-        raise storage.SessionError(f"{session.path.name} was not saved by `qvg generate`: it lacks {error}. Open it in ComfyUI.") from None
+    except ValueError as error:
+        raise storage.SessionError(f"{session.path.name} was not saved by `qvg generate` ({first_line(error)}). Open it in ComfyUI, or use "
+                                   "an earlier checkpoint.") from None
+    kept = {name: values[name] for name in KEPT}
     return Job(out=out, session=session.path, schedule=schedule, run=session.run, settings=settings, latent=tuple(session.shape[2:]),
                device=device, **kept)
 

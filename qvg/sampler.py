@@ -91,6 +91,11 @@ class Run:
             yield length
             first += length
 
+    def count(self, first: int, stop: int) -> int:
+        """How many `pieces` there are."""
+        alone = bool(self.first_alone and not first and stop)
+        return alone + -(-max(0, stop - first - alone) // self.chunk_frames)
+
     def given_pieces(self, frames: int) -> list[int]:
         """Lengths of the chunks that given start frames are stored in: an odd remainder first, as a start image stands alone."""
         remainder = frames % self.chunk_frames
@@ -183,7 +188,7 @@ class Sampler:
     def chunks(self) -> int:
         """Generated chunks, those to come included."""
         given = 0 if self.start is None else self.start.shape[2]
-        return self.chunk + sum(1 for _ in self.run.pieces(max(given, self.frames_done), self.run.frames))
+        return self.chunk + self.run.count(max(given, self.frames_done), self.run.frames)
 
     def __iter__(self) -> Iterator[Event]:
         with torch.no_grad():

@@ -19,6 +19,8 @@ from typing import Any
 
 TIME = re.compile(r"\s*(?:(?P<minutes>\d+):(?P<rest>[0-5]?\d(?:\.\d+)?)|(?P<seconds>\d+(?:\.\d+)?)\s*s)\s*:(?P<text>.*)")
 
+LONGEST = 10_000_000  # seconds, four months
+
 
 def first_frame(seconds: float, frame_rate: float, stride: int = 4) -> int:
     """The first latent frame that begins at or after a time. Latent frame 0 is one video frame, each later one is `stride` of them."""
@@ -46,6 +48,8 @@ class Schedule:
             if after <= before:
                 raise ValueError(f"'{text}' begins at {after:g}s, after a prompt at {before:g}s; write the prompts in the order of time.")
         for seconds, text in self.entries:
+            if not seconds <= LONGEST:
+                raise ValueError(f"A prompt begins at {seconds:g}s; a video has at most {LONGEST} seconds.")
             if not text:
                 raise ValueError(f"The prompt at {seconds:g}s is empty; write what is to be seen from then on.")
 

@@ -119,14 +119,10 @@ def load(path: str | Path) -> SegmentSession | storage.Session:
     header, stored = storage.read(path)
     if header.get("kind") != KIND:
         return storage.session_of(path, header, stored)
-    with storage.refused(path):
-        new = [int(count) for count in header["new"]]
-        made = Segments(str(header["carry"]), int(header["given_frames"]), str(header["start"]),
-                        [stored[f"part{number}"] for number in range(len(new))], new, stored["given"])
-        shapes = {(*part.shape[:2], *part.shape[3:]) for part in (*made.parts, made.given)}
-        if not new or len(shapes) != 1 or any(not 0 < count <= part.shape[2] for count, part in zip(new, made.parts)):
-            raise ValueError("its segments do not fit together")
-        return SegmentSession(path, str(header["fingerprint"]), made)
+    parts = [stored[f"part{number}"] for number in range(len(header["new"]))]
+    made = Segments(header["carry"], header["given_frames"], header["start"], parts, header["new"], stored["given"])
+    return SegmentSession(path, header["fingerprint"], made)
+
 
 
 def _position(path: Path, key: str) -> tuple[int, int, Tensor, str] | None:

@@ -31,6 +31,11 @@ def _require_int(name: str, value, low: int, high: int, hint: str = "") -> None:
     _require(good, f"{name} is {value!r}; it must be a whole number from {low} to {high}.{hint}")
 
 
+def _refuse_unknown(fields: dict, kind: type) -> None:
+    unknown = set(fields) - set(kind.__dataclass_fields__)
+    _require(not unknown, f"Unknown settings: {', '.join(sorted(unknown))}.")
+
+
 @dataclass(frozen=True)
 class TensorSettings:
     """How K or V alone is stored.
@@ -53,12 +58,14 @@ class TensorSettings:
 
     def __post_init__(self):
         allowed = PLANE_BITS + PLAIN_BITS
-        _require(self.bits in allowed, f"bits is {self.bits!r}; choose 1, 2, 3 or 4 planes, or 8 or 16 for plain storage.")
+        _require(type(self.bits) is int and self.bits in allowed,
+                 f"bits is {self.bits!r}; choose 1, 2, 3 or 4 planes, or 8 or 16 for plain storage.")
         _require_int("stages", self.stages, 0, MAX_STAGES)
         _require_int("centroids", self.centroids, 1, MAX_CENTROIDS, " An id is one byte.")
-        _require(self.group in (8, 16, 32, 64, 128, 256),
+        _require(type(self.group) is int and self.group in (8, 16, 32, 64, 128, 256),
                  f"group is {self.group!r}; choose 8, 16, 32, 64, 128 or 256 channels to a scale.")
         _require(self.gain in GAINS, f"gain is {self.gain!r}; choose one of {', '.join(GAINS)}.")
+        _require(isinstance(self.symmetric, bool), f"symmetric is {self.symmetric!r}; it must be true or false.")
 
     def groups(self, head_dim: int) -> int:
         """Scales that one token of one head holds."""
@@ -108,10 +115,14 @@ class QVGSettings:
     host_gib: float = 0.0
 
     def __post_init__(self):
+        _require(isinstance(self.name, str), f"name is {self.name!r}; it must be a text.")
+        for name in ("key", "value"):
+            value = getattr(self, name)
+            _require(isinstance(value, TensorSettings), f"{name} is {value!r}; it must be settings of a tensor.")
         _require(self.codec in CODECS, f"codec is {self.codec!r}; choose one of {', '.join(CODECS)}.")
         for name in ("sink_bits", "recent_bits"):
             value = getattr(self, name)
-            _require(value in PLANE_BITS + PLAIN_BITS, f"{name} is {value!r}; choose 1, 2, 3, 4, 8 or 16.")
+            _require(type(value) is int and value in PLANE_BITS + PLAIN_BITS, f"{name} is {value!r}; choose 1, 2, 3, 4, 8 or 16.")
         for name in ("sink_frames", "recent_frames", "window_frames"):
             _require_int(name, getattr(self, name), 0, 100_000)
         _require_int("epoch_frames", self.epoch_frames, 1, 100_000)
@@ -119,7 +130,7 @@ class QVGSettings:
         _require_int("seed", self.seed, 0, 2**63 - 1)
         for name in ("budget_gib", "host_gib"):
             value = getattr(self, name)
-            _require(0 <= value < 100_000, f"{name} is {value!r}; give GiB, or 0 for no limit.")
+            _require(type(value) in (int, float) and 0 <= value < 100_000, f"{name} is {value!r}; give GiB, or 0 for no limit.")
         _require(isinstance(self.offload, bool), f"offload is {self.offload!r}; it must be true or false.")
         _require(self.offload or not self.host_gib, "host_gib limits offloaded spans, but offload is off. Turn it on, or set it to 0.")
         if self.codec == "paper":
@@ -151,11 +162,17 @@ class QVGSettings:
     def from_json(text: str) -> QVGSettings:
         """The inverse of `to_json`. Raises ValueError for another version or an unknown field."""
         fields = json.loads(text)
+        _require(isinstance(fields, dict), "These settings are no object of fields.")
         version = fields.pop("version", None)
         _require(version == VERSION, f"These settings have version {version!r}; this release reads version {VERSION}.")
-        unknown = set(fields) - set(QVGSettings.__dataclass_fields__)
-        _require(not unknown, f"Unknown settings: {', '.join(sorted(unknown))}.")
-        tensors = {name: TensorSettings(**fields.pop(name)) for name in ("key", "value") if name in fields}
+        _refuse_unknown(fields, QVGSettings)
+        tensors = {}
+        for name in ("key", "value"):
+            if name in fields:
+                tensors[name] = fields.pop(name)
+                _require(isinstance(tensors[name], dict), f"The settings of {name} are no object of fields.")
+                _refuse_unknown(tensors[name], TensorSettings)
+                tensors[name] = TensorSettings(**tensors[name])
         return QVGSettings(**fields, **tensors)
 
 

@@ -7,7 +7,8 @@
 
 A file is put in its place whole (`files`): whoever is killed at any moment leaves the old file or the new one.
 Its header says what each tensor is, with a SHA-256 of it, and a SHA-256 of the header itself, so that a changed bit anywhere is noticed.
-A header that is whole can still be false; so `restore` compares every tensor with what the settings prescribe before the first one is used.
+A header that is whole can still be false; so every field and every tensor is compared with what they can be (`session_parts`) before the
+first one is used.
 
 The random numbers of the sampler are a function of seed, chunk and step; the only random state kept is that of each layer's k-means.
 """
@@ -29,18 +30,20 @@ from torch import Tensor
 from .budget import Geometry
 from .cache import Entry, KVCache, LayerCache
 from .codec import PaperCodebook, PlaneSpan
+from .fields import Wrong, require, shown
 from .files import write_atomically
 from .fingerprint import fingerprint as fingerprint
 from .layout import make_span, span_layout, span_tensors
 from .sampler import Run, Sampler
-from .settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
+from .session_parts import KINDS, SIDES, Part, book_of, check_causal, parse
+from .settings import QVGSettings
 from .smoothing import Codebook
+from .tensor_files import first_line
 
 VERSION = 1
 HEADER, DIGEST = "qvg_session", "qvg_session_sha256"
-SIDES = ("key", "value")
 # what reading a file of any content can raise
-DAMAGE = (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, RuntimeError, MemoryError)
+DAMAGE = (SafetensorError, ValueError)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -52,10 +55,6 @@ def _own(tensor: Tensor) -> Tensor:
     """On the CPU, with memory that no other tensor shares, which safetensors asks for."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _book_type(codec: str) -> type:
-    return PaperCodebook if codec == "paper" else Codebook
 
 
 def _layer_state(layer: LayerCache, prefix: str, tensors: dict[str, Tensor]) -> dict:
@@ -169,19 +168,12 @@ class Session:
             if _content(*ours) != _content(*theirs):
                 raise SessionError(f"{self.path.name} was saved with other cache settings, another size or another number type. "
                                    "Use the settings it was saved with.")
-        try:
-            filled = [[_restore_layer(cache, depth, states[depth], self._tensors_of(number, depth), self.frames_done)
-                       for depth in range(cache.geometry.layers)] for number, (cache, states) in enumerate(zip(caches, self.layers))]
-        except DAMAGE as error:
-            raise SessionError(f"{self.path.name} contradicts itself ({error}), so it cannot be used. Use an earlier checkpoint.") from None
+        filled = [[_restore_layer(cache, depth, state, f"cache{number}.{depth}", self.stored) for depth, state in enumerate(states)]
+                  for number, (cache, states) in enumerate(zip(caches, self.layers))]
         for cache, layers, peak in zip(caches, filled, self.peaks):
             cache.layers, cache.peak_bytes = layers, peak
         sampler.frames_done, sampler.chunk, sampler.last_prompt = self.frames_done, self.chunk, self.last_prompt
         sampler.recent = [part.to(sampler.device) for part in self.recent]
-
-    def _tensors_of(self, cache: int, depth: int) -> dict[str, Tensor]:
-        prefix = f"cache{cache}.{depth}."
-        return {name[len(prefix):]: tensor for name, tensor in self.stored.items() if name.startswith(prefix)}
 
 
 def _content(settings: QVGSettings, geometry: Geometry, dtype: str) -> tuple:
@@ -194,80 +186,33 @@ def _shape_of(geometry: Geometry) -> dict:
     return {name: getattr(geometry, name) for name in ("layers", "heads", "head_dim", "grid", "batch")}
 
 
-def _restore_layer(cache: KVCache, depth: int, state: dict, tensors: dict[str, Tensor], frames_done: int) -> LayerCache:
-    """A layer of `cache` as `_layer_state` saw it. Raises ValueError where a tensor is not what the settings prescribe."""
+def _restore_layer(cache: KVCache, depth: int, state: dict, name: str, stored: Mapping[str, Tensor]) -> LayerCache:
+    """A layer of `cache` as `_layer_state` saw it; its tensors, whose names begin with `name`, have been checked."""
     layer = LayerCache(cache, depth)
     settings, geometry, device = cache.settings, cache.geometry, cache.workspace.device
-    kind, books = _book_type(settings.codec), {}
+    books: dict[int, Codebook | PaperCodebook] = {}
 
-    def book(side: int, number: int | None):
-        if number is None:
-            return None
-        if number not in books:
-            found = kind(**{part.name: tensors[f"book{number}.{part.name}"].to(device) for part in fields(kind)})
-            _check_book(found, (settings.key, settings.value)[side], geometry)
-            books[number] = found
-        return books[number]
+    def book(number: int | None):
+        if number is not None and number not in books:
+            books[number] = book_of(f"{name}.book{number}", settings.codec, stored, device)
+        return books.get(number)
 
-    end = None
     for index, (first, frames, key_bits, value_bits, *numbers) in enumerate(state["entries"]):
-        _check_whole(f"span {index} in layer {depth}", first, frames, key_bits, value_bits)
-        if not {key_bits, value_bits} <= {*PLANE_BITS, *PLAIN_BITS}:
-            raise ValueError(f"span {index} in layer {depth} has {key_bits} and {value_bits} bits")
-        if frames < 1 or first < (0 if end is None else end):
-            raise ValueError(f"span {index} begins at latent frame {first}")
-        end = first + frames
         spans = []
-        for side, (name, bits, number) in enumerate(zip(SIDES, (key_bits, value_bits), numbers)):
-            tensor = (settings.key, settings.value)[side]
+        for side, tensor, bits, number in zip(SIDES, (settings.key, settings.value), (key_bits, value_bits), numbers):
             layout = span_layout(settings.codec, tensor, bits, frames * geometry.frame_tokens, geometry.rows, geometry.head_dim,
                                  cache.workspace.dtype)
-            parts = {part: tensors[f"{index}.{name}.{part}"] for part in layout}
-            for part, (dtype, shape) in layout.items():
-                if (parts[part].dtype, tuple(parts[part].shape)) != (dtype, shape):
-                    raise ValueError(f"{part} of the {name} of span {index} in layer {depth} has the wrong shape")
-            own = book(side, number)
-            if bits not in PLAIN_BITS:
-                if own is None:
-                    raise ValueError(f"span {index} in layer {depth} has no codebook")
-                if parts["ids"].numel() and int(parts["ids"].max()) >= own.centroids.shape[2]:
-                    raise ValueError(f"span {index} in layer {depth} asks for a centroid that is not there")
-            span = make_span(settings.codec, bits, {part: x.to(device) for part, x in parts.items()}, own, tensor.gain)
+            parts = {part: stored[f"{name}.{index}.{side}.{part}"].to(device) for part in layout}
+            span = make_span(settings.codec, bits, parts, book(number), tensor.gain)
             spans.append(span.gather_rows() if isinstance(span, PlaneSpan) else span)
         entry = Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache)
-        entry.books = tuple(book(side, number) for side, number in enumerate(numbers))
+        entry.books = tuple(map(book, numbers))
         layer.entries.append(entry)
-    if (end is not None and end != state["next_frame"]) or state["next_frame"] != frames_done:
-        raise ValueError(f"layer {depth} ends at latent frame {end}, not {frames_done}")
-    for side, number in enumerate(state["books"]):
-        layer.sides[side].book = book(side, number)
-    layer.generator.set_state(tensors["random"])
-    layer.next_frame, layer.epoch_frames, layer.trained = frames_done, state["epoch_frames"], state["trained"]
-    _check_whole(f"layer {depth}", layer.epoch_frames)
-    if layer.epoch_frames > frames_done or not isinstance(layer.trained, bool):
-        raise ValueError(f"layer {depth} has an epoch of {layer.epoch_frames} latent frames")
-    if layer.trained and any(side.book is None and tensor.bits not in PLAIN_BITS
-                             for side, tensor in zip(layer.sides, (settings.key, settings.value))):
-        raise ValueError(f"layer {depth} lacks its codebooks")
+    for side, number in zip(layer.sides, state["books"]):
+        side.book = book(number)
+    layer.generator.set_state(stored[f"{name}.random"])
+    layer.next_frame, layer.epoch_frames, layer.trained = state["next_frame"], state["epoch_frames"], state["trained"]
     return layer
-
-
-def _check_whole(what: str, *numbers) -> None:
-    for number in numbers:
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{what} has {number!r} where a whole number belongs")
-
-
-def _check_book(book, tensor: TensorSettings, geometry: Geometry) -> None:
-    stages, rows, count, dim = book.centroids.shape
-    good = (stages, rows, dim) == (tensor.stages, geometry.rows, geometry.head_dim) and (count <= tensor.centroids or not stages)
-    if isinstance(book, Codebook):
-        good &= (book.centroids.dtype, book.centroid_scale.dtype, book.channel_scale.dtype) == (torch.uint8, torch.bfloat16, torch.bfloat16)
-        good &= tuple(book.centroid_scale.shape) == (stages, rows, 1, dim) and tuple(book.channel_scale.shape) == (rows, dim)
-    else:
-        good &= book.centroids.dtype == torch.bfloat16
-    if not good:
-        raise ValueError("a codebook has the wrong shape")
 
 
 def load(path: str | Path) -> Session:
@@ -281,23 +226,15 @@ def session_of(path: Path, header: dict, stored: dict[str, Tensor]) -> Session:
     if "kind" in header:
         raise SessionError(f"{path.name} holds a video of another kind ({header['kind']}). Choose one that a causal model made.")
     with refused(path):
-        run, latents, shape, frames = Run(**header["run"]), stored.get("latents"), tuple(header["shape"]), header["frames_done"]
-        _check_whole("its header", frames, header["chunk"], *header["peaks"], *shape)
-        _check_whole("its run", run.frames, run.chunk_frames, run.recache_frames, run.seed)
-        if header["recent"] != sum(name.startswith("recent") for name in stored) or len(header["peaks"]) != len(header["settings"]):
-            raise ValueError("its header counts other tensors than it has")
-        if latents is not None and tuple(latents.shape) != (*shape[:2], frames, *shape[2:]):
-            raise ValueError(f"its latents have shape {tuple(latents.shape)}")
-        if not isinstance(run.first_alone, bool) or not isinstance(header["last_prompt"], str | None):
-            raise ValueError("its header names no prompt or no order of chunks")
-        return Session(
-            path=path, fingerprint=header["fingerprint"], run=run, shape=shape,
-            settings=[QVGSettings.from_json(text) for text in header["settings"]],
-            geometry=[Geometry(**{**place, "grid": tuple(place["grid"])}) for place in header["geometry"]], dtype=header["dtype"],
-            frames_done=frames, chunk=header["chunk"], last_prompt=header["last_prompt"],
-            recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=latents, extra=header["extra"],
-            tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},
-            layers=header["layers"], peaks=header["peaks"], stored=stored)
+        run = Run(**header["run"])
+        check_causal(header, stored)
+    return Session(
+        path=path, fingerprint=header["fingerprint"], run=run, shape=tuple(header["shape"]), settings=header["settings"],
+        geometry=[Geometry(**{**place, "grid": tuple(place["grid"])}) for place in header["geometry"]], dtype=header["dtype"],
+        frames_done=header["frames_done"], chunk=header["chunk"], last_prompt=header["last_prompt"],
+        recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=stored.get("latents"), extra=header["extra"],
+        tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},
+        layers=header["layers"], peaks=header["peaks"], stored=stored)
 
 
 @contextmanager
@@ -308,8 +245,7 @@ def refused(path: Path) -> Iterator[None]:
     except SessionError:
         raise
     except DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SessionError(f"{path.name} is damaged or no session ({reason}). Use an earlier checkpoint.") from None
+        raise SessionError(f"{path.name} is damaged or no session ({first_line(error)}). Use an earlier checkpoint.") from None
 
 
 def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -318,25 +254,41 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no session file {path}.")
     with refused(path), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if HEADER not in metadata:
-            raise SessionError(f"{path.name} is no session of QuantVideoGen. Choose one that Save Video Session or `qvg generate` wrote.")
-        header = json.loads(metadata[HEADER])
-        # another release may count its checksums in another way, so its version is looked at first
-        if header.get("version") != VERSION:
-            raise SessionError(f"{path.name} has version {header.get('version')!r}; this release reads version {VERSION}. "
-                               "Use the release that wrote it.")
-        if hashlib.sha256(metadata[HEADER].encode()).hexdigest() != metadata.get(DIGEST):
-            raise SessionError(f"The header of {path.name} has been changed since it was written. Use an earlier checkpoint.")
-        if set(file.keys()) != set(header["tensors"]):
+        header = _header(path, file.metadata() or {})
+        if set(file.keys()) != header["tensors"].keys():
             raise SessionError(f"{path.name} lacks tensors that its header lists, or has others. Use an earlier checkpoint.")
-        return header, dict(_checked(file, header["tensors"], path))
+        parts = KINDS[header.get("kind")][1](header)
+        if strange := sorted(parts.keys() ^ header["tensors"].keys()):
+            raise Wrong(f"it {'lacks' if strange[0] in parts else 'has a tensor that nothing needs,'} {strange[0]}")
+        for name, part in parts.items():
+            part.check_listed(name, *header["tensors"][name][:2])
+        return header, {name: _checked(file, name, *header["tensors"][name], part, path) for name, part in parts.items()}
 
 
-def _checked(file, expected: dict[str, list], path: Path) -> Iterator[tuple[str, Tensor]]:
-    for name, (dtype, shape, digest) in expected.items():
-        # cloned, because what safetensors gives may be a window into the file, which must be free to be replaced
-        tensor = file.get_tensor(name).clone()
-        if [str(tensor.dtype), list(tensor.shape)] != [dtype, shape] or hashlib.sha256(_bytes(tensor)).hexdigest() != digest:
-            raise SessionError(f"{name} in {path.name} is not what was written. The file is damaged; use an earlier checkpoint.")
-        yield name, tensor
+def _header(path: Path, metadata: Mapping[str, str]) -> dict:
+    """The checked fields of a file."""
+    if HEADER not in metadata:
+        raise SessionError(f"{path.name} is no session of QuantVideoGen. Choose one that Save Video Session or `qvg generate` wrote.")
+    header = parse(metadata[HEADER], "its header")
+    require(isinstance(header, dict), "its header", header, "an object")
+    # another release may count its checksums in another way, so its version is looked at first
+    if header.get("version") != VERSION:
+        raise SessionError(f"{path.name} has version {shown(header.get('version'))}; this release reads version {VERSION}. "
+                           "Use the release that wrote it.")
+    if hashlib.sha256(metadata[HEADER].encode()).hexdigest() != metadata.get(DIGEST):
+        raise SessionError(f"The header of {path.name} has been changed since it was written. Use an earlier checkpoint.")
+    kind = header.get("kind")
+    if not isinstance(kind, str | None) or kind not in KINDS:
+        raise SessionError(f"{path.name} holds a video of another kind ({shown(kind)}). Choose one that a causal model made.")
+    return KINDS[kind][0](header, "header")
+
+
+def _checked(file, name: str, dtype: str, shape: list[int], digest: str, part: Part, path: Path) -> Tensor:
+    tensor = file.get_tensor(name)
+    whole = [str(tensor.dtype), list(tensor.shape)] == [dtype, shape]
+    # cloned, because what safetensors gives may be a window into the file, which must be free to be replaced
+    tensor = tensor.clone() if whole else tensor
+    if not whole or hashlib.sha256(_bytes(tensor)).hexdigest() != digest:
+        raise SessionError(f"{name} in {path.name} is not what was written. The file is damaged; use an earlier checkpoint.")
+    part.check_values(name, tensor)
+    return tensor

@@ -318,3 +318,12 @@ class TestOnGPU:
         assert any(isinstance(event, Adapted) for event in events)
         assert sum(event.latents.shape[2] for event in events if isinstance(event, ChunkDone)) == 90
         assert events[-1].stats.peak_bytes < held
+
+
+@pytest.mark.parametrize("first_alone", [False, True])
+@pytest.mark.parametrize("chunk_frames", [1, 3, 4])
+def test_chunks_are_counted_without_making_them(chunk_frames, first_alone):
+    run = Run(frames=9, chunk_frames=chunk_frames, first_alone=first_alone)
+    for first in range(10):
+        for stop in range(10):
+            assert run.count(first, stop) == len(list(run.pieces(first, stop)))

@@ -180,23 +180,73 @@ def entry(fields):
     return fields["layers"][0][0]["entries"][0]
 
 
+def state(fields):
+    return fields["layers"][0][0]
+
+
+def put(name, **changes):
+    """What puts other numbers into a tensor: at=place in its flat numbers, to=number."""
+    def change(tensors):
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[changes.get("at", 0)] = changes["to"]
+    return change
+
+
+def reshape(name, change):
+    return lambda tensors: tensors.update({name: change(tensors[name]).clone()})
+
+
+NAN, INF = float("nan"), float("inf")
 HOSTILE = {
     "another version": (lambda f: f.update(version=99), None, "version 99"),
     "no version": (lambda f: f.pop("version"), None, "version None"),
-    "huge frames": (lambda f: entry(f).__setitem__(1, 10**12), None, "contradicts|damaged"),
-    "negative frames": (lambda f: entry(f).__setitem__(1, -3), None, "contradicts"),
-    "no tensor of that name": (lambda f: f["layers"][0][0]["entries"].append([6, 3, 2, 2, 0, 1]), None, "contradicts"),
-    "a plane more": (lambda f: entry(f).__setitem__(2, 7), None, "contradicts"),
-    "spans out of order": (lambda f: f["layers"][0][0]["entries"].reverse(), None, "contradicts"),
-    "position elsewhere": (lambda f: f.update(frames_done=9), None, "contradicts|damaged"),
-    "settings from nowhere": (lambda f: f.update(settings=["{}"]), None, "damaged"),
-    "unknown run field": (lambda f: f["run"].update(shell="rm"), None, "damaged"),
-    "fewer layers": (lambda f: f["layers"][0].pop(), None, "contradicts"),
-    "entries are text": (lambda f: f["layers"][0][0].update(entries="abc"), None, "contradicts"),
-    "an id beyond the codebook": (None, lambda t: t["cache0.1.1.key.ids"].fill_(255), "centroid"),
-    "a plane too short": (None, lambda t: t.update({"cache0.0.1.key.plane0": t["cache0.0.1.key.plane0"][:-1].clone()}), "contradicts"),
-    "random state of another size": (None, lambda t: t.update({"cache0.0.random": torch.zeros(8, dtype=torch.uint8)}), "contradicts"),
-    "a codebook of floats": (None, lambda t: t.update({"cache0.0.book0.centroids": t["cache0.0.book0.centroids"].float()}), "contradicts"),
+    "version true": (lambda f: f.update(version=True), None, r"header.version is True; it must be"),
+    "huge frames": (lambda f: entry(f).__setitem__(1, 10**12), None, r"layers\[0\]\[0\]\.entries\[0\]\[1\] is 1000000000000"),
+    "negative frames": (lambda f: entry(f).__setitem__(1, -3), None, r"entries\[0\]\[1\] is -3"),
+    "no tensor of that name": (lambda f: state(f)["entries"].append([6, 3, 2, 2, 0, 1]), None, "last frame of its spans"),
+    "a plane more": (lambda f: entry(f).__setitem__(2, 7), None, r"key bits of cache0\.0\.entries\[0\] is 7"),
+    "spans out of order": (lambda f: state(f)["entries"].reverse(), None, "where the span before it ends"),
+    "spans over each other": (lambda f: state(f)["entries"][1].__setitem__(0, 0), None, "first frame of"),
+    "a span across the end of the sinks": (lambda f: entry(f).__setitem__(1, 2), None, "below sink_frames, 1"),
+    "position elsewhere": (lambda f: f.update(frames_done=9), None, r"\[1, 16, 6, 2, 4\]; it must be \[1, 16, 9, 2, 4\]|it must be 9"),
+    "more made than there will be": (lambda f: f["run"].update(frames=3), None, "at most header.run.frames, 3"),
+    "a run without end": (lambda f: f["run"].update(frames=10**9), None, r"header.run.frames is 1000000000"),
+    "chunks of any length": (lambda f: f["run"].update(chunk_frames=10**6), None, "header.run.chunk_frames is 1000000"),
+    "a seed of another type": (lambda f: f["run"].update(seed=1.0), None, "header.run.seed is 1.0"),
+    "sigmas that are no numbers": (lambda f: f["run"].update(sigmas=[1, NAN, 0]), None, r"header.run.sigmas\[1\] is nan"),
+    "more chunks than frames": (lambda f: f.update(chunk=7), None, "header.chunk is 7"),
+    "settings from nowhere": (lambda f: f.update(settings=["{}"]), None,
+                              r"header.settings\[0\] cannot be read: These settings have version"),
+    "settings out of range": (lambda f: f.update(settings=[f["settings"][0].replace('"iterations": 8', '"iterations": 800')]), None,
+                              "iterations is 800"),
+    "settings of another type": (lambda f: f.update(settings=[f["settings"][0].replace('"sink_bits": 4', '"sink_bits": 4.0')]), None,
+                                 "sink_bits is 4.0"),
+    "a key of settings that is a list": (lambda f: f.update(settings=['{"version": 1, "key": []}']), None, "no object"),
+    "unknown run field": (lambda f: f["run"].update(shell="rm"), None, "header.run has a field 'shell'"),
+    "a run field missing": (lambda f: f["run"].pop("noise"), None, "header.run lacks its field noise"),
+    "fewer layers": (lambda f: f["layers"][0].pop(), None, "a list of 2 layers"),
+    "more layers than there are": (lambda f: f["geometry"][0].update(layers=10**9), None, "layers is 1000000000"),
+    "tokens as many as one likes": (lambda f: f["geometry"][0].update(grid=[60_000, 60_000]), None, r"grid is \[60000, 60000\]"),
+    "another batch": (lambda f: f["geometry"][0].update(batch=2), None, "batch is 2; it must be 1"),
+    "entries are text": (lambda f: state(f).update(entries="abc"), None, "entries is 'abc'"),
+    "a codebook missing": (lambda f: entry(f).__setitem__(4, None), None, "key codebook"),
+    "one codebook for both": (lambda f: entry(f).__setitem__(5, entry(f)[4]), None, "lacks|nothing needs|both key and value"),
+    "a number type that there is not": (lambda f: f.update(dtype="torch.int64"), None, "header.dtype is 'torch.int64'"),
+    "recent frames that are not there": (lambda f: f.update(recent=5), None, "lacks recent"),
+    "an id beyond the codebook": (None, lambda t: t["cache0.1.1.key.ids"].fill_(255), "key.ids holds 255, but its codebook has"),
+    "a plane too short": (None, reshape("cache0.0.1.key.plane0", lambda x: x[:-1]), r"shape of cache0\.0\.1\.key\.plane0"),
+    "a tensor that nothing needs": (None, lambda t: t.update(more=torch.zeros(3)), "nothing needs, more"),
+    "random state of another size": (None, lambda t: t.update({"cache0.0.random": torch.zeros(8, dtype=torch.uint8)}), r"must be \[5056\]"),
+    "a random state that is none": (None, lambda t: t["cache0.0.random"].fill_(255), "cache0.0.random is no state"),
+    "a codebook of floats": (None, reshape("cache0.0.book0.centroids", torch.Tensor.float), "type of cache0.0.book0.centroids"),
+    "centroids that are no numbers": (None, put("cache0.0.book0.centroids", to=0xFF), "book0.centroids holds codes that are no number"),
+    "scales that are no numbers": (None, put("cache0.0.1.key.scales", to=0x7F), "key.scales holds codes that are no number"),
+    "channels scaled by nothing": (None, put("cache0.0.book0.channel_scale", to=0.0), "channel_scale holds 0"),
+    "an endless scale": (None, put("cache0.0.book1.centroid_scale", to=INF), "centroid_scale holds inf"),
+    "numbers beyond all others": (None, put("cache0.0.1.value.exponents", to=127), "the numbers that cache0.0.1.value stands for"),
+    "latents that are no numbers": (None, put("latents", to=NAN), "latents holds nan"),
+    "recent latents that are no numbers": (None, put("recent0", to=-INF), "recent0 holds -inf"),
+    "latents of whole numbers": (None, reshape("latents", torch.Tensor.int), "type of latents"),
 }
 
 
