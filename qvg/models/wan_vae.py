@@ -230,6 +230,21 @@ class Decoder(nn.Module):
         x = self.middle(self.conv1(z, memory), memory)
         return self.head(self.upsamples(x, memory), memory)
 
+    def memory_shapes(self, shape: tuple[int, ...], frames: int) -> dict[str, tuple[int, ...]]:
+        """What a memory holds behind so many latent frames of `shape` (B, C, H, W): the shape of each entry, by the name of its layer."""
+        batch, _, height, width = shape
+        found: dict[str, tuple[int, ...]] = {}
+        stages = (("conv1", self.conv1), ("middle", self.middle), *self.upsamples.named_children(), ("head", self.head))
+        for name, stage in stages:
+            for inner, layer in stage.named_modules(prefix=f"upsamples.{name}" if name.isdigit() else name):
+                if isinstance(layer, Upsample) and layer.time_conv is not None:
+                    found[inner] = (batch, layer.time_conv.in_channels, 0, height, width)
+                elif isinstance(layer, CausalConv3d) and layer.reach and (frames > 1 or not inner.endswith("time_conv")):
+                    found[inner] = (batch, layer.in_channels, layer.reach, height, width)
+            if isinstance(stage, Upsample):
+                height, width = 2 * height, 2 * width
+        return found if frames else {}
+
 
 class WanVAE(nn.Module):
     """The autoencoder with base width `base`. Its latents are the decoder's own: see `normalize` for the network's."""
