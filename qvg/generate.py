@@ -30,9 +30,8 @@ from .models.wan import HEAD_DIM, PATCH, CausalWan
 from .models.wan_vae import WanVAE
 from .pictures import read_frames
 from .recorder import Recorder
-from .sampler import Adapted, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
+from .sampler import MAX_FRAMES, Adapted, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
 from .schedule import PromptTrack, Schedule, latent_frames
-from .session_parts import MAX_FRAMES
 from .settings import PRESETS, QVGSettings
 from .storage import Session
 from .stream import encode_stream

@@ -37,6 +37,7 @@ TIMESTEPS = 1000
 NOISES = ("private", "core")
 # almost three days of video
 MAX_FRAMES = 1_000_000
+MAX_CHUNK, MAX_SIGMAS = 256, 10_001
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Run:
     def __post_init__(self):
         object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
         # what a session can hold; one that cannot be read again is noticed when hours have gone into it
-        for name, least, most in (("frames", 1, MAX_FRAMES), ("chunk_frames", 1, MAX_FRAMES), ("recache_frames", 0, MAX_FRAMES),
+        for name, least, most in (("frames", 1, MAX_FRAMES), ("chunk_frames", 1, MAX_CHUNK), ("recache_frames", 0, MAX_FRAMES),
                                   ("seed", 0, 2**64 - 1)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
@@ -72,9 +73,9 @@ class Run:
         if type(self.first_alone) is not bool:
             raise ValueError(f"first_alone is {self.first_alone!r}; it must be true or false.")
         falling = all(high > low for high, low in zip(self.sigmas, self.sigmas[1:]))
-        if len(self.sigmas) < 2 or not falling or self.sigmas[0] > 1 or self.sigmas[-1] < 0:
-            raise ValueError(f"The sigmas are {', '.join(f'{sigma:g}' for sigma in self.sigmas) or 'empty'}; give two or more that fall "
-                             "from at most 1 to at least 0.")
+        if not 2 <= len(self.sigmas) <= MAX_SIGMAS or not falling or self.sigmas[0] > 1 or self.sigmas[-1] < 0:
+            raise ValueError(f"The sigmas are {', '.join(f'{sigma:g}' for sigma in self.sigmas) or 'empty'}; give 2 to "
+                             f"{MAX_SIGMAS} that fall from at most 1 to at least 0.")
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise is {self.context_noise:g}; it must be at least 0 and below 1.")
         if self.noise not in NOISES:

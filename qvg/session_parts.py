@@ -22,12 +22,11 @@ from .budget import Geometry
 from .codec import PaperCodebook
 from .fields import Wrong, anything, each, flag, mapping, one_of, optional, real, record, require, row, text, whole
 from .layout import span_layout
-from .sampler import NOISES
+from .sampler import MAX_CHUNK, MAX_FRAMES, MAX_SIGMAS, NOISES
 from .schedule import latent_frames
 from .settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
 from .smoothing import Codebook
 
-MAX_FRAMES = 1_000_000  # latent frames, almost three days of video
 MAX_BYTES = 2 ** 50
 # no key, value or latent comes near it, and a network can still add up many of them in float32
 LARGEST = 2.0 ** 40
@@ -59,7 +58,7 @@ BOOK = optional(whole(0, 2 * MAX_FRAMES))
 BITS = whole(1, max(PLAIN_BITS))
 
 RUN = record(
-    frames=whole(1, MAX_FRAMES), chunk_frames=whole(1, 256), sigmas=each(real(0, 1), 2, 1000), seed=whole(0, 2 ** 64 - 1),
+    frames=whole(1, MAX_FRAMES), chunk_frames=whole(1, MAX_CHUNK), sigmas=each(real(0, 1), 2, MAX_SIGMAS), seed=whole(0, 2 ** 64 - 1),
     first_alone=flag, context_noise=real(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES))
 GEOMETRY = record(
     layers=whole(1, 256), heads=whole(1, 1024), head_dim=whole(8, 1024), grid=row(SIZE, SIZE), batch=whole(1, 1024))

@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .fields import shown
 from .files import Lock, Taken, check_place, failed, remove_parts, write_atomically
 from .models.wan_vae import WanVAE, denormalize, normalize
 
@@ -57,13 +58,18 @@ class ChunkDecoder:
         names = {module: name for name, module in self.vae.decoder.named_modules()}
         return {names[module]: tensor for module, tensor in self.memory.items()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state` was taken. Raises ValueError where the decoder has no such layers."""
-        modules = dict(self.vae.decoder.named_modules())
-        unknown = sorted(set(state) - set(modules))
-        if unknown:
-            raise ValueError(f"The saved decoder has a layer {unknown[0]}, which this VAE lacks. Load the VAE that made the video.")
-        weight = self.vae.conv2.weight
+    def restore(self, state: dict[str, Tensor], shape: tuple[int, ...], frames: int) -> None:
+        """Go on where `state` was taken, behind so many latent frames of `shape` (B, C, H, W). Raises ValueError where it is none of this
+        decoder, or lacks a layer."""
+        expected = self.vae.decoder.memory_shapes(shape, frames)
+        for name in sorted(expected.keys() | state.keys()):
+            if name not in expected:
+                raise ValueError(f"The saved decoder has a layer {name[:100]!r}, which this VAE lacks. Load the VAE that made the video.")
+            if name not in state or tuple(state[name].shape) != expected[name]:
+                found = f"has shape {shown(list(state[name].shape))}" if name in state else "is missing"
+                raise ValueError(f"The saved decoder's layer {name} {found}, where this VAE has {list(expected[name])}. Load the VAE that "
+                                 "made the video, or use an earlier checkpoint.")
+        modules, weight = dict(self.vae.decoder.named_modules()), self.vae.conv2.weight
         self.memory = {modules[name]: tensor.to(weight) for name, tensor in state.items()}
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from comfyui_qvg.qvg.settings import PRESETS
 
 SHAPE = (1, 16, 2, 4)
 RUN = Run(frames=12, sigmas=(1, 0.5, 0), recache_frames=3)
-STRANGE = [None, True, False, -1, 0, 1, 2, 3, 7, 8, 255, 256, 10**4, 10**6, 10**9, 10**12, 2**63, 2**64, -2**63, 10**40, 1.5, 3.0, 0.0, -0.5, 1e308,
-           float("nan"), float("inf"), "", "x", "../../etc/passwd", "\0", "torch.float64", "0s: x", "99999999999s: x", [], {}, [[]], [1, 2, 3], {"a": 1}]
+STRANGE = [
+    *(None, True, False, -1, 0, 1, 2, 3, 7, 8, 255, 256, 10**4, 10**6, 10**9, 10**12, 2**63, 2**64, -2**63, 10**40),
+    *(1.5, 3.0, 0.0, -0.5, 1e308, float("nan"), float("inf"), [], {}, [[]], [1, 2, 3], {"a": 1}),
+    *("", "x", "../../etc/passwd", "\0", "torch.float64", "0s: x", "99999999999s: x")]
 POISON = [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 1e30, 1e-38, 0.0, -1.0]
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool,
          torch.complex64]
@@ -210,7 +213,7 @@ class Sessions:
         if isinstance(session, segments.SegmentSession):
             return self._continue_segments(session, base)
         if base.kind == "generated":
-            return self._generate(session, base)
+            return self._generate(session, base, draw)
         own = draw.random() < 0.5
         run = RUN if own else replace(session.run, frames=max(session.run.frames, session.frames_done + 3))
         sampler = self.sampler(session.settings[0], run, SHAPE if own else session.shape, len(session.settings))
@@ -221,22 +224,22 @@ class Sessions:
                 return "" if event.latents.isfinite().all() and session.latents.isfinite().all() else "a video that is not finite"
         return "" if session.frames_done == run.frames else "no chunk was made"
 
-    def _generate(self, session, base: Base) -> str:
+    def _generate(self, session, base: Base, draw: random.Random) -> str:
         out = self.folder / "video.mp4"
         shutil.copy(self.folder / base.key, out)
         todo = resumed(session, out)
-        todo = replace(todo, session=self.folder / "again.safetensors", run=replace(todo.run, frames=session.frames_done + 3))
-        made = 0
+        todo = replace(todo, session=self.folder / "again.safetensors")
+        if draw.random() < 0.7:
+            todo = replace(todo, run=replace(todo.run, frames=session.frames_done + 3))
         try:
-            for event, _ in generate(*self.small[:3], todo, resume=session):
-                self.opened = True
-                if isinstance(event, ChunkDone):
-                    made += 1
-                    if not event.latents.isfinite().all():
-                        return "a video that is not finite"
+            with closing(generate(*self.small[:3], todo, resume=session)) as events:
+                for event, _ in events:
+                    self.opened = True
+                    if isinstance(event, ChunkDone):
+                        return "" if event.latents.isfinite().all() else "a video that is not finite"
         finally:
             todo.session.unlink(missing_ok=True)
-        return "" if made else "no chunk was made"
+        return "" if session.frames_done == todo.run.frames else "no chunk was made"
 
     def _continue_segments(self, session, base: Base) -> str:
         made = session.resume("x", segments.Segments(base.key, 5, ""), 100, 4, 2)

@@ -47,10 +47,32 @@ def test_a_decoder_goes_on_from_its_state(vae):
     whole, first, second = ChunkDecoder(vae), ChunkDecoder(vae), ChunkDecoder(vae)
     expected = torch.cat([whole(chunk) for chunk in latents.split(3, 2)], 2)
     made = first(latents[:, :, :3])
-    second.restore({name: tensor.clone() for name, tensor in first.state().items()})
+    second.restore({name: tensor.clone() for name, tensor in first.state().items()}, (1, 16, 2, 3), 3)
     assert torch.equal(torch.cat([made, second(latents[:, :, 3:])], 2), expected)
-    with pytest.raises(ValueError, match="which this VAE lacks"):
-        second.restore({"attic": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_what_a_decoder_remembers_is_known_beforehand(vae, frames):
+    decoder = ChunkDecoder(vae)
+    decoder(torch.randn(2, 16, frames, 2, 3))
+    assert {name: tuple(tensor.shape) for name, tensor in decoder.state().items()} == vae.decoder.memory_shapes((2, 16, 2, 3), frames)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state.update(attic=torch.zeros(1)), "'attic', which this VAE lacks"),
+    (lambda state: state.pop("conv1"), "layer conv1 is missing"),
+    (lambda state: state.clear(), "layer conv1 is missing"),
+    (lambda state: state.update(conv1=state["conv1"][..., :1]), r"layer conv1 has shape \[1, 16, 2, 2, 1\], where this VAE has"),
+])
+def test_a_decoder_does_not_go_on_from_a_state_that_is_not_its_own(vae, change, words):
+    decoder = ChunkDecoder(vae)
+    decoder(torch.randn(1, 16, 2, 2, 3))
+    state = decoder.state()
+    change(state)
+    other = ChunkDecoder(vae)
+    with pytest.raises(ValueError, match=words):
+        other.restore(state, (1, 16, 2, 3), 2)
+    assert not other.memory
 
 
 def test_encoding_in_pieces_equals_a_whole_encode(vae):
