@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .names import WRAPPERS, judges, official_name, tensors_in
+from .names import WRAPPERS, judges, official_name, rank, tensors_in
 
 # words before a module's name, with underscores for dots; the longer ones first
 PREFIXES = ("base_model_model_", "base_model_", "diffusion_model_", "lora_transformer_", "lora_unet_", "lora_dit_", "lycoris_", "lora_",
@@ -69,7 +69,7 @@ class Mapped:
     weights: "<parameter>.<field>" -> tensor. fused: parameter -> what has to be cut when it is computed. taken: how many keys of the
     file that is. left: keys that belong to nothing here. unfit: keys of another shape than the network's, and misfits: parameter -> (shape
     that the file changes, shape of the network). text: keys that belong to a text encoder. aside: keys of a network that judged in
-    training and does not sample.
+    training and does not sample, and of one less good than that which was taken.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -223,7 +223,8 @@ def _changes(lora: Mapping, mapped: Mapped) -> Iterator[tuple[str, Change]]:
             change.rungs[int(match["number"])] = tensor
         else:
             change.fields[NAMES.get(match.lastgroup) or match[match.lastgroup]] = tensor
-    for (_, stem), change in changes.items():
+    # averaged weights first, as in a checkpoint
+    for (_, stem), change in sorted(changes.items(), key=lambda item: rank((item[0][0], ""))):
         yield stem, change
 
 
@@ -243,12 +244,14 @@ def convert(lora: Mapping, shapes: Mapping[str, tuple[int, ...] | None]) -> Mapp
             mapped.misfits |= wrong
             mapped.unfit += change.keys
             continue
+        weights = {f"{name}.{key}": tensor for name, part in parts if not isinstance(part, Fused) for key, tensor in part.items()}
+        fused = {name: part for name, part in parts if isinstance(part, Fused)}
+        if weights.keys() & mapped.weights.keys() or fused.keys() & mapped.fused.keys():
+            mapped.aside += change.keys
+            continue
         mapped.taken += len(change.keys)
-        for name, part in parts:
-            if isinstance(part, Fused):
-                mapped.fused[name] = part
-            else:
-                mapped.weights |= {f"{name}.{key}": tensor for key, tensor in part.items()}
+        mapped.weights |= weights
+        mapped.fused |= fused
     return mapped
 
 

@@ -123,8 +123,8 @@ def find_network(content: Mapping) -> Found:
     whole = [place for place, kinds in parts.items() if len(kinds) == 2] or [place for place, kinds in parts.items() if "blocks" in kinds]
     if not whole:
         return _largest(tensors)
-    best = min(map(_rank, whole))
-    chosen = [place for place in whole if _rank(place) == best]
+    best = min(map(rank, whole))
+    chosen = [place for place in whole if rank(place) == best]
     if len(chosen) > 1:
         names = " and ".join(_label(place) or "one without a name" for place in chosen[:3])
         raise ValueError(f"It holds several networks, {names}, and none of them is called generator or model, so which one samples "
@@ -168,7 +168,7 @@ def _words(place: tuple[tuple[str, ...], str]) -> list[str]:
     return [*path, *prefix.split(".")[:-1]]
 
 
-def _rank(place: tuple[tuple[str, ...], str]) -> int:
+def rank(place: tuple[tuple[str, ...], str]) -> int:
     """How likely this network is the one that samples; 0 is best."""
     words = _words(place)
     if judges(words):

@@ -99,7 +99,8 @@ def _wrap_load(core):
         if warning:
             logging.warning("QVG: %s", warning)
         if mapped.aside:
-            logging.info("QVG: %d keys of the LoRA belong to a network that does not sample (%s, ...)", len(mapped.aside), mapped.aside[0])
+            logging.info("QVG: %d keys of the LoRA belong to a network that is not the one that samples (%s, ...)", len(mapped.aside),
+                         mapped.aside[0])
         return patches
 
     return load

@@ -192,7 +192,7 @@ def test_longlives_file(models, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         check(model, comfy.utils.load_torch_file(str(path), safe_load=True), changes, caplog)
     message, = (text for text in caplog.messages if "QVG" in text)
-    assert f"{len(other)} keys of the LoRA belong to a network that does not sample (critic_lora." in message
+    assert f"{len(other)} keys of the LoRA belong to a network that is not the one that samples (critic_lora." in message
     torch.save({"generator_lora": file}, path)
     check(model, comfy.utils.load_torch_file(str(path), safe_load=True), changes, caplog)
 
@@ -243,6 +243,34 @@ def test_a_published_lora_for_wan_and_the_other_way_round(models):
     longcat, _ = lora_file(models["longcat"], "published", "diffusers")
     with pytest.raises(ValueError, match=r"None of this LoRA's .* belongs to the causal Wan model"):
         weights_after(models["wan"], {key: tensor for key, tensor in longcat.items() if "attn" in key})
+
+
+def test_hooks_ask_the_network_and_the_text_encoder_in_turn(models):
+    """Core's LoRA hooks hand the whole file to both, and want nothing said where one of them has no part in it."""
+    import comfy.lora
+
+    names, text = comfy.lora.model_lora_keys_unet(models["longcat"].model, {}), STRANGERS["text encoder"][0]
+    file, changes = lora_file(models["longcat"], "published", "peft")
+    assert comfy.lora.load_lora(text, names, log_missing=False) == {}
+    assert len(comfy.lora.load_lora(file | text, names, log_missing=False)) == len(changes)
+    with pytest.raises(ValueError, match=r"None of this LoRA's 2 keys"):
+        comfy.lora.load_lora(STRANGERS["vace"][0], names, log_missing=False)
+
+
+@pytest.mark.parametrize("fields", [("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2")])
+def test_a_stopped_video_is_not_gone_on_with_under_another_lora(models, fields):
+    """A file of segments is named by what it is made from; LoRAs of every kind are part of that."""
+    import comfy.sd
+
+    from comfyui_qvg.nodes.longcat import run_key
+
+    def key(seed):
+        draw = torch.Generator().manual_seed(seed)
+        sizes = {"lokr_w1": (4, 2), "lokr_w2": (48, 32), "lokr_w1_a": (4, 3), "lokr_w1_b": (3, 2)}
+        file = {f"lycoris_blocks_0_attn_qkv.{field}": torch.randn(sizes[field], generator=draw) for field in fields}
+        return run_key(comfy.sd.load_lora_for_models(models["longcat"], None, file, 1.0, 0.0)[0], [], [], None, [])
+
+    assert key(1) == key(1) != key(2)
 
 
 @pytest.mark.parametrize(("names", "kind"), [("published", "lora"), ("ours", "lora"), ("published", "lokr")])

@@ -1,0 +1,153 @@
+"""Reading LoRA files without ComfyUI: spellings, cuts, and the account of every key. tests/comfy/test_lora_names.py applies them."""
+
+import pytest
+import torch
+
+from comfyui_qvg.qvg.lora import Fused, Spellings, convert
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.names import split_layout
+
+RANK = 2
+
+
+def shapes(network):
+    return {name.removesuffix(".weight"): tuple(t.shape) for name, t in network.state_dict().items() if not name.endswith(".bias")}
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return shapes(CausalWan(WanSizes(dim=128, ffn_dim=64, layers=11, text_dim=32)))
+
+
+@pytest.fixture(scope="module")
+def longcat():
+    return shapes(LongCat(LongCatSizes(dim=64, head_dim=16, ffn_dim=32, layers=2, text_dim=32, time_dim=16, freq_dim=32)))
+
+
+def pair(name, outer, inner, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(RANK, inner, generator=draw), torch.randn(outer, RANK, generator=draw)
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+
+
+def delta(mapped, name):
+    up, down = (mapped.weights[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
+    alpha = mapped.weights.get(f"{name}.alpha")
+    return up @ down * (1 if alpha is None else alpha / down.shape[0])
+
+
+def test_no_two_parameters_share_a_spelling(wan, longcat):
+    for parameters in (wan, longcat):
+        for parts in Spellings(parameters).table.values():
+            places = [(place, count) for _, place, count in parts]
+            assert places == [(place, len(parts)) for place in range(len(parts))] and len({name for name, *_ in parts}) == len(parts)
+
+
+@pytest.mark.parametrize(("spelling", "name"), [
+    ("blocks.10.self_attn.q", "blocks.10.self_attn.q"), ("lora_unet_blocks_1_self_attn_q", "blocks.1.self_attn.q"),
+    ("transformer.blocks.1.attn1.to_out.0", "blocks.1.self_attn.o"), ("blocks.1.attn2.to_out.0", "blocks.1.cross_attn.o"),
+    ("blocks.1.attn2.norm_k", "blocks.1.cross_attn.norm_k"), ("blocks.1.norm2", "blocks.1.norm3"),
+    ("blocks.1.scale_shift_table", "blocks.1.modulation"), ("scale_shift_table", "head.modulation"), ("proj_out", "head.head"),
+    ("condition_embedder.time_proj", "time_projection.1"), ("base_model.model.patch_embedding", "patch_embedding"),
+    ("model.blocks.1._orig_mod.ffn.2", "blocks.1.ffn.2"), ("lora_unet__blocks_0__fsdp_wrapped_module_ffn_0", "blocks.0.ffn.0")])
+def test_spellings_of_wan(wan, spelling, name):
+    assert Spellings(wan).find(spelling) == [(name, 0, 1)]
+
+
+@pytest.mark.parametrize("spelling", [
+    "vace_blocks.0.self_attn.q", "double_blocks.0.self_attn.q", "blocks.11.self_attn.q", "blocks.0.self_attn", "", "transformer.",
+    "blocks.0.attn.qkv", "text_encoder.blocks.0.self_attn.q", "blocks.1.self_attn.q.extra"])
+def test_what_is_none_of_wans(wan, spelling):
+    assert Spellings(wan).find(spelling) == []
+
+
+def test_a_fused_layer_is_cut_by_rows(longcat):
+    file = pair("transformer.blocks.1.attn.qkv", 192, 64) | pair("lora_unet_blocks_0_cross_attn_kv_linear", 128, 64)
+    mapped = convert(file, longcat)
+    whole = {f"{name}.weight": file[f"{key}.lora_B.weight"] @ file[f"{key}.lora_A.weight"] for name, key in (
+        ("blocks.1.attn.qkv", "transformer.blocks.1.attn.qkv"),
+        ("blocks.0.cross_attn.kv_linear", "lora_unet_blocks_0_cross_attn_kv_linear"))}
+    expected = split_layout(whole)
+    assert len(expected) == 5 and mapped.taken == 4 and mapped.check("it") == ""
+    for name, matrix in expected.items():
+        torch.testing.assert_close(delta(mapped, name.removesuffix(".weight")), matrix)
+
+
+def test_a_ladder_with_its_own_scale(longcat):
+    """As LongCat-Video publishes: one down of all parts, an up for each, and a scale that is divided already."""
+    draw = torch.Generator().manual_seed(1)
+    key = "lora___lorahyphen___blocks___lorahyphen___0___lorahyphen___attn___lorahyphen___qkv"
+    down, ups = torch.randn(3 * RANK, 64, generator=draw), torch.randn(3, 64, RANK, generator=draw)
+    file = {f"{key}.lora_down.weight": down, f"{key}.alpha_scale": torch.tensor(0.25)}
+    file |= {f"{key}.lora_up.blocks.{number}.weight": up for number, up in enumerate(ups)}
+    mapped = convert(file, longcat)
+    assert mapped.taken == 5
+    for part, up, rows in zip("qkv", ups, down.chunk(3)):
+        torch.testing.assert_close(delta(mapped, f"blocks.0.self_attn.{part}"), 0.25 * up @ rows)
+    del file[f"{key}.lora_up.blocks.1.weight"]
+    assert convert(file, longcat).left == list(file)
+
+
+def test_a_kronecker_product_that_no_cut_fits(longcat):
+    file = {"lycoris_blocks_0_attn_qkv.lokr_w1": torch.ones(4, 2), "lycoris_blocks_0_attn_qkv.lokr_w2": torch.ones(48, 32)}
+    mapped = convert(file, longcat)
+    assert mapped.weights == {} and mapped.taken == 2
+    assert {name: (part.place, part.count) for name, part in mapped.fused.items()} == {
+        f"blocks.0.self_attn.{part}": (place, 3) for place, part in enumerate("qkv")}
+    assert all(isinstance(part, Fused) for part in mapped.fused.values())
+    even = {"lycoris_blocks_0_attn_qkv.lokr_w1": torch.ones(3, 2), "lycoris_blocks_0_attn_qkv.lokr_w2": torch.ones(64, 32)}
+    assert convert(even, longcat).fused == {}
+
+
+@pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
+def test_half_a_pair_is_not_taken(wan, lost):
+    file = {key: tensor for key, tensor in pair("blocks.0.ffn.0", 64, 128).items() if lost not in key}
+    mapped = convert(file | pair("blocks.0.ffn.2", 128, 64), wan)
+    assert mapped.left == list(file) and mapped.taken == 2
+    assert "1 of the LoRA's 3 keys do not fit the model" in mapped.check("the model")
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_lengths_of_columns_cannot_be_cut(longcat, columns):
+    """DoRA over columns needs the whole fused weight; lengths of rows are cut with it."""
+    file = pair("blocks.0.attn.qkv", 192, 64)
+    rows = file | {"blocks.0.attn.qkv.dora_scale": torch.ones(192, 1)}
+    assert convert(rows, longcat).weights["blocks.0.self_attn.k.dora_scale"].shape == (64, 1)
+    wide = file | {"blocks.0.attn.qkv.dora_scale": torch.ones(columns, 64)}
+    assert convert(wide, longcat).left == list(wide)
+
+
+def test_other_sizes_are_named(wan):
+    wrong, right = pair("blocks.0.ffn.0", 640, 1280), pair("blocks.0.ffn.2", 128, 64)
+    mapped = convert(wrong | right, wan)
+    assert mapped.unfit == list(wrong) and mapped.misfits == {"blocks.0.ffn.0": ((640, 1280), (64, 128))}
+    assert "2 of the LoRA's 4 keys do not fit it" in mapped.check("it") and "[640, 1280] and is [64, 128] here" in mapped.check("it")
+    with pytest.raises(ValueError, match=r"another size than this it: blocks\.0\.ffn\.0 is changed as \[640, 1280\] and is \[64, 128\]"):
+        convert(wrong, wan).check("it")
+    assert convert(wrong, dict.fromkeys(wan)).taken == 2, "where the shape is not known, the file is believed"
+
+
+def test_averaged_weights_are_preferred(wan):
+    best, other, judge = (pair("base_model.model.blocks.0.ffn.0", 64, 128, seed) for seed in range(3))
+    for content in ({"generator_lora": other, "generator_ema_lora": best, "critic_lora": judge},
+                    {"critic_lora": judge, "generator_ema_lora": best, "generator_lora": other}):
+        mapped = convert(content, wan)
+        expected = best["base_model.model.blocks.0.ffn.0.lora_B.weight"] @ best["base_model.model.blocks.0.ffn.0.lora_A.weight"]
+        torch.testing.assert_close(delta(mapped, "blocks.0.ffn.0"), expected)
+        assert mapped.taken == 2 and len(mapped.aside) == 4 and mapped.check("it") == ""
+
+
+def test_a_lora_of_a_judge_alone(wan):
+    """Whoever names such a file means it."""
+    assert convert({"critic_lora": pair("blocks.0.ffn.0", 64, 128)}, wan).taken == 2
+
+
+def test_notes_in_a_file_are_no_keys(wan):
+    mapped = convert({"generator_lora": pair("blocks.0.ffn.0", 64, 128), "step": 3000, "name": "run", "rate": 1e-5}, wan)
+    assert mapped.check("it") == "" and mapped.taken == 2
+
+
+def test_nothing_at_all(wan):
+    with pytest.raises(ValueError, match=r"None of this LoRA's 0 keys belongs to it \(it holds no tensors\)"):
+        convert({}, wan).check("it")
