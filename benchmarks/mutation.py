@@ -1,0 +1,253 @@
+"""Mutation testing: small faults, put into the code one at a time, and whether the tests of that part see them.
+
+    python -m comfyui_qvg.benchmarks.mutation --workers 2 --out mutation.json
+    python -m comfyui_qvg.benchmarks.mutation --again mutation.json        # once more those that survived
+
+cosmic-ray (the `dev` extra) finds what can be changed and changes it. A site is a place in the code; of `--count` sites, drawn by a hash of
+the seed and of the line around them, each gets one of its changes, so that an edit elsewhere draws the same sample. Left out are
+annotations, which nothing evaluates, `is` in place of `==`, and `attention._Ahead`, which only a GPU runs. Every worker has a copy of the
+tree and nothing else; no network is needed. What takes long to import is loaded once, and every mutant runs in a process forked from there,
+so not on Windows.
+
+A mutant is killed when a test fails or takes ten times as long as without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# what is changed, and the tests of that part, those that see most first
+PARTS = {
+    "qvg/codec.py": ["test_precision", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper"],
+    "qvg/smoothing.py": ["test_precision", "test_attention", "test_codec"],
+    "qvg/planes.py": ["test_precision", "test_codec"],
+    "qvg/cache.py": ["test_policy", "test_bytes", "test_attention", "test_loop", "test_codec"],
+    "qvg/budget.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan"],
+    "qvg/attention.py": ["test_attention", "test_loop", "test_sampler"],
+    "qvg/sampler.py": ["test_loop", "test_sampler"],
+}
+# what Triton's interpreter runs says nothing about these files and takes long
+SKIPPED = "not triton and not kernel"
+PRELOADED = ["torch", "numpy", "pytest", "hypothesis", "safetensors.torch"]
+ONLY_ON_GPU = "_Ahead"
+LEFT_BEHIND = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv", ".hypothesis", "shared")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: the `occurrence`-th place of a cosmic-ray operator in a module. before and after: the line, stripped."""
+
+    key: str
+    module: str
+    line: int
+    operator: str
+    occurrence: int
+    before: str
+    after: str
+
+
+def unused(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """((line, column), (line, column)) of every annotation, and of classes of which no line runs here."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+        if isinstance(node, ast.ClassDef) and node.name == ONLY_ON_GPU:
+            parts.append(node)
+        found += [((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)) for part in parts if part is not None]
+    return found
+
+
+def changes(source: str) -> dict[tuple, list[tuple[str, int]]]:
+    """What can be changed at every site: ((line, column), (line, column)) -> cosmic-ray's operators and the number of the occurrence."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    nodes, outside, sites = list(ast_nodes(get_ast(source))), unused(source), {}
+    for name in sorted(operator_names()):
+        operator = get_operator(name)
+        if operator.arguments() or (name.endswith(("_Is", "_IsNot")) and "_Is_" not in name and "_IsNot_" not in name):
+            continue
+        occurrence = 0
+        for node in nodes:
+            for start, end in operator().mutation_positions(node):
+                if not any(low <= start and end <= high for low, high in outside):
+                    sites.setdefault((start, end), []).append((name, occurrence))
+                occurrence += 1
+    return sites
+
+
+def mutated(source: str, operator: str, occurrence: int) -> str:
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    return mutate_code(source, get_operator(operator)(), occurrence)
+
+
+def draw(count: int, seed: int) -> list[Mutant]:
+    """The sample. A site is known by its module, its line's text and how often both came before."""
+    ranked = []
+    for module in PARTS:
+        source = (ROOT / module).read_text()
+        lines, seen = source.splitlines(), {}
+        for (start, _), found in sorted(changes(source).items()):
+            text = lines[start[0] - 1].strip()
+            seen[text] = seen.get(text, -1) + 1
+            digest = hashlib.sha256(f"{seed}/{module}/{text}/{seen[text]}".encode()).hexdigest()
+            ranked.append((digest, module, start[0], found))
+    sample = []
+    for digest, module, line, found in sorted(ranked)[:count]:
+        source = (ROOT / module).read_text()
+        operator, occurrence = found[int(digest[-8:], 16) % len(found)]
+        changed = mutated(source, operator, occurrence)
+        lines = list(difflib.ndiff(source.splitlines(), changed.splitlines()))
+        before, after = (" ".join(text[2:].strip() for text in lines if text.startswith(sign)) for sign in ("- ", "+ "))
+        sample.append(Mutant(digest[:12], module, line, operator.removeprefix("core/"), occurrence, before, after))
+    return sorted(sample, key=lambda mutant: (mutant.module, mutant.line, mutant.key))
+
+
+def run_tests(tree: str, tests: list[str], log: str) -> None:
+    """In a process of its own: pytest over a copy of the tree; its exit code is the process's."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    os.chdir(tree)
+    # an installed package, and the folder from which this was started, would be found before the copy
+    parent = str(Path(tree).parent)
+    os.environ["PYTHONPATH"], sys.dont_write_bytecode = parent, True
+    sys.path[:] = [parent, *(path for path in sys.path if path and not (Path(path) / "comfyui_qvg").exists())]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "comfyui_qvg"]:
+        del sys.modules[name]
+    import pytest
+
+    files = [f"tests/{name}.py" for name in tests]
+    code = pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not gpu", "-k", SKIPPED, *files])
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
+class Worker:
+    """A copy of the tree in which mutants are tried one after the other."""
+
+    def __init__(self, folder: Path, context):
+        self.tree, self.context, self.log = folder / "comfyui_qvg", context, folder / "log"
+        shutil.copytree(ROOT, self.tree, ignore=LEFT_BEHIND)
+
+    def run(self, module: str, timeout: float) -> tuple[str, float, str]:
+        """-> (passed, failed or timeout; seconds; the last lines that pytest wrote). Raises RuntimeError where no test ran."""
+        started = time.perf_counter()
+        process = self.context.Process(target=run_tests, args=(str(self.tree), PARTS[module], str(self.log)))
+        process.start()
+        process.join(timeout)
+        ended = not process.is_alive()
+        if not ended:
+            process.kill()
+            process.join()
+        said = self.log.read_text(errors="replace")[-1500:]
+        if ended and process.exitcode in (4, 5):
+            raise RuntimeError(f"pytest could not run the tests of {module}:\n{said}")
+        outcome = "timeout" if not ended else "passed" if process.exitcode == 0 else "failed"
+        return outcome, time.perf_counter() - started, said
+
+    def try_out(self, mutant: Mutant, timeout: float) -> tuple[str, float, str]:
+        path = self.tree / mutant.module
+        source = path.read_text()
+        try:
+            path.write_text(mutated(source, f"core/{mutant.operator}", mutant.occurrence))
+            return self.run(mutant.module, timeout)
+        finally:
+            path.write_text(source)
+
+
+def run_all(sample: list[Mutant], workers: list[Worker], report) -> None:
+    """Every mutant in whichever worker is free; report(mutant, outcome, seconds, text) is called as they end."""
+    limits, waiting, lock = {}, queue.Queue(), threading.Lock()
+    for module in sorted({mutant.module for mutant in sample}):
+        outcome, seconds, said = workers[0].run(module, 900)
+        if outcome != "passed":
+            raise SystemExit(f"The tests of {module} fail without any mutant:\n{said}")
+        limits[module] = 10 * seconds + 10
+        print(f"{module}: {seconds:.1f} s without a mutant", flush=True)
+    for mutant in sample:
+        waiting.put(mutant)
+
+    def work(worker: Worker) -> None:
+        while True:
+            try:
+                mutant = waiting.get_nowait()
+            except queue.Empty:
+                return
+            found = worker.try_out(mutant, limits[mutant.module])
+            with lock:
+                report(mutant, *found)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def summary(rows: list[dict]) -> str:
+    """Killed and drawn, by module and together, and the survivors."""
+    lines = ["| module | drawn | killed | |", "|---|---|---|---|"]
+    for module in [*PARTS, ""]:
+        mine = [row for row in rows if row["module"] == (module or row["module"])]
+        killed = sum(row["outcome"] != "passed" for row in mine)
+        lines.append(f"| {module or 'all'} | {len(mine)} | {killed} | {100 * killed / max(1, len(mine)):.1f} % |")
+    survivors = [f"{row['key']} {row['module']}:{row['line']} {row['operator']}\n  - {row['before']}\n  + {row['after']}"
+                 for row in rows if row["outcome"] == "passed"]
+    return "\n".join([*lines, "", *survivors])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=240, help="mutants to draw (%(default)s)")
+    parser.add_argument("--seed", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=1, help="copies of the tree, which work at the same time")
+    parser.add_argument("--out", type=Path, default=Path("mutation.json"), help="where each result is written as it comes (%(default)s)")
+    parser.add_argument("--again", type=Path, help="results of an earlier run: try what survived, and what was not drawn then")
+    parser.add_argument("--list", action="store_true", help="name the sample and run nothing")
+    options = parser.parse_args(arguments)
+    sample = draw(options.count, options.seed)
+    if options.list:
+        print("\n".join(f"{one.key} {one.module}:{one.line} {one.operator}\n  - {one.before}\n  + {one.after}" for one in sample))
+        return 0
+    rows = {}
+    if options.again:
+        known = {row["key"]: row for row in json.loads(options.again.read_text())}
+        rows = {one.key: known[one.key] | asdict(one) for one in sample
+                if one.key in known and known[one.key]["after"] == one.after and known[one.key]["outcome"] != "passed"}
+
+    def report(mutant: Mutant, outcome: str, seconds: float, said: str) -> None:
+        rows[mutant.key] = asdict(mutant) | {"outcome": outcome, "seconds": round(seconds, 1), "said": said}
+        ordered = sorted(rows.values(), key=lambda row: (row["module"], row["line"], row["key"]))
+        options.out.write_text(json.dumps(ordered, indent=1))
+        print(f"{len(rows)}/{len(sample)} {outcome:<8}{seconds:6.1f} s  {mutant.module}:{mutant.line} {mutant.after}", flush=True)
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory(prefix="qvg-mutation-") as folder:
+        workers = [Worker(Path(folder) / str(number), context) for number in range(options.workers)]
+        run_all([one for one in sample if one.key not in rows], workers, report)
+    print(summary(sorted(rows.values(), key=lambda row: (row["module"], row["line"], row["key"]))))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
