@@ -9,7 +9,8 @@ annotations, which nothing evaluates, `is` in place of `==`, and `attention._Ahe
 tree and nothing else; no network is needed. What takes long to import is loaded once, and every mutant runs in a process forked from there,
 so not on Windows.
 
-A mutant is killed when a test fails or takes ten times as long as without it.
+A mutant is killed when a test fails, or when its tests take `SECONDS` of processor time, which is several times what they need. Mutants are
+tried in the order of their hashes, so that a run that is broken off has tried a sample, too; `--again` goes on from there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import multiprocessing
 import os
 import queue
+import resource
 import shutil
 import sys
 import tempfile
@@ -45,6 +47,8 @@ PARTS = {
 SKIPPED = "not triton and not kernel"
 PRELOADED = ["torch", "numpy", "pytest", "hypothesis", "safetensors.torch"]
 ONLY_ON_GPU = "_Ahead"
+SECONDS = 120
+SIGNATURE = ("parameters", "typedargslist", "varargslist", "param", "lambdef")
 LEFT_BEHIND = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv", ".hypothesis", "shared")
 
 
@@ -85,7 +89,8 @@ def changes(source: str) -> dict[tuple, list[tuple[str, int]]]:
         occurrence = 0
         for node in nodes:
             for start, end in operator().mutation_positions(node):
-                if not any(low <= start and end <= high for low, high in outside):
+                # the lone `*` of a signature looks like an operator
+                if node.parent.type not in SIGNATURE and not any(low <= start and end <= high for low, high in outside):
                     sites.setdefault((start, end), []).append((name, occurrence))
                 occurrence += 1
     return sites
@@ -96,6 +101,15 @@ def mutated(source: str, operator: str, occurrence: int) -> str:
     from cosmic_ray.plugins import get_operator
 
     return mutate_code(source, get_operator(operator)(), occurrence)
+
+
+def compiles(source: str) -> bool:
+    """Not every change is one: `*shape` looks like a product to cosmic-ray."""
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def draw(count: int, seed: int) -> list[Mutant]:
@@ -110,18 +124,26 @@ def draw(count: int, seed: int) -> list[Mutant]:
             digest = hashlib.sha256(f"{seed}/{module}/{text}/{seen[text]}".encode()).hexdigest()
             ranked.append((digest, module, start[0], found))
     sample = []
-    for digest, module, line, found in sorted(ranked)[:count]:
+    for digest, module, line, found in sorted(ranked):
         source = (ROOT / module).read_text()
-        operator, occurrence = found[int(digest[-8:], 16) % len(found)]
-        changed = mutated(source, operator, occurrence)
-        lines = list(difflib.ndiff(source.splitlines(), changed.splitlines()))
-        before, after = (" ".join(text[2:].strip() for text in lines if text.startswith(sign)) for sign in ("- ", "+ "))
-        sample.append(Mutant(digest[:12], module, line, operator.removeprefix("core/"), occurrence, before, after))
-    return sorted(sample, key=lambda mutant: (mutant.module, mutant.line, mutant.key))
+        begin = int(digest[-8:], 16)
+        for number in range(len(found)):
+            operator, occurrence = found[(begin + number) % len(found)]
+            changed = mutated(source, operator, occurrence)
+            if compiles(changed):
+                lines = list(difflib.ndiff(source.splitlines(), changed.splitlines()))
+                before, after = (" ".join(text[2:].strip() for text in lines if text.startswith(sign)) for sign in ("- ", "+ "))
+                sample.append(Mutant(digest[:12], module, line, operator.removeprefix("core/"), occurrence, before, after))
+                break
+        if len(sample) == count:
+            break
+    return sample
 
 
-def run_tests(tree: str, tests: list[str], log: str) -> None:
-    """In a process of its own: pytest over a copy of the tree; its exit code is the process's."""
+def run_tests(tree: str, tests: list[str], log: str, seconds: int) -> None:
+    """In a process of its own: pytest over a copy of the tree; its exit code is the process's, which is ended after so many seconds of
+    processor time."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -147,41 +169,40 @@ class Worker:
         self.tree, self.context, self.log = folder / "comfyui_qvg", context, folder / "log"
         shutil.copytree(ROOT, self.tree, ignore=LEFT_BEHIND)
 
-    def run(self, module: str, timeout: float) -> tuple[str, float, str]:
+    def run(self, tests: list[str], seconds: int) -> tuple[str, float, str]:
         """-> (passed, failed or timeout; seconds; the last lines that pytest wrote). Raises RuntimeError where no test ran."""
         started = time.perf_counter()
-        process = self.context.Process(target=run_tests, args=(str(self.tree), PARTS[module], str(self.log)))
+        process = self.context.Process(target=run_tests, args=(str(self.tree), tests, str(self.log), seconds))
         process.start()
-        process.join(timeout)
+        # what waits for itself takes no processor time
+        process.join(60 * seconds)
         ended = not process.is_alive()
         if not ended:
             process.kill()
             process.join()
         said = self.log.read_text(errors="replace")[-1500:]
         if ended and process.exitcode in (4, 5):
-            raise RuntimeError(f"pytest could not run the tests of {module}:\n{said}")
-        outcome = "timeout" if not ended else "passed" if process.exitcode == 0 else "failed"
+            raise RuntimeError(f"pytest could not run {', '.join(tests)}:\n{said}")
+        outcome = "passed" if process.exitcode == 0 else "timeout" if not ended or process.exitcode < 0 else "failed"
         return outcome, time.perf_counter() - started, said
 
-    def try_out(self, mutant: Mutant, timeout: float) -> tuple[str, float, str]:
+    def try_out(self, mutant: Mutant) -> tuple[str, float, str]:
         path = self.tree / mutant.module
         source = path.read_text()
         try:
             path.write_text(mutated(source, f"core/{mutant.operator}", mutant.occurrence))
-            return self.run(mutant.module, timeout)
+            return self.run(PARTS[mutant.module], SECONDS)
         finally:
             path.write_text(source)
 
 
 def run_all(sample: list[Mutant], workers: list[Worker], report) -> None:
     """Every mutant in whichever worker is free; report(mutant, outcome, seconds, text) is called as they end."""
-    limits, waiting, lock = {}, queue.Queue(), threading.Lock()
-    for module in sorted({mutant.module for mutant in sample}):
-        outcome, seconds, said = workers[0].run(module, 900)
-        if outcome != "passed":
-            raise SystemExit(f"The tests of {module} fail without any mutant:\n{said}")
-        limits[module] = 10 * seconds + 10
-        print(f"{module}: {seconds:.1f} s without a mutant", flush=True)
+    waiting, lock = queue.Queue(), threading.Lock()
+    outcome, seconds, said = workers[0].run(sorted({name for tests in PARTS.values() for name in tests}), 10 * SECONDS)
+    if outcome != "passed":
+        raise SystemExit(f"The tests fail without any mutant:\n{said}")
+    print(f"all tests without a mutant: {seconds:.1f} s", flush=True)
     for mutant in sample:
         waiting.put(mutant)
 
@@ -191,7 +212,7 @@ def run_all(sample: list[Mutant], workers: list[Worker], report) -> None:
                 mutant = waiting.get_nowait()
             except queue.Empty:
                 return
-            found = worker.try_out(mutant, limits[mutant.module])
+            found = worker.try_out(mutant)
             with lock:
                 report(mutant, *found)
 

@@ -1,12 +1,12 @@
 """What attention gets to see: keys at their positions, values, the chunk's own tokens of every condition, and what a cache reads back."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa, widened
-from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.cache import KVCache, _runs
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 ALL = slice(None)
@@ -86,6 +86,44 @@ def test_a_shift_moves_all_but_sinks(name, window):
     torch.testing.assert_close(shifted[0], expected, rtol=1e-4, atol=1e-4)
     expected = torch.cat([cache.rope.apply(keys[:, :48], 0, 2), cache.rope.apply(keys[:, 48:], first, 9 - first)], dim=1)
     torch.testing.assert_close(plain[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@dataclass
+class Stretch:
+    first: int
+    frames: int
+    sink: bool = False
+
+
+@pytest.mark.parametrize(("entries", "shift", "runs"), [
+    ([(0, 3), (3, 3), (6, 1)], 0, [(0, 0, 7)]),
+    ([(0, 3), (3, 3)], 2, [(0, -2, 6)]),
+    # sinks keep their place; what follows them is as far off as the shift says
+    ([(0, 3, True), (3, 3)], 0, [(0, 0, 6)]),
+    ([(0, 3, True), (3, 3)], 1, [(0, 0, 3), (3, 2, 3)]),
+    ([(0, 1, True), (1, 2, True), (3, 2), (5, 1)], 2, [(0, 0, 3), (3, 1, 3)]),
+    # frames 3 to 5 are gone
+    ([(0, 3, True), (6, 3), (9, 3)], 0, [(0, 0, 3), (3, 6, 6)]),
+    ([(0, 3, True), (6, 3), (9, 3)], 3, [(0, 0, 9)]),
+    ([(0, 1, True), (2, 1), (5, 2), (7, 3)], 0, [(0, 0, 1), (1, 2, 1), (2, 5, 5)])])
+def test_stretches_of_a_history(entries, shift, runs):
+    """(frames held before it, position, frames) of what follows without a gap; where the frames between are not in the same group, too."""
+    held = [Stretch(*entry) for entry in entries]
+    before = [sum(entry.frames for entry in held[:number]) for number in range(len(held))]
+    assert _runs(list(zip(before, held)), shift) == runs
+    if len(held) > 2:
+        # the second is decoded with another group
+        first, third = held[0], held[2]
+        alone = _runs([(0, first), (before[2], third)], shift)
+        assert alone == [(0, first.first - (0 if first.sink else shift), first.frames), (before[2], third.first - shift, third.frames)]
+
+
+def test_a_window_behind_three_sinks():
+    """Frames 3 to 5 are gone, and those behind stay where they are."""
+    cache, pair = filled(replace(PRESETS["off"], sink_frames=3, window_frames=3), [3, 3, 3])
+    rope, key = cache.rope, pair[0]
+    expected = torch.cat([rope.apply(key[:, :72], 0, 3), rope.apply(key[:, 144:], 6, 3)], dim=1)
+    torch.testing.assert_close(read(cache)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_history_is_decoded_in_parts(monkeypatch):

@@ -219,6 +219,18 @@ def test_a_limit_of_the_host():
         budget.limits(replace(settings, host_gib=5000 / GIB), EVEN, 1, None)
 
 
+def test_a_budget_of_what_is_offloaded():
+    """On the device: the workspace, two layers that visit, and the newest span on its way. Of 4 frames in 8 bits, 5 * 8,192, 2 * 4 * 5,120
+    and 5,120 bytes; what is offloaded of each of the layers may take half of what is left."""
+    settings, layers = replace(EIGHT, offload=True), replace(EVEN, layers=5)
+    found = budget.limits(replace(settings, budget_gib=(5 * 8192 + 9 * 5120 + 5000) / GIB), layers, 1, None)
+    assert found.cap_frames == 4
+    # without codebooks, or with those that 8 bits never need
+    assert found.layer_bytes // 128 in ((4 * 5120 + 2500) // 128, (4 * 5120 + 2500 - 5 * 3 * 32 // 2) // 128)
+    host = budget.limits(replace(settings, budget_gib=(5 * 8192 + 9 * 5120 + 5000) / GIB, host_gib=5 * 3 * 5120 / GIB), layers, 1, None)
+    assert host == Limits(3 * 5120, 3)
+
+
 @pytest.mark.parametrize("settings", [EIGHT, replace(BARE, recent_frames=1), replace(EIGHT, sink_frames=2, sink_bits=16)])
 def test_the_smallest_budget(settings):
     """A chunk, the one before it in the workspace, and the sink."""
@@ -227,6 +239,36 @@ def test_the_smallest_budget(settings):
     assert budget.limits(replace(settings, budget_gib=(least + 200) / GIB), EVEN, 1, None).cap_frames == 1
     with pytest.raises(ValueError, match=r"A memory budget of .* is too small: .* Raise the budget"):
         budget.limits(replace(settings, budget_gib=(least - 100) / GIB), EVEN, 1, None)
+
+
+def test_two_bytes_a_number_where_nothing_else_is_said():
+    plain = replace(BARE.both(bits=16), sink_bits=16)
+    assert budget.span_bytes(EVEN, "plain", plain.key, 1, 16) == 4096 and sum(budget.span_parts(EVEN, "plain", plain.key, 1, 16)) == 4096
+    assert budget.entry_bytes(EVEN, plain, 1, (16, 16)) == 8192 and budget.workspace_bytes(EVEN, 1) == 8192
+    assert budget.staging_bytes(replace(plain, offload=True), EVEN, 1, 3, Limits()) == 3 * 8192
+    assert budget.forecast(plain, EVEN, 3, 1).stored_bytes == 3 * 8192
+    layer = budget.PlannedLayer(plain, EVEN, Limits())
+    layer.append(0, 3)
+    assert layer.nbytes() == 3 * 8192
+    # 4 frames are seen where 3 are held
+    found = budget.limits(replace(plain, budget_gib=(7 * 8192 + 4000) / GIB), EVEN, 1, None)
+    assert (found.cap_frames, found.layer_bytes) == (3, 3 * 8192 + 4000)
+
+
+def test_what_holds_nothing_has_a_ratio():
+    stats = KVCache(BARE, layers=2, heads=1, head_dim=8, grid=(16, 16)).stats()
+    assert (stats.ratio, stats.peak_ratio, stats.bits_per_number) == (0, 0, 0)
+    assert stats.as_dict()["ratio"] == 0 and stats.by_bits == {}
+    empty = budget.Forecast(1, 0, 0, 0, 0, 0, 0)
+    assert (empty.stored_ratio, empty.peak_ratio, empty.bits_per_number) == (0, 0, 0)
+
+
+def test_chunks_of_three_where_nothing_else_is_said():
+    """Frames of the window, and two chunks less one frame."""
+    cache = KVCache(replace(EIGHT, window_frames=2), layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.bfloat16)
+    cache.workspace.views(1)
+    assert cache.workspace.nbytes == 7 * 8192
+    assert budget.forecast(replace(EIGHT, window_frames=2), EVEN, 12).workspace_bytes == 7 * 8192
 
 
 # Two layers, 10 frames, two sinks in 16 bits (8,192 bytes a frame), a window of 4: what each layer holds after every chunk is
@@ -257,10 +299,26 @@ def test_a_forecast():
     assert found.bits_per_number == pytest.approx(12)
     stats = fill(WALKED, [3, 3, 3, 1])
     assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames, stats.numbers) == (2 * last, 2 * most + 10 * 8192, 6, 49152)
+    assert all(isinstance(count, int) for count in (stats.numbers, stats.stored_bytes, stats.peak_bytes, found.numbers, found.peak_bytes))
     assert stats.by_kind == {"planes": 0, "scales": 0, "ids": 0, "codebooks": 0, "plain": 2 * last}
     assert stats.by_layer == (last, last) and stats.by_bits == {8: 2 * 4 * 5120, 16: 2 * 2 * 8192}
     assert (stats.frames, stats.tokens, stats.bf16_bytes) == (10, 6 * 256, 2 * 10 * 8192)
     assert stats.ratio == pytest.approx(163840 / 73728) and stats.bits_per_number == pytest.approx(12)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_counting_changes_nothing(offload):
+    """Whoever asks for statistics after every chunk finds the peak that comes out without."""
+    settings, peaks = replace(QVGSettings().both(stages=1, centroids=2), iterations=1, offload=offload, window_frames=3), []
+    for asked in (False, True):
+        cache = KVCache(settings, layers=3, heads=2, head_dim=8, grid=(16, 16), dtype=torch.float32, max_frames=9)
+        for number in range(3):
+            for layer in cache.layers:
+                layer.append(*torch.randn(2, 1, 768, 2, 8, generator=torch.Generator().manual_seed(number)), 3)
+                if asked:
+                    cache.stats()
+        peaks.append(cache.stats().peak_bytes)
+    assert peaks[0] == peaks[1]
 
 
 def test_a_forecast_with_a_start_video():

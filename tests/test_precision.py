@@ -278,10 +278,10 @@ def test_a_later_codebook_takes_a_quarter_of_the_steps(monkeypatch):
     x, _ = clustered(144)
     steps, real = [], smoothing.kmeans
     monkeypatch.setattr(smoothing, "kmeans", lambda x, start, iterations: steps.append(iterations) or real(x, start, iterations))
-    book = smoothing.train([x], 2, 4, 8, generator(), [None])[0]
-    smoothing.train([x], 2, 4, 8, generator(), [book])
+    book = smoothing.train([x], 2, 4, 12, generator(), [None])[0]
+    smoothing.train([x], 2, 4, 12, generator(), [book])
     smoothing.train([x], 2, 4, 3, generator(), [book])
-    assert steps == [8, 8, 2, 2, 1, 1]
+    assert steps == [12, 12, 3, 3, 1, 1]
 
 
 def test_clusters_are_found():
@@ -399,6 +399,35 @@ def test_a_span_that_lies_otherwise_reads_the_same():
     assert all(a.stride() == b.stride() and torch.equal(a, b) for a, b in zip(gathered.planes, span.planes))
     assert torch.equal(gathered.decode(ALL, tables), span.decode(ALL, tables)) and gathered.bits == 3
     assert isinstance(gathered, PlaneSpan) and span.planes[0].stride() == (4, 160, 1)
+
+
+def test_a_span_with_other_parts_reads_those():
+    """What was made to read the one is not taken over by the other."""
+    x, tables = noise(40, 2, 32), LevelTables("cpu")
+    one = TensorCodec("qvg", TensorSettings(stages=0, group=16), 32, 1)
+    span = one.encode(x, 3, one.train(x, generator()))
+    before = span.decode(ALL, tables)
+    other = replace(span, exponents=span.exponents + 1)
+    assert torch.equal(other.decode(ALL, tables), 2 * before) and torch.equal(span.decode(ALL, tables), before)
+    span.drop(1)
+    assert not torch.equal(span.decode(ALL, tables), before)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("stages", [0, 1, 2])
+def test_the_released_codec(stages, bits, symmetric):
+    """With and without centroids, of which a codebook has as many as its tokens are enough for; any rows of it are read alone."""
+    x, tables = clustered(90, rows=3, dim=32, spread=1.0)[0].bfloat16(), LevelTables("cpu")
+    one = TensorCodec("paper", TensorSettings(stages=stages, centroids=4, group=16, symmetric=symmetric), 32, 4)
+    book = one.train(x, generator())
+    assert book.centroids.shape == ((stages, 3, 4, 32) if stages else (0, 3, 0, 32)) and book.centroids.dtype == torch.bfloat16
+    span = one.encode(x, bits, book)
+    assert span.bits == bits and span.ids.shape == (stages, 90, 3)
+    found = span.decode(ALL, tables)
+    most = {2: 0.5, 4: 0.02}[bits] * (0.05 if stages else 1)
+    assert max(relative(found, x.float())) < most
+    assert torch.equal(span.decode(slice(1, 3), tables), found[:, 1:])
 
 
 def test_heads_that_cannot_be_packed_are_refused():
