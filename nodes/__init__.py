@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..qvg.demo import NETWORK_PATH, VAE_PATH
-from . import live
+from . import kv_cache, live
 from .compare import QVGCompare
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
@@ -30,6 +30,7 @@ class QuantVideoGenExtension(ComfyExtension):
     async def on_load(self) -> None:
         list_tiny_model()
         live.add_route()
+        kv_cache.add_route()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGPlanMemory, QVGCompare,

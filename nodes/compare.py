@@ -13,14 +13,14 @@ from comfy_api.latest import io
 
 from ..qvg.chart import draw_comparison
 from ..qvg.metrics import heat, psnr, ssim
-from .run_log import send_text
+from .live import TEXT
 
 
 class QVGCompare(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGCompare", display_name="Compare (QVG)", category="image/video", is_output_node=True,
+            node_id="QVGCompare", display_name="Compare (QVG)", category="QuantVideoGen", is_output_node=True,
             description="Puts two videos side by side, shows where they differ, and measures PSNR and SSIM of each frame.",
             search_aliases=["psnr", "ssim", "difference", "side by side", "quality", "qvg"],
             inputs=[
@@ -35,8 +35,7 @@ class QVGCompare(io.ComfyNode):
                 io.Image.Output(display_name="heat_map", tooltip="Black where equal, then red, yellow and white."),
                 io.Image.Output(display_name="chart", tooltip="PSNR and SSIM over the frames."),
                 io.String.Output(display_name="report", tooltip="JSON: mean and each frame's PSNR in dB and SSIM."),
-            ],
-            hidden=[io.Hidden.unique_id])
+            ])
 
     @classmethod
     def execute(cls, first, second, white_at=0.25) -> io.NodeOutput:
@@ -45,7 +44,6 @@ class QVGCompare(io.ComfyNode):
         summary = f"PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}, {len(decibels)} frames"
         chart = draw_comparison(decibels, indices, title=summary)
         report = {"frames": len(decibels), **means, "psnr_of_frame": decibels, "ssim_of_frame": indices}
-        send_text(summary, cls.hidden.unique_id)
         return io.NodeOutput(
             torch.cat([first[..., :3], second[..., :3]], dim=2), heat(first, second, white_at),
-            torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None], json.dumps(report, indent=1))
+            torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None], json.dumps(report, indent=1), ui={TEXT: [summary]})

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from aiohttp import web
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..qvg.settings import PRESETS, QVGSettings
 from .adapters import longcat, wan
@@ -16,6 +18,27 @@ from .adapters import longcat, wan
 Settings = io.Custom("QVG_SETTINGS")
 LABELS = {name.capitalize(): name for name in PRESETS}
 KEEP = "preset"
+ROUTE = "/qvg/presets"
+
+
+def numbers_of(settings: QVGSettings) -> dict:
+    """What the knobs of QVG Settings would say of these settings, by the names of its inputs and in their types."""
+    key, value = settings.key, settings.value
+    return {
+        "key_bits": str(key.bits), "value_bits": str(value.bits), "stages": key.stages, "centroids": key.centroids,
+        "group_size": str(key.group), "sink_frames": settings.sink_frames, "sink_bits": str(settings.sink_bits),
+        "recent_frames": settings.recent_frames, "recent_bits": str(settings.recent_bits), "window_frames": settings.window_frames}
+
+
+async def presets(request: web.Request) -> web.Response:
+    """The numbers of each preset, which the node shows (web/js/settings.js)."""
+    return web.json_response({label: numbers_of(PRESETS[name]) for label, name in LABELS.items()})
+
+
+def add_route() -> None:
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.routes.get(ROUTE)(presets)
 
 
 class QVGSettingsNode(io.ComfyNode):
@@ -30,7 +53,7 @@ class QVGSettingsNode(io.ComfyNode):
                                 tooltip=f"{tooltip} -1, the default, takes the preset's value.")
 
         return io.Schema(
-            node_id="QVGSettings", display_name="QVG Settings", category="model/patch",
+            node_id="QVGSettings", display_name="QVG Settings", category="QuantVideoGen",
             description="How many bits the KV cache of an autoregressive video model keeps.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg"],
             inputs=[
@@ -88,7 +111,7 @@ class QVGQuantizeKVCache(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGQuantizeKVCache", display_name="Quantize KV Cache (QVG)", category="model/patch",
+            node_id="QVGQuantizeKVCache", display_name="Quantize KV Cache (QVG)", category="QuantVideoGen",
             description="Keeps the KV cache of an autoregressive video model in about two bits a number while it samples.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg", "self forcing", "causal forcing"],
             inputs=[

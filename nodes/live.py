@@ -1,53 +1,57 @@
-"""The way from a sampling run to the monitors on the screen: one event, and one route for a page that comes later.
+"""The way from a run to the nodes on the screen: events, and one route for a page that comes later.
+
+    qvg.memory   what a cache holds, to the monitors that watch it
+    qvg.text     a line or more on one node, while something else is executed
+    qvg.partial  a run was stopped and goes on with what is finished
 
 Nodes are named by execution id ("7:3" is node 3 inside the subgraph node 7), and a message says which workflow it belongs to, because
-the same id means another node in another tab. Nothing is polled and no thread is started: the run itself sends.
+the same id means another node in another tab. Nothing is polled and no thread is started: the run itself sends. The server's thread
+answers pages while the thread of a run adds to what they ask for, hence the lock.
+
+What a node says at its own end is in its UI output under `TEXT`, which core sends, keeps, and sends again where the node is cached.
 """
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from aiohttp import web
 from server import PromptServer
 
+from .where import Place
+
 EVENT = "qvg.memory"
+TEXT_EVENT = "qvg.text"
+PARTIAL_EVENT = "qvg.partial"
 ROUTE = "/qvg/memory"
-RUNS_KEPT = 16
+# keys of a node's UI output
+REPORT, TEXT = "qvg_memory", "qvg_text"
+RUNS_KEPT, TEXTS_KEPT, PROMPTS_READ = 16, 256, 200
 
-_latest: OrderedDict[tuple[str, str], object] = OrderedDict()
+_lock = threading.Lock()
+_runs: OrderedDict[tuple[str, str], object] = OrderedDict()
+_texts: OrderedDict[tuple[str, str], str] = OrderedDict()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Watched:
-    """Who watches a run. run: changes with each run; workflow: id of the graph on the screen, "" where a script queued it."""
+    """Who watches a run. run: changes with each run; workflow: as in `Place`."""
 
     nodes: tuple[str, ...] = ()
     workflow: str = ""
     run: str = ""
 
 
-def watch(log, source: str | None, monitors: Callable[[dict], list[str]]) -> Watched:
-    """Find the monitors of the node `source` in the graph being executed, and remember the log for pages that ask later.
-
-    Asked at sampling time, because a cached node does not see what was added to the graph since.
-    """
-    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
-    for item in queue.get_current_queue_volatile()[0] if queue is not None else ():
-        _, prompt_id, graph, extra = item[:4]
-        nodes = monitors(graph)
-        if nodes:
-            workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
-            watched = Watched(tuple(nodes), str(workflow.get("id", "")), f"{prompt_id}/{source}/{time.monotonic_ns()}")
-            _latest.pop((watched.workflow, *nodes[:1]), None)
-            _latest[watched.workflow, nodes[0]] = log
-            while len(_latest) > RUNS_KEPT:
-                _latest.popitem(last=False)
-            return watched
-    return Watched()
+def keep(run) -> None:
+    """Remember a run (`run_log.Run`) for pages that ask later; each monitor has its latest."""
+    with _lock:
+        for node in run.watched.nodes:
+            _runs.pop((run.watched.workflow, node), None)
+            _runs[run.watched.workflow, node] = run
+        while len(_runs) > RUNS_KEPT:
+            _runs.popitem(last=False)
 
 
 def address(watched: Watched) -> dict:
@@ -58,11 +62,64 @@ def send(watched: Watched, state: dict) -> None:
     PromptServer.instance.send_sync(EVENT, address(watched) | state)
 
 
+def write(place: Place | None, node: str | None, text: str) -> None:
+    """Show a text on a node of the graph being executed; an empty one is shown no more."""
+    if place is None or node is None:
+        return
+    key = place.workflow, node
+    with _lock:
+        _texts.pop(key, None)
+        if text:
+            _texts[key] = text
+        while len(_texts) > TEXTS_KEPT:
+            _texts.popitem(last=False)
+    PromptServer.instance.send_sync(TEXT_EVENT, {"node": node, "workflow": place.workflow, "text": text})
+
+
+def forget(place: Place | None, node: str | None) -> None:
+    """What the node says from now on is in its UI output."""
+    if place is not None:
+        with _lock:
+            _texts.pop((place.workflow, node), None)
+
+
+def tell_partial(place: Place | None, done: int, total: int) -> None:
+    """Say that a stopped run goes on with `done` of `total` latent frames."""
+    if place is not None:
+        PromptServer.instance.send_sync(PARTIAL_EVENT, {"workflow": place.workflow, "done": done, "total": total})
+
+
 async def answer(request: web.Request) -> web.Response:
-    """The latest runs whole, for a page that was opened or refreshed after they began; ?workflow=ID gives those of one graph."""
+    """The latest runs whole and the latest texts, for a page that was opened or refreshed after they began; ?workflow=ID gives those of
+    one graph."""
     wanted = request.query.get("workflow")
-    runs = [log for (workflow, _), log in _latest.items() if wanted in (None, workflow)]
-    return web.json_response({"runs": [address(log.watched) | log.page() for log in runs]})
+    texts, runs = _executed(wanted)
+    with _lock:
+        kept = list(_runs.items())
+        texts |= {key: text for key, text in _texts.items() if wanted in (None, key[0])}
+    latest = {run.watched.run: run for (workflow, _), run in kept if wanted in (None, workflow)}
+    live = [address(run.watched) | run.page() for run in latest.values()]
+    shown = {(run["workflow"], node) for run in live for node in run["nodes"]}
+    live += [run for key, run in runs.items() if key not in shown]
+    return web.json_response({
+        "runs": live, "texts": [{"workflow": workflow, "node": node, "text": text} for (workflow, node), text in texts.items()]})
+
+
+def _executed(wanted: str | None) -> tuple[dict, dict]:
+    """From core's history, by workflow and node: texts, and reports of monitors. It has cached nodes under their present ids, too."""
+    texts, runs = {}, {}
+    history = PromptServer.instance.prompt_queue.get_history(max_items=PROMPTS_READ)
+    for prompt_id, entry in history.items():
+        extra = entry["prompt"][3] if len(entry.get("prompt", ())) > 3 else {}
+        workflow = str(((extra.get("extra_pnginfo") or {}).get("workflow") or {}).get("id", ""))
+        if wanted not in (None, workflow):
+            continue
+        for node, output in entry.get("outputs", {}).items():
+            if TEXT in output:
+                texts[workflow, node] = output[TEXT][0]
+            if REPORT in output:
+                runs[workflow, node] = output[REPORT][0] | {"nodes": [node], "workflow": workflow, "run": f"{prompt_id}/{node}"}
+    return texts, runs
 
 
 def add_route() -> None:

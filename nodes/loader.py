@@ -14,10 +14,10 @@ import comfy.sd
 import folder_paths
 import torch
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..qvg.checkpoint import SUFFIXES, open_checkpoint
 from .adapters import longcat
+from .live import TEXT
 
 FOLDER = "diffusion_models"
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn}
@@ -43,7 +43,7 @@ class QVGLoadARVideoModel(io.ComfyNode):
     def define_schema(cls):
         files = [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIXES)]
         return io.Schema(
-            node_id="QVGLoadARVideoModel", display_name="Load AR Video Model (QVG)", category="model/loaders",
+            node_id="QVGLoadARVideoModel", display_name="Load AR Video Model (QVG)", category="QuantVideoGen",
             description="Opens Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 checkpoints, and LongCat-Video, as "
                         "published (.pt, or parts) or repackaged (.safetensors), and says on the node what it found.",
             search_aliases=["self forcing", "causal forcing", "longlive", "krea", "longcat", "autoregressive", "unet loader", "qvg"],
@@ -56,11 +56,9 @@ class QVGLoadARVideoModel(io.ComfyNode):
                                        "half the memory of bf16, slightly less exact; take it when the model does not fit."),
             ],
             outputs=[io.Model.Output(display_name="model",
-                                     tooltip="A causal model for Sampler AR Video, or LongCat-Video for Continue Video (LongCat, QVG).")],
-            hidden=[io.Hidden.unique_id])
+                                     tooltip="A causal model for Sampler AR Video, or LongCat-Video for Continue Video (LongCat, QVG).")])
 
     @classmethod
     def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
         model, found = load_model(folder_paths.get_full_path_or_raise(FOLDER, model_name), weight_dtype)
-        PromptServer.instance.send_progress_text(str(found), cls.hidden.unique_id)
-        return io.NodeOutput(model)
+        return io.NodeOutput(model, ui={TEXT: [str(found)]})

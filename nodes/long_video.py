@@ -29,9 +29,10 @@ from ..qvg.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_posi
 from ..qvg.schedule import Schedule, first_frame, latent_frames
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.storage import Session, fingerprint
+from . import live, where
 from .adapters.causal import SCHEDULE, CausalWan, cache_shape
 from .adapters.checks import evaluated
-from .run_log import ATTACHMENT, send_text
+from .run_log import ATTACHMENT
 
 SessionType = io.Custom("QVG_SESSION")
 NOISES = {"Same on every device": "private", "As Sampler AR Video": "core"}
@@ -53,6 +54,7 @@ class Options:
     session: Session | None = None
     save: object | None = None
     stream: object | None = None
+    # of the node that made this SAMPLER, as it was when that was executed
     node_id: str | None = None
 
 
@@ -103,8 +105,9 @@ class ARSampler(comfy.samplers.Sampler):
         given = options.noise == "core" or not noise.any() or not self.max_denoise(model_wrap, sigmas)
         sampler = Sampler(model, run, (*x.shape[:2], *x.shape[3:]), device=x.device, noise=x if given else None,
                           start=None if session else self._start(base, model_wrap, x))
-        with model.installed(), dispatch.on_compile(self._say):
-            made = self._run(sampler, base, callback, log, x)
+        line = StatusLine(options.node_id)
+        with model.installed(), dispatch.on_compile(line.write):
+            made = self._run(sampler, base, callback, log, x, line)
         return base.model_sampling.inverse_noise_scaling(sigmas[-1], made)
 
     def _start(self, base, guider, x) -> torch.Tensor | None:
@@ -117,7 +120,7 @@ class ARSampler(comfy.samplers.Sampler):
         start = base.process_latent_in(start).to(x)
         return start.expand(x.shape[0], *start.shape[1:]) if start.shape[0] == 1 else start
 
-    def _run(self, sampler: Sampler, base, callback, log, x) -> torch.Tensor:
+    def _run(self, sampler: Sampler, base, callback, log, x, line: StatusLine) -> torch.Tensor:
         options, video, meter, done = self.options, torch.zeros_like(x), Meter(), 0
         if options.session is not None:
             made = _resume(options.session, sampler, base)
@@ -133,19 +136,21 @@ class ARSampler(comfy.samplers.Sampler):
                         # kept before anything else, which may fail
                         done = event.first + event.latents.shape[2]
                         video[:, :, event.first:done] = event.latents
-                    self._tell(event, sampler, meter, callback, video)
+                    self._tell(event, sampler, meter, callback, video, line)
                     if isinstance(event, ChunkDone):
                         if log is not None:
                             log.note(event.stats)
                         for recorder in recorders:
-                            self._record(recorder.chunk, event, video[:, :, :done])
+                            self._record(line, recorder.chunk, event, video[:, :, :done])
             except comfy.model_management.InterruptProcessingException:
                 if not options.keep_partial or not done:
+                    line.write("Stopped.")
                     raise
+                line.goes_on(done, x.shape[2])
         finally:
             with ExitStack() as stack:
                 for recorder in reversed(recorders):
-                    stack.callback(self._record, recorder.close, video[:, :, :done])
+                    stack.callback(self._record, line, recorder.close, video[:, :, :done])
         return video[:, :, :done]
 
     def _opened(self, sampler: Sampler, base) -> list:
@@ -161,15 +166,17 @@ class ARSampler(comfy.samplers.Sampler):
             raise
         return recorders
 
-    def _record(self, write, *what) -> None:
+    @staticmethod
+    def _record(line: StatusLine, write, *what) -> None:
         """A disk that refuses does not end the video, which is in memory."""
         try:
             write(*what)
         except OSError as error:
             logging.error("QVG: %s", error)
-            self._say(str(error))
+            line.write(str(error))
 
-    def _tell(self, event, sampler: Sampler, meter: Meter, callback, video) -> None:
+    @staticmethod
+    def _tell(event, sampler: Sampler, meter: Meter, callback, video, line: StatusLine) -> None:
         """Progress over all chunks and steps, a preview of the newest frames, and a line on the node."""
         if isinstance(event, StepDone) and callback is not None:
             total = event.chunks * event.steps
@@ -179,11 +186,25 @@ class ARSampler(comfy.samplers.Sampler):
                 # core gives out what the last call shows as denoised_output
                 shown = torch.cat([video[:, :, :event.first], shown], 2)
             callback(at, shown, shown, total)
-        self._say(event.message if isinstance(event, Adapted) else meter.line(event, sampler) if event.chunk is not None else "")
+        line.write(event.message if isinstance(event, Adapted) else meter.line(event, sampler) if event.chunk is not None else "")
 
-    def _say(self, text: str) -> None:
-        if self.options.node_id:
-            send_text(text, self.options.node_id)
+
+class StatusLine:
+    """What the AR Video Sampler (QVG) of the graph being executed shows. made_by: the node that made the SAMPLER, whose id may be another
+    by now."""
+
+    def __init__(self, made_by: str | None):
+        self.place = where.here()
+        self.node = self.place and where.sampler_of(self.place, made_by)
+
+    def write(self, text: str) -> None:
+        live.write(self.place, self.node, text)
+
+    def goes_on(self, done: int, total: int) -> None:
+        """The run was stopped, and the graph goes on with what is finished."""
+        self.write(f"Stopped. The {done} latent frames that are finished, of {total}, go on through the graph. Press Stop again to end at "
+                   "once.")
+        live.tell_partial(self.place, done, total)
 
 
 def _resume(session: Session, sampler: Sampler, base) -> torch.Tensor:
@@ -247,7 +268,7 @@ class QVGARVideoSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGARVideoSampler", display_name="AR Video Sampler (QVG)", category="model/sampling/samplers",
+            node_id="QVGARVideoSampler", display_name="AR Video Sampler (QVG)", category="QuantVideoGen",
             description="Makes long video chunk by chunk: any length, any cfg, prompts by the clock, from a start or a saved session.",
             search_aliases=["qvg", "long video", "autoregressive", "self forcing", "causal forcing", "continue video", "resume"],
             inputs=[
@@ -295,7 +316,7 @@ class QVGEmptyLongVideoLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGEmptyLongVideoLatent", display_name="Empty Long Video Latent (QVG)", category="model/latent/autoregressive",
+            node_id="QVGEmptyLongVideoLatent", display_name="Empty Long Video Latent (QVG)", category="QuantVideoGen",
             description="An empty video latent by seconds, as long as you like.",
             search_aliases=["qvg", "long video", "empty latent", "seconds"],
             inputs=[
@@ -331,7 +352,7 @@ class QVGPromptSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGPromptSchedule", display_name="Prompt Schedule (QVG)", category="model/conditioning/autoregressive",
+            node_id="QVGPromptSchedule", display_name="Prompt Schedule (QVG)", category="QuantVideoGen",
             description="Prompts that change while the video is made.",
             search_aliases=["qvg", "prompt travel", "timeline", "multi prompt", "storyboard"],
             inputs=[
@@ -355,7 +376,7 @@ class QVGPromptAt(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGPromptAt", display_name="Prompt at Time (QVG)", category="model/conditioning/autoregressive",
+            node_id="QVGPromptAt", display_name="Prompt at Time (QVG)", category="QuantVideoGen",
             description="Adds a prompt, from any text encoder, that takes over at a time of the video.",
             search_aliases=["qvg", "prompt travel", "timeline", "multi prompt"],
             inputs=[

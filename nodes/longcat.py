@@ -28,11 +28,12 @@ from ..qvg import dispatch
 from ..qvg.files import InUse, Taken
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
 from ..qvg.segments import SegmentFile, Segments, SegmentSession, digest
+from . import live, where
 from .adapters import longcat
 from .adapters.checks import is_autoregressive
+from .live import TEXT
 from .long_video import ARSampler, SessionType, model_name
 from .outputs import places
-from .run_log import send_text
 from .session import SavingSampler, SegmentSaver
 
 SCHEDULES = ("base", "distilled")
@@ -65,7 +66,6 @@ class LongVideo:
     given_frames: int
     segments: int
     carry: str
-    node_id: str | None = None
     file: SegmentFile | None = None
 
     def __post_init__(self):
@@ -109,8 +109,9 @@ class LongVideo:
         given, frames = made.given, latent_frames(self.length)
         known = 0 if given is None else given.shape[2]
         text = f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given"
-        send_text(text, self.node_id)
-        with dispatch.on_compile(lambda sentence: send_text(sentence or text, self.node_id)):
+        place = where.here()
+        live.write(place, place and place.node, text)
+        with dispatch.on_compile(lambda sentence: live.write(place, place and place.node, sentence or text)):
             new = sampler(segment, given, frames - known)
         whole = new if given is None else torch.cat([given.to(new), new], dim=2)
         if self.carry == "latents":
@@ -147,7 +148,7 @@ class QVGLongCatContinue(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGLongCatContinue", display_name="Continue Video (LongCat, QVG)", category="model/sampling",
+            node_id="QVGLongCatContinue", display_name="Continue Video (LongCat, QVG)", category="QuantVideoGen",
             description="Makes a video of any length with LongCat-Video, from text, an image or a video. Each segment continues the last "
                         "frames before it, whose keys and values are held in a KV cache that Quantize KV Cache (QVG) makes small.",
             search_aliases=["longcat", "long video", "video continuation", "extend video", "text to video", "image to video", "qvg"],
@@ -194,14 +195,13 @@ class QVGLongCatContinue(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="images", tooltip="The whole video, what it started with included."),
                 io.Latent.Output(display_name="latent", tooltip="Its latents, one segment after the other."),
-            ],
-            hidden=[io.Hidden.unique_id])
+            ])
 
     @classmethod
     def execute(cls, model, positive, negative, vae, width, height, length, given_frames, segments, seed, steps, cfg, schedule,
                 carry=CARRIES[0], fine_tail=True, stream_to="", start=None, sampler=None, session=None) -> io.NodeOutput:
         longcat.check(model)
-        video = LongVideo(vae, width, height, length, given_frames, segments, carry, cls.hidden.unique_id)
+        video = LongVideo(vae, width, height, length, given_frames, segments, carry)
         sampler, save = take_apart(sampler)
         if session is not None and not isinstance(session, SegmentSession):
             raise ValueError(f"{session.path.name} is a video of a causal model. Connect it to AR Video Sampler (QVG).")
@@ -256,10 +256,12 @@ class QVGLongCatContinue(io.ComfyNode):
                                      "stream_to to begin anew.")
             progress.done = sum(len(level) - 1 for level in levels[:done])
             images, latents = video.make(sample, start, made, saver)
+            said, place = {TEXT: [f"segment {segments} of {segments} is done"]}, where.here()
+            live.forget(place, place and place.node)
             if not stream_to:
-                return io.NodeOutput(images, {"samples": latents})
+                return io.NodeOutput(images, {"samples": latents}, ui=said)
             video.file.finish()
-            return io.NodeOutput(images, {"samples": latents}, ui=ui.PreviewVideo([shown]))
+            return io.NodeOutput(images, {"samples": latents}, ui=ui.PreviewVideo([shown]).as_dict() | said)
 
 
 def take_apart(sampler) -> tuple:

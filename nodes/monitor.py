@@ -15,14 +15,16 @@ import torch
 from comfy_api.latest import io
 
 from ..qvg.chart import draw_chart
-from .run_log import ATTACHMENT, MONITOR, RunLog
+from . import where
+from .live import REPORT
+from .run_log import ATTACHMENT, RunLog
 
 
 class QVGMemoryMonitor(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id=MONITOR, display_name="KV Memory Monitor (QVG)", category="model/patch", is_output_node=True,
+            node_id=where.MONITOR, display_name="KV Memory Monitor (QVG)", category="QuantVideoGen", is_output_node=True,
             description="Shows how many bytes the KV cache holds, while the model samples and afterwards: now, in bf16, at its "
                         "peak, in each layer, and what was forecast.",
             search_aliases=["memory", "vram", "kv cache", "monitor", "chart", "qvg"],
@@ -41,13 +43,14 @@ class QVGMemoryMonitor(io.ComfyNode):
         if log is None:
             raise ValueError("This model's KV cache is not watched. Connect the MODEL that comes out of Quantize KV Cache (QVG); "
                              "its preset Off leaves the cache as it is and still counts it.")
-        if not log.history:
+        run = log.run_of(where.here())
+        if not run.history:
             raise ValueError("This model has not sampled. Connect the LATENT of the sampler that uses it.")
-        title, frames = log.title, samples["samples"].shape[2]
-        if frames != log.total_frames:
+        title, frames = run.title, samples["samples"].shape[2]
+        if frames != run.total_frames:
             title += f" (the latent has {frames})"
-        report = log.report()
-        chart = draw_chart(log.history, forecast=log.forecast, total_frames=log.total_frames, title=title, notes=log.notes(),
+        report = run.report()
+        chart = draw_chart(run.history, forecast=run.forecast, total_frames=run.total_frames, title=title, notes=run.notes(),
                            budget_bytes=report["budget_bytes"])
         image = torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None]
-        return io.NodeOutput(image, json.dumps(report, indent=1), ui={"qvg_memory": [log.page()]})
+        return io.NodeOutput(image, json.dumps(report, indent=1), ui={REPORT: [run.page()]})

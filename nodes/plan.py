@@ -13,7 +13,7 @@ from ..qvg.budget import GIB
 from ..qvg.models.catalogue import MODELS
 from ..qvg.models.weights import WEIGHTS
 from .kv_cache import LABELS
-from .run_log import send_text
+from .live import TEXT
 
 UNCOUNTED = "not counted"
 
@@ -22,7 +22,7 @@ class QVGPlanMemory(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGPlanMemory", display_name="Plan KV Memory (QVG)", category="model/patch", is_output_node=True,
+            node_id="QVGPlanMemory", display_name="Plan KV Memory (QVG)", category="QuantVideoGen", is_output_node=True,
             description="Says how many GiB the KV cache of a video takes at every preset, and the longest video that fits.",
             search_aliases=["memory", "vram", "kv cache", "forecast", "how long", "qvg"],
             inputs=[
@@ -46,8 +46,7 @@ class QVGPlanMemory(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="JSON, all bytes as whole numbers."),
                 io.Int.Output(display_name="longest", tooltip="Frames of the longest video that fits, for the length of a latent node; "
                                                              "0 when not even one chunk does."),
-            ],
-            hidden=[io.Hidden.unique_id])
+            ])
 
     @classmethod
     def fingerprint_inputs(cls, memory_gib=0.0, **_):
@@ -62,7 +61,6 @@ class QVGPlanMemory(io.ComfyNode):
             memory = plan.room_beside(model, memory_gib or comfy.model_management.get_total_memory() / GIB, weights)
         found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory, offload=offload, weights=weights)
         table = plan.render(found, memory)
-        send_text(plan.brief(found, memory), cls.hidden.unique_id)
         # a Wan VAE makes one frame of the first latent frame and four of each other
         frames = found["presets"][LABELS[preset]]["longest_latent_frames"]
-        return io.NodeOutput(table, plan.to_json(found), 4 * frames - 3 if frames else 0)
+        return io.NodeOutput(table, plan.to_json(found), 4 * frames - 3 if frames else 0, ui={TEXT: [plan.brief(found, memory)]})

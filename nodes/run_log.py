@@ -1,66 +1,117 @@
-"""What the cache of a patched model's latest run held, moment by moment, and how that reaches the nodes on the screen.
+"""What the cache of a patched model held, moment by moment, and how that reaches the nodes on the screen.
 
-A `RunLog` travels with the patched MODEL as an attachment, so that the monitor node finds it after any LoRA loader. It keeps
-numbers, never tensors. While the model samples it writes a line of text on the node that patched the model, and sends the
-moments to every monitor in the running graph that watches it (`live`), four times a second at most. Each message lets the server's
-thread interrupt the sampling one, so nothing is sent twice.
+A `RunLog` travels with the patched MODEL as an attachment, so that the monitor node finds it after any LoRA loader, and has a `Run` for
+each node that sampled with it. It keeps numbers, never tensors. While the model samples, the run writes a line of text on the node that
+patched the model, and sends the moments to every monitor in the running graph that watches it (`live`), four times a second at most. Each
+message lets the server's thread interrupt the sampling one, so nothing is sent twice.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
 import comfy.model_management
 import torch
-from server import PromptServer
 
 from ..qvg.budget import GIB, Forecast
 from ..qvg.cache import KINDS, CacheStats
 from ..qvg.chart import format_bytes
 from ..qvg.settings import QVGSettings
-from . import live
+from . import live, where
 
 ATTACHMENT = "quantvideogen"
-MONITOR = "QVGMemoryMonitor"
 SECONDS_BETWEEN_UPDATES = 0.25
 # while a chunk is being made nothing changes but free memory
 SECONDS_BETWEEN_SIGNS = 1.0
 # of a long run's history a page gets as many moments as it can draw
 MOMENTS_SENT = 300
+# nodes that sampled with one MODEL
+RUNS_KEPT = 16
 
 
 class RunLog:
-    """history: `CacheStats` of the latest run in order; forecast: of its bytes, made before its first step. sampling_seconds: from the
-    end of the first pass to the end of the run; own_seconds: what of it went into counting, noting and sending."""
+    """The runs of one MODEL. node_id: of the node that made it, as it was when it was executed."""
 
     def __init__(self, settings: QVGSettings, node_id: str | None):
         self.settings, self.node_id = settings, node_id
+        self.run = Run(settings)
+        self._runs: OrderedDict[str | None, Run] = OrderedDict()
+
+    def start(self, total_frames: int, forecast: Forecast | None) -> None:
+        """A run begins, wherever ComfyUI is at this moment; `run` is it from now on."""
+        place = where.here()
+        self.run = Run(self.settings, place, self.node_id, total_frames, forecast)
+        self._runs.pop(place and place.node, None)
+        self._runs[place and place.node] = self.run
+        while len(self._runs) > RUNS_KEPT:
+            self._runs.popitem(last=False)
+        self.run.begin()
+
+    def run_of(self, place: where.Place | None) -> Run:
+        """The run whose latent the monitor at `place` waits for; the latest where none of the nodes it depends on sampled."""
+        before = place and where.upstream(place.graph, place.node, through="samples")
+        return next((run for node, run in reversed(self._runs.items()) if before and node in before), self.run)
+
+    def note(self, stats: CacheStats | Callable[[], CacheStats]) -> None:
+        self.run.note(stats)
+
+    def tick(self) -> None:
+        self.run.tick()
+
+    def say(self, sentence: str) -> None:
+        self.run.say(sentence)
+
+    def end(self) -> None:
+        self.run.end()
+
+    @property
+    def history(self) -> list[CacheStats]:
+        return self.run.history
+
+    @property
+    def forecast(self) -> Forecast | None:
+        return self.run.forecast
+
+
+class Run:
+    """history: `CacheStats` in order; forecast: of its bytes, made before its first step. sampling_seconds: from the end of the first pass
+    to the end of the run; own_seconds: what of it went into counting, noting and sending."""
+
+    def __init__(self, settings: QVGSettings, place: where.Place | None = None, made_by: str | None = None, total_frames: int = 0,
+                 forecast: Forecast | None = None):
+        self.settings, self.place, self.total_frames, self.forecast = settings, place, total_frames, forecast
         self.history: list[CacheStats] = []
-        self.forecast: Forecast | None = None
-        self.total_frames = 0
         self.free_bytes = 0
-        self.ended = True
-        self.watched = live.Watched()
+        self.ended = place is None
         self.sampling_seconds = self.own_seconds = 0.0
         self._began: float | None = None
         self._sent = 0
         self._last_update = 0.0
         self._written = ""
+        # a page may ask for the history while it grows
+        self._lock = threading.Lock()
+        self.source = place and where.quantizer_of(place, made_by)
+        self.watched = live.Watched()
+        if place is not None:
+            nodes = where.monitors_of(place.graph, self.source, place.node)
+            self.watched = live.Watched(tuple(nodes), place.workflow, f"{place.prompt}/{place.node}/{time.monotonic_ns()}")
 
-    def start(self, total_frames: int, forecast: Forecast | None) -> None:
-        self.history, self.total_frames, self.forecast = [], total_frames, forecast
-        self.ended, self._sent, self._written = False, 0, ""
-        self._began, self.sampling_seconds, self.own_seconds = None, 0.0, 0.0
-        self.watched = live.watch(self, self.node_id, lambda graph: monitors_of(graph, self.node_id))
+    def begin(self) -> None:
+        self.ended = False
+        live.keep(self)
         self.show()
 
     def note(self, stats: CacheStats | Callable[[], CacheStats]) -> None:
         """Take down what the cache holds now; what has to be counted first is counted here, on the log's own time."""
         with self._own_time():
-            self.history.append(stats() if callable(stats) else stats)
+            now = stats() if callable(stats) else stats
+            with self._lock:
+                self.history.append(now)
             self._show_sometimes()
 
     def tick(self) -> None:
@@ -104,8 +155,8 @@ class RunLog:
         self._sent = len(self.history)
 
     def _write(self, text: str) -> None:
-        if self.node_id and text != self._written:
-            send_text(text, self.node_id)
+        if text != self._written:
+            live.write(self.place, self.source, text)
             self._written = text
 
     @property
@@ -144,13 +195,16 @@ class RunLog:
 
     def report(self) -> dict:
         """The whole log as JSON values: settings, forecast, the state at the end, seconds, and bytes after each chunk."""
+        with self._lock:
+            history = list(self.history)
         return self.state() | {
-            "settings": asdict(self.settings), "sampling_seconds": self.sampling_seconds, "monitor_seconds": self.own_seconds,
-            "history": [point(stats) for stats in self.history]}
+            "now": history[-1].as_dict() if history else None, "settings": asdict(self.settings), "sampling_seconds": self.sampling_seconds,
+            "monitor_seconds": self.own_seconds, "history": [point(stats) for stats in history]}
 
     def page(self) -> dict:
         """The report for a page, which is sent at once: of a long history a part, the newest moment in it."""
-        report, every = self.report(), -(-len(self.history) // MOMENTS_SENT) or 1
+        report = self.report()
+        every = -(-len(report["history"]) // MOMENTS_SENT) or 1
         return report | {"history": report["history"][::-every][::-1]}
 
 
@@ -169,29 +223,3 @@ def plain_stats(caches: list, total_frames: int, frames: int) -> CacheStats:
         frames=frames, held_frames=total_frames, tokens=caches[0]["k"].shape[1], numbers=numbers, stored_bytes=stored,
         workspace_bytes=0, peak_bytes=stored, bf16_bytes=2 * numbers, by_kind=dict.fromkeys(KINDS, 0) | {"plain": stored},
         by_layer=by_layer, by_bits={8 * caches[0]["k"].element_size(): stored})
-
-
-def monitors_of(prompt: dict, source: str | None) -> list[str]:
-    """Ids of the monitors in a graph (API format) whose model comes from the node `source`, directly or through others."""
-    found = []
-    for monitor, node in prompt.items():
-        if node.get("class_type") != MONITOR:
-            continue
-        waiting, seen = [node["inputs"].get("model")], set()
-        while waiting:
-            link = waiting.pop()
-            if not isinstance(link, list) or link[0] in seen:
-                continue
-            seen.add(link[0])
-            waiting += prompt.get(link[0], {}).get("inputs", {}).values()
-        if source in seen:
-            found.append(monitor)
-    return found
-
-
-def send_text(text: str, node_id: str) -> None:
-    # outside a server (a script that imports the nodes) there is nobody to tell
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
-        server.send_progress_text(text, node_id)
-

@@ -163,7 +163,7 @@ class QVGSaveVideoSession(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGSaveVideoSession", display_name="Save Video Session (QVG)", category="model/sampling/samplers",
+            node_id="QVGSaveVideoSession", display_name="Save Video Session (QVG)", category="QuantVideoGen",
             description="Writes what a video needs to go on (cache, latents, position) while it is made, so that a crash loses little.",
             search_aliases=["qvg", "checkpoint", "resume", "autosave", "crash"],
             inputs=[
@@ -197,7 +197,7 @@ class QVGLoadVideoSession(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGLoadVideoSession", display_name="Load Video Session (QVG)", category="model/sampling/samplers",
+            node_id="QVGLoadVideoSession", display_name="Load Video Session (QVG)", category="QuantVideoGen",
             description="Opens a saved video to go on with. Damaged files and those of another release are refused.",
             search_aliases=["qvg", "checkpoint", "resume", "continue video"],
             inputs=[io.String.Input("name", default="my video",

@@ -138,7 +138,7 @@ class QVGStreamVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGStreamVideo", display_name="Stream Video to File (QVG)", category="model/sampling/samplers",
+            node_id="QVGStreamVideo", display_name="Stream Video to File (QVG)", category="QuantVideoGen",
             description="Writes the video while it is made: it can be watched as it grows, and an interrupt keeps what is there.",
             search_aliases=["qvg", "save video", "live", "mp4", "webm", "preview"],
             inputs=[

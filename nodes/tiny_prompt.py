@@ -17,7 +17,7 @@ class QVGDemoPrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="QVGDemoPrompt", display_name="Tiny Scene Prompt (QVG)", category="model/conditioning/autoregressive",
+            node_id="QVGDemoPrompt", display_name="Tiny Scene Prompt (QVG)", category="QuantVideoGen",
             description="Describes a scene to the tiny model that comes with the pack, and draws it.",
             search_aliases=["qvg", "tiny", "demo", "prompt", "start image"],
             inputs=[

@@ -71,7 +71,7 @@ def texts(server, graph, *nodes):
     client = server.client
     client.messages.clear()
     client.run(graph, timeout=120)
-    return [[data["text"] for data in client.of_type("text") if data["node"] == node] for node in nodes]
+    return [[data["text"] for data in client.of_type("qvg.text") if data["node"] == node] for node in nodes]
 
 
 def test_on_the_node_that_quantizes(server):

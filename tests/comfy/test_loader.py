@@ -53,7 +53,7 @@ def ours(name, dtype="default"):
 def test_every_wrapping_samples_as_core_does(comfy, name):
     core = {"class_type": "UNETLoader", "inputs": {"unet_name": "loader_core.safetensors", "weight_dtype": "default"}}
     assert torch.equal(sample(comfy, ours(name)), sample(comfy, core))
-    found = comfy.wait_for("text", lambda data: data["node"] == "load")["text"]
+    found = comfy.wait_for("executed", lambda data: data["node"] == "load")["output"]["qvg_text"][0]
     assert found.startswith(f"{name}: causal Wan 2.1 layout, 2 layers, 2 heads")
 
 

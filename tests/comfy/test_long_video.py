@@ -219,7 +219,7 @@ def test_progress_counts_every_step_of_every_chunk(comfy):
     latents(comfy, graph)
     progress = [(data["value"], data["max"]) for data in comfy.of_type("progress") if data["node"] == "sample"]
     assert progress[-1] == (6, 6) and [value for value, _ in progress] == sorted(value for value, _ in progress)
-    assert any("chunk 3/3" in data["text"] for data in comfy.of_type("text") if data["node"] == "sampler")
+    assert any("chunk 3/3" in data["text"] for data in comfy.of_type("qvg.text") if data["node"] == "sampler")
 
 
 def test_the_preview_is_of_the_chunk_being_made(comfy, comfy_modules):

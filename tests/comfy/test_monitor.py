@@ -71,7 +71,7 @@ def test_moments_reach_the_monitor_while_sampling(comfy):
     assert [point["frames"] for event in events for point in event["points"]] == [3, 6, 9, 12]
     assert [event["ended"] for event in events] == [False] * (len(events) - 1) + [True]
     assert events[-1]["now"]["stored_bytes"] == events[-1]["forecast"]["stored_bytes"] and events[-1]["free_bytes"] > 0
-    text = comfy.wait_for("text", lambda data: data["node"] == "quantize" and "12 of 12" in data["text"])["text"]
+    text = comfy.wait_for("qvg.text", lambda data: data["node"] == "quantize" and "12 of 12" in data["text"])["text"]
     assert "Smallest" in text and len(text.splitlines()) == 2
 
 

@@ -38,7 +38,7 @@ def measure(client, seed: int) -> dict:
     client.messages.clear()
     report = json.loads(client.run(wanted, timeout=900)["report"]["text"][0])
     ours = [message for message in client.messages if message.type == "qvg.memory"
-            or (message.type == "text" and message.data["node"] == "quantize")
+            or (message.type == "qvg.text" and message.data["node"] == "quantize")
             or (message.type == "executed" and message.data["node"] == "monitor")]
     moments = [message for message in ours if message.type == "qvg.memory"]
     # an event is made into JSON by the server's other thread, which takes from the same interpreter

@@ -23,7 +23,7 @@ def test_plan_says_what_the_command_says(comfy):
     assert json.loads(report) == json.loads(json.dumps(wanted))
     assert int(longest) == 4 * wanted["presets"]["balanced"]["longest_latent_frames"] - 3
     assert table == render(wanted, 24.0)
-    assert comfy.wait_for("text", lambda data: data["node"] == "1")["text"] == brief(wanted, 24.0)
+    assert comfy.wait_for("executed", lambda data: data["node"] == "1")["output"]["qvg_text"] == [brief(wanted, 24.0)]
 
 
 def test_plan_against_this_device(comfy):
@@ -63,7 +63,7 @@ def test_compare_measures_and_shows(comfy):
     assert len(outputs["both"]["images"]) == 4 and len(outputs["chart"]["images"]) == 1
     sizes = [Image.open(comfy.output_path(outputs[name]["images"][0])).size for name in ("both", "heat", "chart")]
     assert sizes == [(128, 48), (64, 48), (960, 540)]
-    assert "PSNR 28.82 dB" in comfy.wait_for("text", lambda data: data["node"] == "compare")["text"]
+    assert "PSNR 28.82 dB" in outputs["compare"]["qvg_text"][0]
 
 
 def test_equal_videos_are_equal(comfy):

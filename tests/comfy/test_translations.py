@@ -59,6 +59,10 @@ def test_english_is_complete(english):
         assert f"images/{node}.png" in page
 
 
+def test_all_nodes_are_in_one_menu_folder(english):
+    assert {info["category"] for info in english.values()} == {"QuantVideoGen"}
+
+
 def test_expert_knobs_are_folded(english):
     shown = [key for key, spec in inputs_of(english["QVGSettings"]).items() if not spec[1].get("advanced")]
     assert shown == ["preset"]

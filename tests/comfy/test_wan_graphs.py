@@ -167,7 +167,7 @@ def test_interrupt_in_the_middle_then_again(comfy):
     before, report = run(comfy, build(seed=11, frames=12))
     comfy.messages.clear()
     prompt = comfy.submit(build(seed=12, frames=60, block=1))
-    comfy.wait_for("text", lambda data: " of 60 latent" in data["text"] and not data["text"].startswith("KV cache, Balanced, 0 "))
+    comfy.wait_for("qvg.text", lambda data: " of 60 latent" in data["text"] and not data["text"].startswith("KV cache, Balanced, 0 "))
     comfy.interrupt()
     with pytest.raises(ComfyError) as ended:
         comfy.wait(prompt)

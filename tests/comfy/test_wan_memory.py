@@ -171,7 +171,7 @@ def test_positions_do_not_alias_late_in_a_video(patched, loaded):
 
 
 def test_live_text_finds_its_monitors(comfy_modules):
-    from comfyui_qvg.nodes.run_log import MONITOR, monitors_of
+    from comfyui_qvg.nodes.where import MONITOR, monitors_of
 
     prompt = {
         "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "x"}},

@@ -4,6 +4,8 @@
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"
 import { colourOf, drawChart, kindsOf, nameOf } from "./chart.js"
+import { addShown, chain, isOnScreen, make, nodeByExecutionId, workflowOnScreen } from "./nodes.js"
+import { showText } from "./text.js"
 import { bytes, loadStrings, say } from "./strings.js"
 
 const MONITOR = "QVGMemoryMonitor"
@@ -15,8 +17,8 @@ const STYLE = `
 .qvg-monitor > [hidden] { display: none; }
 .qvg-monitor:focus-visible, .qvg-monitor summary:focus-visible { outline: 2px solid #4c8dff; outline-offset: -2px; }
 .qvg-monitor p { margin: 0; }
-.qvg-monitor .qvg-head { display: flex; gap: 10px; align-items: baseline; flex-wrap: wrap; }
-.qvg-monitor .qvg-ratio { font-size: 24px; font-weight: 700; }
+.qvg-monitor .qvg-head { display: flex; gap: 0 20px; align-items: baseline; flex-wrap: wrap; }
+.qvg-monitor .qvg-ratio { font-size: 24px; font-weight: 700; margin-right: 6px; }
 .qvg-monitor .qvg-faint, .qvg-monitor dt { color: color-mix(in srgb, var(--input-text, #ddd) 72%, var(--comfy-input-bg, #222)); }
 .qvg-monitor .qvg-spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .qvg-monitor .qvg-plot { flex: 1 0 150px; min-height: 0; margin: 6px 0; overflow: hidden; }
@@ -37,14 +39,6 @@ const STYLE = `
 .qvg-monitor summary { cursor: pointer; }
 `
 
-function make(name, className, parent, text) {
-  const made = document.createElement(name)
-  if (className) made.className = className
-  if (text !== undefined) made.textContent = text
-  parent?.append(made)
-  return made
-}
-
 function pair(list, name, text) {
   const both = make("div", "", list)
   make("dt", "", both, name)
@@ -59,8 +53,11 @@ class Monitor {
     this.root.setAttribute("aria-label", node.title || "KV Memory Monitor (QVG)")
     this.root.tabIndex = 0
     const head = make("div", "qvg-head", this.root)
-    this.ratio = make("span", "qvg-ratio", head)
-    this.instead = make("span", "", head)
+    this.ratios = ["ratio", "ratioPeak"].map((name) => {
+      const both = make("span", "", head)
+      return { name, figure: make("span", "qvg-ratio", both), caption: make("span", "qvg-faint", both) }
+    })
+    this.instead = make("p", "", this.root)
     this.status = make("p", "qvg-faint qvg-status", this.root)
     // read aloud when a run begins and when it ends, not at every chunk
     this.spoken = make("p", "qvg-spoken", this.root)
@@ -78,25 +75,21 @@ class Monitor {
     }, { passive: true })
     this.state = null
     this.waiting = 0
-    const widget = node.addDOMWidget("qvg_memory", "qvg_memory", this.root, {
-      serialize: false, hideOnZoom: false, getMinHeight: () => 340, getValue: () => "", setValue: () => {},
-    })
-    widget.serialize = false
+    addShown(node, "qvg_memory", this.root, () => 340)
     this.sizes = new ResizeObserver(() => this.drawPlot())
     this.sizes.observe(this.plot)
-    const onRemoved = node.onRemoved
-    node.onRemoved = (...args) => {
+    chain(node, "onRemoved", () => {
       this.sizes.disconnect()
       clearTimeout(this.waiting)
-      onRemoved?.apply(node, args)
-    }
+    })
     this.draw()
   }
 
   // message: a whole report, or an event that continues one with further points
   take(message) {
-    const continues = this.state?.run === message.run && message.points
-    const history = message.history ?? [...(continues ? this.state.history : []), ...message.points]
+    const before = this.state && this.state.run === message.run ? this.state.history : []
+    // a page that asked in between has some of the points already
+    const history = message.history ?? [...before, ...message.points.filter((point) => !(point.frames <= before.at(-1)?.frames))]
     this.state = { ...message, run: message.run ?? this.state?.run, history }
     if (message.ended) return this.draw()
     const wait = 1000 / (app.extensionManager.setting.get("QVG.Monitor.Rate") || 4)
@@ -110,7 +103,10 @@ class Monitor {
     const now = state?.now
     const done = now?.frames ?? 0
     const phase = !state ? "idle" : !state.ended ? "sampling" : done < state.latent_frames ? "stopped" : "done"
-    this.ratio.textContent = now ? `${now.ratio.toFixed(1)}x` : ""
+    for (const { name, figure, caption } of this.ratios) {
+      figure.textContent = now ? `${(name === "ratio" ? now.ratio : now.peak_ratio).toFixed(1)}x` : ""
+      caption.textContent = now ? say(name) : ""
+    }
     this.instead.textContent = now ? say("instead", { stored: bytes(now.stored_bytes), bf16: bytes(now.bf16_bytes) }) : ""
     this.status.textContent = say(phase, { done, total: state?.latent_frames })
     if (this.root.dataset.phase !== phase && this.root.dataset.phase) this.spoken.textContent = this.status.textContent
@@ -168,18 +164,8 @@ class Monitor {
   }
 }
 
-// "7:3" is node 3 inside the subgraph node 7
-function nodeByExecutionId(id) {
-  const path = String(id).split(":")
-  let graph = app.rootGraph ?? app.graph
-  for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph ?? graph?.getNodeById(Number(part))?.subgraph
-  const last = path.at(-1)
-  return graph?.getNodeById(last) ?? graph?.getNodeById(Number(last))
-}
-
 function deliver(message) {
-  const open = (app.rootGraph ?? app.graph)?.id
-  if (message.workflow && open && message.workflow !== open) return
+  if (!isOnScreen(message)) return
   for (const id of message.nodes) nodeByExecutionId(id)?.qvgMonitor?.take(message)
 }
 
@@ -194,10 +180,11 @@ function warnUnderPressure(message) {
 }
 
 async function restore() {
-  const id = (app.rootGraph ?? app.graph)?.id
+  const id = workflowOnScreen()
   if (!id) return
-  const { runs } = await (await api.fetchApi(`/qvg/memory?workflow=${encodeURIComponent(id)}`)).json()
+  const { runs, texts } = await (await api.fetchApi(`/qvg/memory?workflow=${encodeURIComponent(id)}`)).json()
   runs.forEach(deliver)
+  texts.forEach(showText)
 }
 
 app.registerExtension({
@@ -234,12 +221,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== MONITOR) return
     node.qvgMonitor = new Monitor(node)
-    const onExecuted = node.onExecuted
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments)
+    chain(node, "onExecuted", (output) => {
       const report = output?.qvg_memory?.[0]
-      if (report) this.qvgMonitor.take(report)
-    }
+      if (report) node.qvgMonitor.take(report)
+    })
     node.setSize([Math.max(node.size[0], 460), Math.max(node.size[1], 540)])
   },
   afterConfigureGraph: restore,

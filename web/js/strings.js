@@ -9,6 +9,8 @@ export const ENGLISH = {
   sampling: "Sampling: {done} of {total} latent frames",
   done: "{total} latent frames, finished",
   stopped: "Stopped at {done} of {total} latent frames",
+  ratio: "smaller than bf16",
+  ratioPeak: "at the peak",
   instead: "{stored} instead of {bf16} in bf16",
   chart: "KV cache in bytes over latent frames: {stored} held, {peak} at the peak, {bf16} in bf16",
   latentFrames: "latent frames",
@@ -32,6 +34,15 @@ export const ENGLISH = {
   plain: "{bits}-bit numbers",
   pressure: "The KV cache will need {need}, but {free} are free. Choose a smaller preset in QVG Settings, set a budget there, or make the video shorter.",
   pressureTitle: "KV cache may not fit",
+  settingsOff: "The model's own cache. Nothing below changes it.",
+  settingsOld: "Old frames: keys in {key_bits} bits, values in {value_bits}; {stages} stages of {centroids} centroids, a scale for {group_size} channels.",
+  settingsFirst: "First {sink_frames} latent frames: {sink_bits} bits.",
+  settingsRecent: "Newest {recent_frames} latent frames: {recent_bits} bits.",
+  settingsAll: "Every frame is kept.",
+  settingsWindow: "Besides the first, the newest {window_frames} latent frames are kept.",
+  settingsOwn: "Set here: {names}. The rest is the preset's.",
+  partial: "The {done} latent frames that are finished, of {total}, go on through the graph. Press Stop again to end at once.",
+  partialTitle: "Stopped",
 }
 
 let translations = {}

@@ -1,0 +1,106 @@
+// QVG Settings: its knobs show the preset's own numbers, which change with it, instead of "preset" and -1. Where Nodes 2.0
+// folds them, a text says what they are.
+// Graphs and prompts keep "preset" and -1 for every knob that a person has not set, so that nothing about them changes.
+
+import { app } from "../../../scripts/app.js"
+import { api } from "../../../scripts/api.js"
+import { chain } from "./nodes.js"
+import { say } from "./strings.js"
+
+const NODE = "QVGSettings"
+const NODES_2 = "Comfy.VueNodes.Enabled"
+const COUNTS = ["stages", "centroids", "sink_frames", "recent_frames", "window_frames"]
+const CHOICES = ["key_bits", "value_bits", "group_size", "sink_bits", "recent_bits"]
+const unset = (name) => (COUNTS.includes(name) ? -1 : "preset")
+
+let presets = {}
+
+class Knobs {
+  constructor(node) {
+    this.node = node
+    this.preset = node.widgets.find((widget) => widget.name === "preset")
+    this.knobs = node.widgets.filter((widget) => COUNTS.includes(widget.name) || CHOICES.includes(widget.name))
+    // names of the knobs that a person set
+    this.own = new Set()
+    for (const widget of this.knobs) {
+      chain(widget, "callback", () => {
+        this.adopt(widget)
+        this.show()
+      })
+      widget.serializeValue = () => this.kept(widget)
+    }
+    for (const widget of node.widgets) if (!this.knobs.includes(widget)) chain(widget, "callback", () => this.show())
+    chain(node, "onConfigure", () => {
+      this.knobs.forEach((widget) => this.adopt(widget, true))
+      this.show()
+    })
+    chain(node, "onSerialize", (data) => this.write(data))
+    this.show()
+  }
+
+  // loaded: from a graph, where a number was set even if it is the preset's
+  adopt(widget, loaded = false) {
+    const preset = presets[this.preset.value]?.[widget.name]
+    if (widget.value === unset(widget.name) || (!loaded && widget.value === preset)) this.own.delete(widget.name)
+    else this.own.add(widget.name)
+  }
+
+  kept(widget) {
+    return this.own.has(widget.name) ? widget.value : unset(widget.name)
+  }
+
+  write(data) {
+    for (const widget of this.knobs) {
+      const place = this.node.widgets.indexOf(widget)
+      if (data.widgets_values && place in data.widgets_values) data.widgets_values[place] = this.kept(widget)
+      if (data.widgets_values_named && widget.name in data.widgets_values_named)
+        data.widgets_values_named[widget.name] = this.kept(widget)
+    }
+  }
+
+  show() {
+    const numbers = presets[this.preset.value]
+    if (!numbers) return
+    for (const widget of this.knobs) if (!this.own.has(widget.name)) widget.value = numbers[widget.name]
+    this.node.qvgText?.show(foldsKnobs() ? this.text() : "")
+    this.node.setDirtyCanvas?.(true, true)
+  }
+
+  text() {
+    if (this.preset.value === "Off") return say("settingsOff")
+    const now = Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value]))
+    const lines = [say("settingsOld", now)]
+    if (now.sink_frames) lines.push(say("settingsFirst", now))
+    if (now.recent_frames) lines.push(say("settingsRecent", now))
+    lines.push(now.window_frames ? say("settingsWindow", now) : say("settingsAll"))
+    if (this.own.size) lines.push(say("settingsOwn", { names: [...this.own].map((name) => this.label(name)).join(", ") }))
+    return lines.join("\n")
+  }
+
+  label(name) {
+    const widget = this.node.widgets.find((widget) => widget.name === name)
+    return widget.label || name
+  }
+}
+
+// the classic canvas shows all of them, and graphs leave no room below
+const foldsKnobs = () => Boolean(app.extensionManager.setting.get(NODES_2))
+
+const refresh = () => allNodes(app.rootGraph ?? app.graph).forEach((node) => node.qvgKnobs?.show())
+
+function allNodes(graph) {
+  return (graph?.nodes ?? []).flatMap((node) => [node, ...(node.subgraph ? allNodes(node.subgraph) : [])])
+}
+
+app.registerExtension({
+  name: "QuantVideoGen.Settings",
+  async setup() {
+    presets = await (await api.fetchApi("/qvg/presets")).json()
+    app.ui.settings.addEventListener(`${NODES_2}.change`, refresh)
+    refresh()
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) node.qvgKnobs = new Knobs(node)
+  },
+  afterConfigureGraph: refresh,
+})
