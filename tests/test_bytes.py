@@ -227,6 +227,11 @@ def test_a_budget_of_what_is_offloaded():
     assert found.cap_frames == 4
     # without codebooks, or with those that 8 bits never need
     assert found.layer_bytes // 128 in ((4 * 5120 + 2500) // 128, (4 * 5120 + 2500 - 5 * 3 * 32 // 2) // 128)
+    # with a sink of two frames in 16 bits, of which a chunk brings one: seen, held, and larger on its way than any other span
+    more = 2 * 8192 + 2 * 2 * 8192 + 8192 - 5120
+    sink = replace(settings, sink_frames=2, sink_bits=16, budget_gib=(5 * 8192 + 9 * 5120 + more + 5000) / GIB)
+    found = budget.limits(sink, layers, 1, None)
+    assert found.cap_frames == 4 and 0 <= 2 * 8192 + 4 * 5120 + 2500 - found.layer_bytes < 128 + 5 * 3 * 32 // 2
     host = budget.limits(replace(settings, budget_gib=(5 * 8192 + 9 * 5120 + 5000) / GIB, host_gib=5 * 3 * 5120 / GIB), layers, 1, None)
     assert host == Limits(3 * 5120, 3)
 
@@ -350,3 +355,7 @@ def test_a_forecast_of_offloaded_spans():
     assert found.peak_bytes == 10 * 8192 + 2 * staged + 2 * 8192
     assert found.host_bytes == 2 * (2 * 8192 + 6 * 5120)
     assert found.stored_bytes == 2 * (2 * 8192 + 4 * 5120)
+    stats = fill(replace(WALKED, offload=True), [3, 3, 3, 1])
+    assert (stats.peak_bytes, stats.stored_bytes, stats.host_bytes) == (found.peak_bytes, found.stored_bytes, 2 * (2 * 8192 + 4 * 5120))
+    # one layer visits alone
+    assert budget.forecast(replace(WALKED, offload=True), EVEN, 10, 3).peak_bytes == 10 * 8192 + staged + 2 * 8192

@@ -259,6 +259,15 @@ def test_what_is_given_up_over_budget(name):
     check(budget_settings(bits, changes), chunks, expected, share)
 
 
+def test_a_budget_is_used_to_the_byte():
+    """Three frames of 2,562 bytes and a codebook of 32 just fit; where a byte is missing, the oldest loses a plane."""
+    settings, fits = budget_settings({"bits": 4}, {}), 3 * 2562 + 32
+    check(settings, [1, 1, 1], ["0+1=4/4", "0+1=4/4 1+1=4/4", "0+1=4/4 1+1=4/4 2+1=4/4"], Limits(fits))
+    check(settings, [1, 1, 1], ["0+1=4/4", "0+1=4/4 1+1=4/4", "0+1=3/3 1+1=4/4 2+1=4/4"], Limits(fits - 1))
+    # the codebook comes with the first span, before which there is nothing to give up
+    check(settings, [1, 1], ["0+1=4/4", "0+1=3/3 1+1=4/4"], Limits(2 * 2562 + 31))
+
+
 @pytest.mark.parametrize(("first", "frames", "sink", "newest", "parts"), [
     (0, 3, 0, 0, [(0, 3)]), (0, 3, 3, 0, [(0, 3)]), (0, 3, 4, 0, [(0, 3)]), (0, 3, 2, 0, [(0, 2), (2, 1)]), (3, 3, 4, 0, [(3, 1), (4, 2)]),
     (3, 3, 3, 0, [(3, 3)]), (3, 3, 2, 0, [(3, 3)]), (0, 8, 0, 3, [(0, 5), (5, 3)]), (0, 3, 0, 3, [(0, 3)]), (0, 2, 0, 3, [(0, 2)]),
