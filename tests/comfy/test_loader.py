@@ -20,9 +20,16 @@ def files(comfy_server):
     save_file(state, folder / "loader.safetensors")
     torch.save({"generator": {}, "generator_ema": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "loader.pt")
     save_file({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(1, 1)}, folder / "loader_lora.safetensors")
+    loras = comfy_server.folder("models", "loras")
+    down, up = torch.randn(2, 256, generator=draw), torch.randn(256, 2, generator=draw)
+    for name, layer in (("published", "transformer.blocks.1.attn1.to_q"), ("comfy", "diffusion_model.blocks.1.self_attn.q"),
+                        ("strange", "lora_unet_down_blocks_0_attn1_to_q")):
+        save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, loras / f"loader_{name}.safetensors")
+    torch.save({"generator_lora": {f"base_model.model.blocks.1.self_attn.q.lora_{side}.weight": t for side, t in (("A", down), ("B", up))},
+                "critic_lora": {}, "step": 1}, loras / "loader_lora.pt")
 
 
-def sample(comfy, loader, quantized=False):
+def sample(comfy, loader, quantized=False, lora=None):
     model = ["load", 0]
     nodes = {
         "load": loader, "prompt": {"class_type": "QVGDemoPrompt", "inputs": {"text": PROMPTS[0]}},
@@ -30,6 +37,9 @@ def sample(comfy, loader, quantized=False):
         "sampler": {"class_type": "SamplerARVideo", "inputs": {"num_frame_per_block": 3}},
         "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}},
     }
+    if lora:
+        nodes["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": model, "lora_name": lora, "strength_model": 1.0}}
+        model = ["lora", 0]
     if quantized:
         nodes["quantize"] = {"class_type": "QVGQuantizeKVCache", "inputs": {"model": model}}
         model = ["quantize", 0]
@@ -64,6 +74,19 @@ def test_fp8_weights_with_the_quantized_cache(comfy):
 def test_a_lora_is_refused(comfy):
     with pytest.raises(ComfyError, match=r"loader_lora\.safetensors is a LoRA, not a model.*LoraLoaderModelOnly"):
         sample(comfy, ours("loader_lora.safetensors"))
+
+
+def test_loras_of_every_maker_make_the_same_video(comfy):
+    """The names of diffusers, LongLive's dict of networks and core's own names."""
+    plain, *videos = (sample(comfy, ours("loader.pt"), lora=name) for name in (
+        None, "loader_comfy.safetensors", "loader_published.safetensors", "loader_lora.pt"))
+    assert not torch.equal(videos[0], plain)
+    assert all(torch.equal(video, videos[0]) for video in videos[1:])
+
+
+def test_a_lora_of_another_model_stops_the_graph(comfy):
+    with pytest.raises(ComfyError, match=r"None of this LoRA's 2 keys belongs to the causal Wan model \(it holds lora_unet_down_blocks_0"):
+        sample(comfy, ours("loader.pt"), lora="loader_strange.safetensors")
 
 
 def test_files_of_both_kinds_are_listed(comfy):
