@@ -1,9 +1,9 @@
-"""`qvg generate`: a long video of the tiny model without ComfyUI, streamed to a file, checkpointed, resumed.
+"""A long video without ComfyUI: streamed to a file, checkpointed, resumed. `qvg generate` is this with the tiny model.
 
-    qvg generate --prompt "red circle moving right, over green dots still" --seconds 30 --out ball.mp4
-    qvg generate --resume --out ball.mp4                        after a crash, an interrupt, or to go on with another --seconds or --prompt
+    for event, sampler in generate(network, vae, embed, Job(out, session, schedule, run, settings, latent)):
+        ...
 
-`generate` is the same for any network and VAE with the interfaces of `models.wan` and `models.wan_vae`. Nothing in it grows with the
+It is the same for any network and VAE with the interfaces of `models.wan` and `models.wan_vae`. Nothing in it grows with the
 length of the video: latents are decoded as they come and kept no longer than a change of prompt needs them.
 """
 
@@ -11,30 +11,26 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import dispatch, storage
+from . import storage
 from .budget import GIB
 from .cache import KVCache
 from .chart import format_bytes
 from .fields import part_of, real, text, whole
 from .models.wan import HEAD_DIM, PATCH, CausalWan
 from .models.wan_vae import WanVAE
-from .pictures import read_frames
 from .recorder import Recorder
-from .sampler import MAX_FRAMES, Adapted, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
-from .schedule import PromptTrack, Schedule, latent_frames
-from .settings import PRESETS, QVGSettings
+from .sampler import MAX_FRAMES, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
+from .schedule import PromptTrack, Schedule
+from .settings import QVGSettings
 from .storage import Session
-from .stream import encode_stream
 from .tensor_files import first_line
 
 # of what is free, left to everything that is not the cache
@@ -199,80 +195,3 @@ class Meter:
             frames = 4 * event.latents.shape[2]
             text += f", {frames * self.steps_done / (run.steps + 1) / seconds:.1f} frames/s, cache {format_bytes(event.stats.stored_bytes)}"
         return text
-
-
-def add_arguments(command) -> None:
-    command.add_argument("--prompt", help="one prompt, or a schedule such as '0s: ...' and '6.5s: ...' on lines of its own")
-    command.add_argument("--prompt-file", type=Path, help="a text file with the same")
-    command.add_argument("--seconds", type=float, default=0, help="length of the video (default 10)")
-    command.add_argument("--out", type=Path, required=True, help="ball.mp4, ball.webm, or ball.png for numbered images")
-    command.add_argument("--start", type=Path, nargs="+", help="images or a video to go on from")
-    command.add_argument("--resume", action="store_true", help="go on from the session, also with another --seconds, --prompt or --recache")
-    command.add_argument("--session", type=Path, help="where checkpoints go (default: OUT.session.safetensors)")
-    command.add_argument("--checkpoint", type=int, default=4, metavar="CHUNKS", help="chunks between checkpoints")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--preset", choices=PRESETS, default="balanced")
-    command.add_argument("--window", type=int, default=0, metavar="FRAMES", help="latent frames of history besides the sink; 0 keeps all")
-    command.add_argument("--sink", type=int, metavar="FRAMES", help="first latent frames, kept for good")
-    command.add_argument("--budget", default="0", metavar="GIB", help="most memory for the cache, or auto for what is free")
-    command.add_argument("--offload", action="store_true", help="keep the cache in host memory; it visits the device a layer at a time")
-    command.add_argument("--position-limit", type=int, default=0, metavar="FRAMES", help="count positions no further than this")
-    command.add_argument("--recache", type=int, metavar="FRAMES", help="latent frames stored anew when the prompt changes")
-    command.add_argument("--cfg", type=float, default=1.0)
-    command.add_argument("--negative", default="", help="prompt that cfg leads away from")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _job(arguments, latent: tuple[int, int]) -> tuple[Job, Session | None]:
-    """What the command line asks for, and the session to go on from."""
-    place = arguments.session or arguments.out.with_name(arguments.out.name + ".session.safetensors")
-    text = arguments.prompt_file.read_text(encoding="utf-8") if arguments.prompt_file else arguments.prompt
-    frames = latent_frames(arguments.seconds or 10.0, 16)
-    if arguments.resume and place.is_file():
-        session = storage.load(place)
-        job = resumed(session, arguments.out, arguments.device)
-        run = replace(job.run, frames=frames if arguments.seconds else job.run.frames,
-                      recache_frames=job.run.recache_frames if arguments.recache is None else arguments.recache)
-        settings = replace(job.settings, offload=arguments.offload, host_gib=job.settings.host_gib if arguments.offload else 0.0)
-        return replace(job, run=run, settings=settings, schedule=Schedule.parse(text) if text else job.schedule), session
-    if not text:
-        lost = f"; {place} is not there to resume." if arguments.resume else "."
-        raise ValueError(f"There is no prompt. Give --prompt or --prompt-file{lost}")
-    if arguments.out.exists() and not arguments.resume:
-        raise ValueError(f"{arguments.out} is there already. Choose another --out, or --resume to go on with it.")
-    settings = QVGSettings.preset(arguments.preset)
-    budget = auto_budget(arguments.device) if arguments.budget == "auto" else float(arguments.budget)
-    host = auto_budget("cpu") if arguments.offload and arguments.budget == "auto" else 0.0
-    settings = replace(settings, window_frames=arguments.window, budget_gib=budget, offload=arguments.offload, host_gib=host,
-                       sink_frames=settings.sink_frames if arguments.sink is None else arguments.sink)
-    run = Run(frames=frames, seed=arguments.seed, recache_frames=arguments.recache or 0)
-    return Job(out=arguments.out, session=place, schedule=Schedule.parse(text), run=run, settings=settings, latent=latent,
-               checkpoint=arguments.checkpoint, cfg=arguments.cfg, negative=arguments.negative, position_limit=arguments.position_limit,
-               device=arguments.device), None
-
-
-def main(arguments) -> None:
-    from .demo import HEIGHT, LATENT, WIDTH, embed_prompt, load_tiny
-
-    job, session = _job(arguments, LATENT)
-    network, vae = (part.to(arguments.device) for part in load_tiny())
-    start = None
-    if arguments.start and session is None:
-        start = encode_stream(vae, read_frames(arguments.start, WIDTH, HEIGHT).to(arguments.device))
-    meter = Meter()
-
-    def show(text: str) -> None:
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-    try:
-        # closed here, not when it is collected: an interrupt between two events must save as well
-        with dispatch.on_compile(show), closing(generate(network, vae, embed_prompt, job, start=start, resume=session)) as events:
-            for event, sampler in events:
-                if isinstance(event, Adapted):
-                    print(event.message, file=sys.stderr)
-                elif event.chunk is not None:
-                    show(meter.line(event, sampler))
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {job.out} holds what was made; the same command with --resume goes on.", file=sys.stderr)
-        return
-    print(f"\r\x1b[K{job.out}: {job.run.frames} latent frames, session in {job.session}", file=sys.stderr)

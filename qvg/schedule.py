@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 TIME = re.compile(r"\s*(?:(?P<minutes>\d+):(?P<rest>[0-5]?\d(?:\.\d+)?)|(?P<seconds>\d+(?:\.\d+)?)\s*s)\s*:(?P<text>.*)")
@@ -59,7 +60,7 @@ class Schedule:
         entries: list[list] = []
         for line in text.splitlines():
             if found := TIME.fullmatch(line):
-                seconds = float(found["seconds"]) if found["seconds"] else 60 * int(found["minutes"]) + float(found["rest"])
+                seconds = float(found["seconds"]) if found["seconds"] else 60 * float(found["minutes"]) + float(found["rest"])
                 entries.append([seconds, found["text"].strip()])
             elif line.strip():
                 if not entries:
@@ -76,7 +77,8 @@ class Schedule:
         return next(text for begin, text in reversed(self.entries) if first_frame(begin, frame_rate, stride) <= frame)
 
     def __str__(self) -> str:
-        return "\n".join(f"{seconds:g}s: {text}" for seconds, text in self.entries)
+        # with every digit, because a session keeps this
+        return "\n".join(f"{Decimal(repr(seconds)):f}s: {text}" for seconds, text in self.entries)
 
 
 class PromptTrack:

@@ -13,6 +13,7 @@ from comfyui_qvg.qvg.cli import main
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH, load_tiny, run
 from comfyui_qvg.qvg.demo.prompts import COLOURS, parse_prompt
 from comfyui_qvg.qvg.demo.scenes import place, random_scene, render
+from comfyui_qvg.qvg.progress import bar
 from comfyui_qvg.qvg.sampler import Run
 
 RUNS = {"bf16", "bf16-repeat", "bf16-noise", "balanced", "paper-int2", "quality", "smallest"}
@@ -102,20 +103,31 @@ def test_demo_prints_its_tables(report, capsys):
 
 
 def test_the_progress_bar_tells_of_kernels_that_are_compiled(capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "_launched", set())
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with run.bar("warm-up") as progress:
-        dispatch.before_launch("encode")
-        progress(1, 2)
-    dispatch.before_launch("decode")
-    lines = [line.removeprefix("\x1b[K").split(maxsplit=1)[1] for line in capsys.readouterr().err.split("\r")[1:]]
-    assert lines[0] == "Compiling GPU kernels (first run): encode"
-    assert lines[1].endswith("1/2") and lines[2].strip().endswith(" s") and len(lines) == 3
+    """On a terminal in the bar, in a file on a line of its own; both end with the time."""
+    for live in (True, False):
+        monkeypatch.setattr(dispatch, "_launched", set())
+        monkeypatch.setattr(sys.stderr, "isatty", lambda live=live: live)
+        with bar("warm-up") as progress:
+            dispatch.before_launch("encode")
+            progress.show(1, 2)
+        dispatch.before_launch("decode")
+        said = capsys.readouterr().err
+        assert "Compiling GPU kernels (first run): encode" in said and "decode" not in said
+        assert ("1/2" in said) == live and said.splitlines()[-1].strip().startswith("warm-up") and said.endswith(" s\n")
+
+
+def test_a_second_demo_replaces_the_first_only_when_asked_to(report, capsys, tmp_path):
+    out, _ = report
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(["demo", "--out", str(out)]) == 2
+    assert "bf16.mp4 is there already. Choose another --out, or --overwrite" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run.prepare_folder(out, overwrite=True)
+    run.prepare_folder(tmp_path / "new" / "one", overwrite=False)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--prompt", "a dragon over green dots"], "does not know 'dragon'"),
-    (["--latent-frames", "0"], "frames is 0"),
 ])
 def test_demo_refuses(arguments, sentence, tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "new"), *arguments]) == 2

@@ -7,12 +7,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from comfyui_qvg.benchmarks import soak
-from comfyui_qvg.qvg import dispatch, storage
-from comfyui_qvg.qvg.cli import main
-from comfyui_qvg.qvg.demo import NETWORK_PATH, PROMPTS, VAE_PATH
+from comfyui_qvg.qvg import storage
+from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH
 from comfyui_qvg.qvg.generate import generate, resumed
 from comfyui_qvg.qvg.sampler import ChunkDone, StepDone
 from comfyui_qvg.qvg.schedule import Schedule
@@ -161,50 +159,6 @@ def test_killed_processes(tmp_path):
     """Five kills at random moments. benchmarks/soak.py does fifty."""
     found = soak.kill("small", chunks=40, steps=1, times=5, seed=1)
     assert found["killed"] == 5 and found["equal"] and not found["unreadable_files"] and not found["orphans"]
-
-
-@trained
-def test_the_command(tmp_path, capsys):
-    out = tmp_path / "ball.mp4"
-    assert main(["generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--out", str(out), "--device", "cpu"]) == 0
-    assert len(frames(out)) == 9
-    assert main(["generate", "--prompt", PROMPTS[0], "--out", str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert main(["generate", "--resume", "--seconds", "1", "--out", str(out), "--device", "cpu"]) == 0
-    assert len(frames(out)) == 17
-    assert "latent frames, session in" in capsys.readouterr().err
-
-
-@trained
-def test_the_command_tells_of_kernels_that_are_compiled(tmp_path, capsys, monkeypatch):
-    """Of one kernel, in Triton's interpreter where there is no GPU: there, all of them take minutes."""
-    ops = pytest.importorskip("comfyui_qvg.kernels.ops", reason="kernels are written in Triton")
-    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"rotate": ops.OPS["rotate"]}, ""))
-    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(dispatch, "_launched", set())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert main(["generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--out", str(tmp_path / "ball.mp4"), "--device", device]) == 0
-    lines = [line.removeprefix("\x1b[K") for line in capsys.readouterr().err.split("\r")]
-    told = lines.index("Compiling GPU kernels (first run): rotate")
-    assert lines[told + 1] == "" and lines[told + 2].startswith("chunk 1/1, step 1/4")
-
-
-@trained
-def test_the_command_goes_on_from_an_image(tmp_path):
-    Image.fromarray(np.full((64, 64, 3), (255, 0, 0), np.uint8)).save(tmp_path / "red.png")
-    assert main(["generate", "--prompt", PROMPTS[1], "--seconds", "0.5", "--start", str(tmp_path / "red.png"), "--device", "cpu",
-                 "--out", str(tmp_path / "a.webm"), "--budget", "auto", "--offload"]) == 0
-    shown = frames(tmp_path / "a.webm")
-    assert shown[0, ..., 0].mean() > 150 and shown[0, ..., 1].mean() < 100
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--out", "a.mp4"], "There is no prompt"), (["--out", "a.mp4", "--resume"], "is not there to resume"),
-    (["--prompt", "5s: late", "--out", "a.mp4"], "begins at 5s")])
-def test_refusals(tmp_path, monkeypatch, capsys, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    assert main(["generate", *arguments]) == 2
-    assert words in capsys.readouterr().err
 
 
 def test_positions_must_hold_the_window(tmp_path, small):

@@ -44,3 +44,9 @@ def test_track():
     assert [track.context(frame) for frame in (0, 3, 4, 5, 9)] == ["A", "A", "A", "B", "B"]
     assert made == ["a", "b"]
     assert [track.name(frame) for frame in (4, 5)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("seconds", [0.00001, 6.0000001, 100_000.5, 999_999, 1 / 3])
+def test_a_session_keeps_every_digit_of_a_time(seconds):
+    schedule = Schedule(((0.0, "a"), (seconds, "b")))
+    assert Schedule.parse(str(schedule)) == schedule

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +23,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .. import dispatch, metrics
+from .. import metrics
+from ..arguments import device, whole
 from ..attention import widened
 from ..cache import CacheStats, KVCache
 from ..chart import format_bytes
-from ..files import write_atomically
+from ..files import PlaceError, Taken, check_place, write_atomically
 from ..generate import cache_of
+from ..progress import bar
 from ..sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..settings import PRESETS
 from ..stream import ChunkDecoder, VideoWriter, to_bytes
@@ -38,6 +38,7 @@ from . import CHUNK_FRAMES, GRID, LATENT, PROMPTS, embed_prompt, load_tiny
 
 FRAME_RATE = 16
 NOISE = 1e-3
+RESULTS = ("bf16.mp4", "qvg.mp4", "side_by_side.png", "report.json")
 MOMENTS = 6  # columns of the picture
 CAPTION = 22  # pixels above each of its rows
 # name of a run -> preset
@@ -157,7 +158,7 @@ def draw(rows: dict[str, Tensor]) -> Image.Image:
 
 
 def write_video(path: Path, pictures: Tensor) -> None:
-    writer = VideoWriter(path, FRAME_RATE)
+    writer = VideoWriter(path, FRAME_RATE, overwrite=True)
     try:
         writer.write(pictures)
     finally:
@@ -187,51 +188,48 @@ def render(report: dict) -> str:
                                   f"video took with bf16. {metrics.MOST_DB:g} dB means equal. Figures of one tiny model, made for tests."])
 
 
-@contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal's line; in a file, one line when it is done."""
-    start, live = time.perf_counter(), sys.stderr.isatty()
-
-    def write(text: str) -> None:
-        if live:
-            print(f"\r\x1b[K{title:<22}{text}", end="", file=sys.stderr, flush=True)
-
-    def show(done: int, of_all: int) -> None:
-        filled = 30 * done // of_all
-        write(f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{of_all}")
-
-    with dispatch.on_compile(write):
-        yield show
-    print(f"{chr(13) + chr(27) + '[K' if live else ''}{title:<22}{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-
-
 def add_arguments(command) -> None:
     command.add_argument("--out", type=Path, default=Path("qvg-demo"), help="folder for the videos, the picture and report.json")
-    command.add_argument("--latent-frames", type=int, default=24, metavar="N", help="length; a latent frame is four frames (default 24)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--latent-frames", type=whole(1, 10_000), default=24, metavar="N",
+                         help="length; a latent frame is four frames (default 24)")
+    command.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
     command.add_argument("--prompt", default=PROMPTS[0])
+    command.add_argument("--overwrite", action="store_true", help="replace the files of an earlier demo in that folder")
     command.add_argument("--compare", action="store_true", help="also QVG as released (int2), and the presets Quality and Smallest")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare_folder(out: Path, overwrite: bool) -> None:
+    """Raises ValueError where the results cannot be written, or would replace others unasked."""
+    for name in RESULTS:
+        if (out / name).exists() and not overwrite:
+            raise Taken(f"{out / name} is there already. Choose another --out, or --overwrite to replace it.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlaceError(f"{out} cannot become a folder ({error.strerror}). Choose another --out.") from None
+    for name in RESULTS:
+        check_place(out / name)
 
 
 def main(arguments) -> None:
-    """Raises ValueError for a prompt with unknown words or a length below one frame."""
+    """Raises ValueError for a prompt with unknown words, and for a folder that cannot be used."""
     run = Run(frames=arguments.latent_frames, chunk_frames=min(CHUNK_FRAMES, max(1, arguments.latent_frames)), seed=arguments.seed)
     demo = Demo(arguments.prompt, arguments.device)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(arguments.out, arguments.overwrite)
     demo_runs = DEFAULT | (COMPARED if arguments.compare else {})
     with bar("warm-up") as progress:
-        demo.pictures(demo.make("balanced", Run(frames=2 * CHUNK_FRAMES)).latents[:, :, :CHUNK_FRAMES], progress)
+        demo.pictures(demo.make("balanced", Run(frames=2 * CHUNK_FRAMES)).latents[:, :, :CHUNK_FRAMES], progress.show)
     videos, runs, exact, decode_seconds = {}, {}, None, 0.0
     for name, preset in demo_runs.items():
         with bar(f"{name}: sampling") as progress:
-            made = demo.make(preset, run, NOISE if name == "bf16-noise" else 0.0, progress)
+            made = demo.make(preset, run, NOISE if name == "bf16-noise" else 0.0, progress.show)
         if exact is not None and torch.equal(made.latents, exact):
             videos[name] = videos["bf16"]
         else:
             start = time.perf_counter()
             with bar(f"{name}: decoding") as progress:
-                videos[name] = demo.pictures(made.latents, progress)
+                videos[name] = demo.pictures(made.latents, progress.show)
             decode_seconds = decode_seconds or time.perf_counter() - start
         exact = made.latents if exact is None else exact
         runs[name] = figures(name, made, videos[name], videos["bf16"], run.chunk_frames)
