@@ -45,7 +45,7 @@ class Recorder:
         frames, digest = 0, ""
         if resume is not None:
             self.decode.restore(resume.tensors, resume.shape, resume.frames_done)
-            frames, digest = resume.extra["video_frames"], resume.extra.get("video_digest", "")
+            frames, digest = resume.extra["video_frames"], str(resume.extra.get("video_digest", ""))
         # latent frames that the writer has, and those that the last session counts; of a resumed run the first save is always made,
         # because it may have become longer
         self.handed = sampler.frames_done

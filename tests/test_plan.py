@@ -197,8 +197,9 @@ def test_brief_has_the_same_figures():
 
 
 def test_bad_length(capsys):
-    assert cli.main(["plan", "--model", "longcat", "--latent-frames", "-3"]) == 2
-    assert "positive length" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--model", "longcat", "--latent-frames", "-3"])
+    assert ended.value.code == 2 and "'-3' is no whole number from 1" in capsys.readouterr().err
 
 
 def test_info(capsys):
