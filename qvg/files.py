@@ -99,17 +99,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        if hasattr(os, "O_DIRECTORY"):
+            # the rename itself is safe from a power cut once the folder is on the disk
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except (OSError, SafetensorError) as error:
         raise failed(path, error) from error
     finally:
         part.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):
-        # the rename itself is safe from a power cut once the folder is on the disk
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def failed(path: Path, error: Exception) -> OSError:

@@ -1,5 +1,7 @@
 """`qvg generate`: resume, interrupt, prompts over time, flat memory, killed processes; the tiny model where its weights are."""
 
+import os
+import shutil
 from contextlib import closing
 from dataclasses import replace
 
@@ -11,10 +13,12 @@ import torch
 from comfyui_qvg.benchmarks import soak
 from comfyui_qvg.qvg import storage
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH
-from comfyui_qvg.qvg.generate import generate, resumed
-from comfyui_qvg.qvg.sampler import ChunkDone, StepDone
+from comfyui_qvg.qvg.files import InUse
+from comfyui_qvg.qvg.generate import Notice, generate, prepare, resumed
+from comfyui_qvg.qvg.recorder import BESIDE, session_bytes
+from comfyui_qvg.qvg.sampler import ChunkDone, Run, StepDone
 from comfyui_qvg.qvg.schedule import Schedule
-from comfyui_qvg.qvg.stream import encode_stream
+from comfyui_qvg.qvg.stream import ChunkDecoder, encode_stream
 
 trained = pytest.mark.skipif(not (NETWORK_PATH.is_file() and VAE_PATH.is_file()), reason="the tiny model's weights are not here")
 
@@ -173,3 +177,124 @@ def test_other_sessions_are_refused(tmp_path, small):
     del session.extra["cfg"]
     with pytest.raises(storage.SessionError, match="was not saved by `qvg generate`"):
         resumed(session, todo.out)
+
+
+def test_a_checkpoint_that_fails_does_not_end_the_video(tmp_path, small, monkeypatch):
+    """The session's disk is full for a while: it is said, the video goes on, and the last session is whole."""
+    todo, calls, save = job(tmp_path, small), [], storage.save_file
+
+    def full_at_first(*args, **kwargs):
+        calls.append(args)
+        if len(calls) < 3:
+            raise OSError(28, "No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "save_file", full_at_first)
+    events = [event for event, _ in generate(*small[:3], todo)]
+    said = [event.message for event in events if isinstance(event, Notice)]
+    assert len(said) == 2 and all(f"{todo.session} could not be written (No space left on device)" in message for message in said)
+    assert len(frames(todo.out)) == 12 * 6 - 3
+    assert storage.load(todo.session).frames_done == 18
+    assert sorted(path.name for path in tmp_path.iterdir()) == [todo.out.name, todo.session.name]
+
+
+def test_a_last_session_that_fails_leaves_a_whole_video(tmp_path, small, monkeypatch):
+    todo = job(tmp_path, small, chunks=3)
+    monkeypatch.setattr(storage, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"session\.safetensors could not be written"):
+        run(small, todo)
+    assert len(frames(todo.out)) == 33 and [path.name for path in tmp_path.iterdir()] == [todo.out.name]
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".png"])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"])
+def test_no_session_counts_frames_that_are_not_in_the_file(tmp_path, small, monkeypatch, ending, failure):
+    """The video's disk is full, or Ctrl-C comes, in the moment of the second checkpoint and ever after; then the run is resumed."""
+    whole = run(small, job(tmp_path / "whole", small))
+    todo = job(tmp_path / "broken", small)
+    todo = replace(todo, out=todo.out.with_suffix(ending))
+    fsync = os.fsync
+
+    def fails(number):
+        if todo.session.is_file():
+            raise failure
+        return fsync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(type(failure)):
+            run(small, todo)
+    session = storage.load(todo.session)
+    assert session.frames_done == 6 and session.extra["video_frames"] == 21
+    made = run(small, resumed(session, todo.out), resume=session)
+    assert sorted(made) == [6, 9, 12, 15] and all(torch.equal(made[first], whole[first]) for first in made)
+    count = len(frames(todo.out)) if ending == ".mp4" else len(list(todo.out.parent.glob("*.png")))
+    assert count == 12 * 6 - 3
+
+
+def test_a_chunk_that_reached_no_file_is_made_again(tmp_path, small, monkeypatch):
+    """An interrupt while the newest chunk is decoded: the sampler counts it, the session does not."""
+    todo, decode, calls = job(tmp_path / "broken", small), ChunkDecoder.__call__, []
+
+    def interrupted(self, latents):
+        calls.append(latents)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkDecoder, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(small, todo)
+    session = storage.load(todo.session)
+    assert session.frames_done == 6 and len(frames(todo.out)) == 33
+    made, whole = run(small, resumed(session, todo.out), resume=session), run(small, job(tmp_path / "whole", small))
+    assert all(torch.equal(made[first], whole[first]) for first in made) and len(frames(todo.out)) == 69
+
+
+def test_places_are_tried_before_the_first_step(tmp_path, small, monkeypatch):
+    todo = job(tmp_path, small)
+    other = replace(todo, out=tmp_path / "other.mp4")
+    for wrong, words in ((replace(todo, session=tmp_path / "no" / "session"), "no folder"),
+                         (replace(todo, session=todo.out), "the video and the"),
+                         (replace(todo, out=tmp_path / "a:b.mp4"), "has a ':'"), (replace(todo, out=tmp_path / "a.gif"), "use .mp4"),
+                         (replace(todo, session=tmp_path / ("x" * 250)), "too long")):
+        with pytest.raises(ValueError, match=words):
+            next(generate(*small[:3], wrong))
+    disk = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda place: disk._replace(free=64 << 20))
+        with pytest.raises(ValueError, match=r"video\.session\.safetensors will take up to .*, but its disk has 64\.0 MiB left"):
+            next(generate(*small[:3], todo))
+    assert list(tmp_path.iterdir()) == []
+    # and held while the run lasts
+    with closing(generate(*small[:3], todo)) as events:
+        next(events)
+        for same in (todo, other, replace(todo, session=tmp_path / "other")):
+            with pytest.raises(InUse, match="being written by another run"):
+                next(generate(*small[:3], replace(same, overwrite=True)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_session_takes_about_what_was_reckoned(tmp_path, small):
+    todo = job(tmp_path, small, chunks=40)
+    sampler = prepare(*small[:3:2], todo)
+    reckoned = session_bytes(sampler) - BESIDE
+    run(small, todo)
+    assert todo.session.stat().st_size - BESIDE < reckoned < 3 * todo.session.stat().st_size
+
+
+@pytest.mark.parametrize("change", [
+    {"checkpoint": 0}, {"checkpoint": 1.5}, {"cfg": float("nan")}, {"cfg": float("inf")}, {"position_limit": -1}, {"frame_rate": 0},
+    {"latent": (3, 4)}, {"latent": (2, 5)}, {"latent": (0, 4)}])
+def test_what_a_session_cannot_hold_is_refused(tmp_path, small, change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        job(tmp_path, small, **change)
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": -1}, {"seed": 2**64}, {"seed": 1.0}, {"seed": True}, {"frames": 3.0}, {"chunk_frames": True}, {"recache_frames": None},
+    {"first_alone": 1}, {"frames": 10**9}])
+def test_a_run_that_a_session_cannot_hold_is_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} is "):
+        Run(**{"frames": 3} | change)

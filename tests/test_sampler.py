@@ -327,3 +327,31 @@ def test_chunks_are_counted_without_making_them(chunk_frames, first_alone):
     for first in range(10):
         for stop in range(10):
             assert run.count(first, stop) == len(list(run.pieces(first, stop)))
+
+
+def test_an_error_behind_a_chunk_does_not_lose_it(network, monkeypatch):
+    """Statistics fail once for start frames and once for a chunk: the position stays, and who iterates again gets every frame."""
+    run, given = Run(frames=10, seed=3, sigmas=(1, 0.5, 0)), torch.randn(1, 16, 4, 4, 6)
+    whole = video(make(network, run, start=given))
+    sampler, stats, calls, parts = make(network, run, start=given), CachedNetwork.stats, [], {}
+
+    def failing(self):
+        calls.append(sampler.frames_done)
+        if len(calls) in (2, 4):
+            raise ArithmeticError("no statistics")
+        return stats(self)
+
+    monkeypatch.setattr(CachedNetwork, "stats", failing)
+    for expected in (1, 4, None):
+        try:
+            for event in sampler:
+                if isinstance(event, ChunkDone):
+                    assert event.first not in parts
+                    parts[event.first] = event.latents
+        except ArithmeticError:
+            assert sampler.frames_done == sum(part.shape[2] for part in parts.values()) == expected and not sampler.settled
+        else:
+            assert expected is None
+    made = torch.cat([parts[first] for first in sorted(parts)], 2)
+    # what is stored twice trains its codebooks from other random numbers
+    assert torch.equal(made[:, :, :4], given) and made.shape == whole.shape and (made - whole).abs().mean() < 0.1
