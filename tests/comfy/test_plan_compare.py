@@ -39,7 +39,8 @@ def test_plan_counts_weights(comfy):
     wanted = plan("krea-14b", seconds=30.0, vram_gib=room, weights="fp8")
     assert json.loads(report) == json.loads(json.dumps(wanted)) and table == render(wanted, room)
     assert int(longest) == 4 * wanted["presets"]["balanced"]["longest_latent_frames"] - 3 > 0
-    assert "of weights in fp8" in comfy.wait_for("text", lambda data: data["node"] == "1")["text"]
+    assert comfy.wait_for("executed", lambda data: data["node"] == "1")["output"]["qvg_text"] == [brief(wanted, room)]
+    assert "of weights in fp8" in brief(wanted, room)
     with pytest.raises(ComfyError, match=r"leaves nothing of a card of 24 GiB; fp8 would leave 8\.5 GiB"):
         planned(comfy, model="krea-14b", weights="bf16")
 
