@@ -252,7 +252,7 @@ def test_relative_positions_are_a_shift_of_absolute_ones(network):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"sigmas": (1, 0.5, 0.5)}, "that fall"), ({"sigmas": (1.0,)}, "two or more"), ({"frames": 0}, "at least 1"),
+    ({"sigmas": (1, 0.5, 0.5)}, "that fall"), ({"sigmas": (1.0,)}, "give 2 to"), ({"frames": 0}, "at least 1"),
     ({"context_noise": 1.0}, "below 1"), ({"noise": "gpu"}, "private, core")])
 def test_impossible_runs_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
