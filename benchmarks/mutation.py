@@ -208,14 +208,18 @@ class Worker:
             path.write_text(source)
 
 
-def run_all(sample: list[Mutant], workers: list[Worker], report) -> None:
-    """Every mutant in whichever worker is free; report(mutant, outcome, seconds, text) is called as they end."""
-    waiting, lock = queue.Queue(), threading.Lock()
+def check(worker: Worker) -> None:
+    """Raises SystemExit where a test fails without any mutant."""
     everything = sorted({name for tests in (*PARTS.values(), *SLOWER.values()) for name in tests})
-    outcome, seconds, said = workers[0].run(everything, 10 * SECONDS, "")
+    outcome, seconds, said = worker.run(everything, 10 * SECONDS, "")
     if outcome != "passed":
         raise SystemExit(f"The tests fail without any mutant:\n{said}")
     print(f"all tests without a mutant: {seconds:.1f} s", flush=True)
+
+
+def run_all(sample: list[Mutant], workers: list[Worker], report) -> None:
+    """Every mutant in whichever worker is free; report(mutant, outcome, seconds, text) is called as they end."""
+    waiting, lock = queue.Queue(), threading.Lock()
     for mutant in sample:
         waiting.put(mutant)
 
@@ -255,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="copies of the tree, which work at the same time")
     parser.add_argument("--out", type=Path, default=Path("mutation.json"), help="where each result is written as it comes (%(default)s)")
     parser.add_argument("--again", type=Path, help="results of an earlier run: try what survived, and what was not drawn then")
+    parser.add_argument("--unchecked", action="store_true", help="begin without a run of the tests that has no mutant in it")
     parser.add_argument("--list", action="store_true", help="name the sample and run nothing")
     options = parser.parse_args(arguments)
     sample = draw(options.count, options.seed)
@@ -278,6 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="qvg-mutation-") as folder:
         workers = [Worker(Path(folder) / str(number), context) for number in range(options.workers)]
+        if not options.unchecked:
+            check(workers[0])
         run_all([one for one in sample if one.key not in rows], workers, report)
     print(summary(sorted(rows.values(), key=lambda row: (row["module"], row["line"], row["key"]))))
     return 0
