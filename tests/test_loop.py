@@ -1,6 +1,7 @@
 """The chunk loop step by step: what a model is asked, in which order, with which noise, and what happens when a pass fails."""
 
 import hashlib
+from itertools import product
 
 import pytest
 import torch
@@ -398,6 +399,28 @@ def test_runs_that_cannot_be(changes, words):
         Run(**{"frames": 3} | changes)
 
 
-def test_runs_that_just_can_be():
-    for changes in ({"frames": 1}, {"chunk_frames": 1}, {"sigmas": (1, 0.5)}, {"context_noise": 0.99}, {"recache_frames": 0}):
+SIGMAS = [1 - step / 20_000 for step in range(10_001)]
+
+
+@pytest.mark.parametrize("changes", [
+    {"frames": 1}, {"frames": 1_000_000}, {"chunk_frames": 1}, {"chunk_frames": 256}, {"sigmas": (1, 0.5)}, {"sigmas": SIGMAS},
+    {"context_noise": 0.99}, {"recache_frames": 0}, {"recache_frames": 1_000_000}, {"seed": 0}, {"seed": 2**64 - 1}])
+def test_runs_that_just_can_be(changes):
+    Run(**{"frames": 3} | changes)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"frames": 1_000_001}, "frames is 1000001"), ({"chunk_frames": 257}, "chunk_frames is 257"),
+    ({"sigmas": [*SIGMAS, 0]}, "give 2 to 10001"),
+    ({"recache_frames": 1_000_001}, "at most 1000000"), ({"seed": -1}, "seed is -1"), ({"seed": 2**64}, "seed is 18446744073709551616"),
+    ({"frames": 3.0}, "frames is 3.0"), ({"frames": True}, "frames is True"), ({"seed": "1"}, "seed is '1'"),
+    ({"first_alone": 1}, "first_alone is 1"), ({"noise": "gpu"}, "choose one of private, core")])
+def test_runs_that_just_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=words):
         Run(**{"frames": 3} | changes)
+
+
+def test_how_many_chunks_there_are():
+    for chunk, alone, first, stop in product((1, 3, 4), (False, True), range(9), range(9)):
+        run = Run(frames=9, chunk_frames=chunk, first_alone=alone)
+        assert run.count(first, stop) == len(list(run.pieces(first, stop)))
