@@ -55,7 +55,7 @@ SIZES = {
 LORA = "is a LoRA, not a model. Load the base model here and add the LoRA with LoraLoaderModelOnly"
 NO_NETWORK = "which needs network code that ComfyUI's autoregressive sampler does not have"
 STRANGERS = (
-    (("lora_A", "lora_B", "lora_up", "lora_down", ".lora."), LORA),
+    (("lora_A", "lora_B", "lora_up", "lora_down", ".lora.", ".hada_w", ".lokr_w"), LORA),
     (("vace_blocks.",), "is a Wan VACE model, which is not autoregressive"),
     (("img_emb.", "k_img."), "is an image-to-video Wan (it has an image encoder, img_emb), which core's autoregressive "
      "model cannot hold. Use a text-to-video checkpoint; ARVideoI2V gives it a start image"),

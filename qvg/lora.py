@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .names import WRAPPERS, judges, official_name, rank, tensors_in
@@ -35,10 +36,13 @@ FIELD = re.compile(r"""(?:
     )$""", re.VERBOSE)
 NAMES = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"}
 TEXT = re.compile(r"(?:^|[._])(?:lora_te\d?|text_encoders?(?:_\d)?|te\d?|clip_[lg]|t5xxl|umt5\w*)[._]")
-# fields that make a change complete, in any of these sets
-WHOLE = ({"lora_up.weight", "lora_down.weight"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"diff"}, {"diff_b"}, {"set_weight"},
-         {"w_norm"}, {"oft_blocks"}, {"a1.weight", "a2.weight", "b1.weight", "b2.weight"},
-         *({one, *two} for one in ("lokr_w1", "lokr_w1_a") for two in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))))
+# factors of a product: the first word of their fields -> the sets that make one
+PRODUCTS = {
+    "lora_": ({"lora_up.weight", "lora_down.weight"},), "hada_": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},),
+    "lokr_": tuple({*one, *two} for one in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+                   for two in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")))}
+# fields, or sets of them, that are a change without a product
+ALONE = ({"diff"}, {"diff_b"}, {"set_weight"}, {"w_norm"}, {"oft_blocks"}, {"a1.weight", "a2.weight", "b1.weight", "b2.weight"})
 # fields with a row for every output channel, and those that can stand beside them when a fused layer's change is cut
 ROWS = {"lora_up.weight", "hada_w1_a", "hada_w2_a", "diff", "diff_b", "set_weight", "dora_scale"}
 CUTTABLE = ROWS | {"lora_down.weight", "hada_w1_b", "hada_w2_b", "alpha", "alpha_scale"}
@@ -50,6 +54,11 @@ DIFFUSERS = (
     ("text_embedding.2", "condition_embedder.text_embedder.linear_2"), ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"), ("time_projection.1", "condition_embedder.time_proj"),
     ("head.head", "proj_out"), ("head.modulation", "scale_shift_table"), (".modulation", ".scale_shift_table"))
+
+
+# factors of a product, of which the first has as many columns as the second has rows
+FACTORS = (("lora_up.weight", "lora_down.weight"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"), ("lokr_w1_a", "lokr_w1_b"),
+           ("lokr_w2_a", "lokr_w2_b"))
 
 
 @dataclass(frozen=True)
@@ -149,9 +158,12 @@ class Change:
 
     def part(self, place: int, count: int) -> dict[str, Tensor] | Fused | None:
         """The fields of one of `count` equal parts of the rows; None where they do not make one."""
+        names = self.fields.keys() | ({"lora_up.weight"} if self.rungs else set())
+        if not _complete(names) or not _sound(self.fields, self.rungs):
+            return None
         fields = dict(self.fields)
         if self.rungs:
-            if sorted(self.rungs) != list(range(count)) or "lora_down.weight" not in fields:
+            if sorted(self.rungs) != list(range(count)):
                 return None
             fields |= {"lora_up.weight": self.rungs[place], "lora_down.weight": fields["lora_down.weight"].chunk(count)[place]}
         elif count > 1:
@@ -159,15 +171,37 @@ class Change:
             if cut is None or isinstance(cut, Fused):
                 return cut
             fields = cut
-        if not any(needed <= fields.keys() for needed in WHOLE):
-            return None
         scale, down = fields.pop("alpha_scale", None), fields.get("lora_down.weight")
         if scale is not None and down is not None:
             # ComfyUI divides by the rank; this scale is divided already
-            fields["alpha"] = scale * down.shape[0]
+            fields["alpha"] = torch.tensor(float(scale) * down.shape[0])
         if "dora_scale" in fields and fields["dora_scale"].ndim == 1:
             fields["dora_scale"] = fields["dora_scale"][:, None]
         return fields
+
+
+def _complete(names: Collection[str]) -> bool:
+    """Whether fields of these names make one change: a product with all its factors, or something without one."""
+    kinds = [kind for kind in PRODUCTS if any(name.startswith(kind) for name in names)]
+    return len(kinds) < 2 and any(needed <= set(names) for needed in (PRODUCTS[kinds[0]] if kinds else ALONE))
+
+
+def _sound(fields: dict[str, Tensor], rungs: dict[int, Tensor]) -> bool:
+    """Whether factors can be multiplied and scales are one number each."""
+    if any(tensor.numel() != 1 for name, tensor in fields.items() if name in ("alpha", "alpha_scale")):
+        return False
+    matrices = [*rungs.values(), *(fields[name] for pair in FACTORS for name in pair if name in fields),
+                *(tensor for name, tensor in fields.items() if name in ("lokr_w1", "lokr_w2"))]
+    if any(tensor.ndim < 2 for tensor in matrices) or any(tensor.ndim < 1 for name, tensor in fields.items() if name in ROWS):
+        return False
+    if fields.keys() & {"lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2"}:
+        return True
+    products = [(fields[first], fields[second]) for first, second in FACTORS if first in fields and second in fields]
+    if rungs and "lora_down.weight" in fields:
+        down = fields["lora_down.weight"]
+        if down.shape[0] % len(rungs) or any(math.prod(up.shape[1:]) != down.shape[0] // len(rungs) for up in rungs.values()):
+            return False
+    return all(math.prod(first.shape[1:]) == second.shape[0] for first, second in products)
 
 
 def _cut(fields: dict[str, Tensor], place: int, count: int) -> dict[str, Tensor] | Fused | None:
@@ -206,8 +240,7 @@ def _extent(fields: dict[str, Tensor]) -> tuple[int, ...] | None:
 
 def _changes(lora: Mapping, mapped: Mapped) -> Iterator[tuple[str, Change]]:
     """(module's name in the file, what the file says of it); keys without a field that is known go to `mapped`."""
-    # a number is a scale, or a note such as how many steps were trained
-    entries = [entry for entry in tensors_in(lora, numbers=True) if entry[2].ndim or FIELD.search(entry[1])]
+    entries = list(tensors_in(lora, numbers=FIELD))
     if not all(judges(path) for path, _, _ in entries):
         mapped.aside += [".".join((*path, key)) for path, key, _ in entries if judges(path)]
         entries = [entry for entry in entries if not judges(entry[0])]
@@ -218,11 +251,13 @@ def _changes(lora: Mapping, mapped: Mapped) -> Iterator[tuple[str, Change]]:
             (mapped.text if TEXT.search(key) else mapped.left).append(key)
             continue
         change = changes.setdefault((path, key[:match.start()]), Change())
+        place, known = (int(match["number"]), change.rungs) if match["rung"] else (
+            NAMES.get(match.lastgroup) or match[match.lastgroup], change.fields)
+        if place in known:
+            mapped.left.append(key)
+            continue
+        known[place] = tensor
         change.keys.append(key)
-        if match["rung"]:
-            change.rungs[int(match["number"])] = tensor
-        else:
-            change.fields[NAMES.get(match.lastgroup) or match[match.lastgroup]] = tensor
     # averaged weights first, as in a checkpoint
     for (_, stem), change in sorted(changes.items(), key=lambda item: rank((item[0][0], ""))):
         yield stem, change

@@ -93,7 +93,7 @@ def _share(name: str, field: str, tensor: Tensor, count: int, rows: int) -> list
     length = tensor.shape[0] if tensor.ndim else 1
     if field not in ("weight", "bias") and (length == 1 or WHOLE.search(field)):
         return [tensor.clone() for _ in range(count)]
-    if tensor.ndim == 0 or length % count or rows % length:
+    if tensor.ndim == 0 or length % count or (field != "bias" and rows % length and length % max(1, rows)):
         raise ValueError(f"{name} has the shape {list(tensor.shape)}, which cannot be shared out among {count} layers of {rows} rows in "
                          "all; the file may be damaged, or be quantized in a way that is not known here.")
     return list(tensor.chunk(count))
@@ -140,8 +140,8 @@ def plain(name: str) -> str:
     return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 
-def tensors_in(content: Mapping, numbers: bool = False) -> Iterator[tuple[tuple[str, ...], str, Tensor]]:
-    """(names of the dicts around it, plain name, tensor) of every tensor, with `numbers` of every plain number, too.
+def tensors_in(content: Mapping, numbers: re.Pattern | None = None) -> Iterator[tuple[tuple[str, ...], str, Tensor]]:
+    """(names of the dicts around it, plain name, tensor) of every tensor, and of plain numbers whose name `numbers` finds.
 
     A dict is entered once, and not deeper than DEPTH.
     """
@@ -151,7 +151,7 @@ def tensors_in(content: Mapping, numbers: bool = False) -> Iterator[tuple[tuple[
         for key, value in inside.items():
             if isinstance(value, Tensor) and isinstance(key, str):
                 yield path, plain(key), value
-            elif numbers and isinstance(value, int | float) and isinstance(key, str):
+            elif numbers and isinstance(value, int | float) and isinstance(key, str) and numbers.search(key):
                 yield path, plain(key), torch.tensor(value)
             elif isinstance(value, Mapping) and id(value) not in seen and len(path) < DEPTH:
                 seen.add(id(value))

@@ -158,6 +158,13 @@ def room_beside(model: str, card_gib: float, weights: str = "bf16") -> float:
                      f"leaves nothing of a card of {card_gib:g} GiB" + (f"; {ways}." if ways else ", and no smaller weights would."))
 
 
+def _longest_text(shape: ModelShape, row: dict) -> str:
+    """The longest video of one of `plan`'s rows, in seconds; a cache that is rebuilt for every segment does not grow with the video."""
+    if shape.segment_frames:
+        return "any" if row["fits"] else "0 s"
+    return f"{max(0.0, shape.seconds(row['longest_latent_frames'])):.0f} s"
+
+
 def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
     """What fits on cards of `CARDS` GiB, as a table in Markdown: the longest video with its whole history, and the preset for `seconds`."""
     names = ("off", "quality", "balanced", "smallest")
@@ -165,10 +172,10 @@ def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
     for card in CARDS:
         room = room_on(model, card, weights)
         rows = plan(model, seconds=seconds, vram_gib=room)["presets"] if room else {}
-        longest_of = {name: max(0.0, MODELS[model].seconds(rows[name]["longest_latent_frames"])) if rows else 0.0 for name in names}
+        longest_of = {name: _longest_text(MODELS[model], rows[name]) if rows else "0 s" for name in names}
         fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if room else "smaller weights")
         advice = "any" if fitting == "off" else fitting.capitalize()
-        lines.append(f"| {card} GB | {room:.1f} GiB | " + " | ".join(f"{longest_of[name]:.0f} s" for name in names) + f" | {advice} |")
+        lines.append(f"| {card} GB | {room:.1f} GiB | " + " | ".join(longest_of.values()) + f" | {advice} |")
     return "\n".join(lines)
 
 

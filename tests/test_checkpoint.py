@@ -79,6 +79,8 @@ def test_known_sizes_are_named():
 
 WRONG = {
     "lora": ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(1)}, "LoraLoaderModelOnly"),
+    "loha": ({"lycoris_blocks_0_self_attn_q.hada_w1_a": torch.zeros(1)}, "LoraLoaderModelOnly"),
+    "lokr": ({"blocks.0.self_attn.q.lokr_w1": torch.zeros(1)}, "LoraLoaderModelOnly"),
     "image_to_video": (wan_state(channels=36) | {"img_emb.proj.0.bias": torch.zeros(1)}, "ARVideoI2V"),
     "wan22_5b": (wan_state(channels=48), "48 latent channels"),
     "inpaint": (wan_state(channels=36), "image-to-video Wan"),

@@ -1,5 +1,8 @@
 """Reading LoRA files without ComfyUI: spellings, cuts, and the account of every key. tests/comfy/test_lora_names.py applies them."""
 
+import math
+import random
+
 import pytest
 import torch
 
@@ -151,3 +154,64 @@ def test_notes_in_a_file_are_no_keys(wan):
 def test_nothing_at_all(wan):
     with pytest.raises(ValueError, match=r"None of this LoRA's 0 keys belongs to it \(it holds no tensors\)"):
         convert({}, wan).check("it")
+
+
+DAMAGED = {
+    "another rank": {"lora_A.weight": (3, 128), "lora_B.weight": (64, 2)},
+    "a row": {"lora_A.weight": (128,), "lora_B.weight": (64, 2)},
+    "no dimensions": {"lora_A.weight": (), "lora_B.weight": ()},
+    "two scales": {"lora_A.weight": (2, 128), "lora_B.weight": (64, 2), "alpha": (2,)},
+    "flat factors": {"lokr_w1": (4,), "lokr_w2": (16, 64)},
+    "factors of another rank": {"hada_w1_a": (64, 2), "hada_w1_b": (3, 128), "hada_w2_a": (64, 2), "hada_w2_b": (2, 128)},
+    "a difference of nothing": {"diff": ()},
+    "a lone factor": {"lokr_w1_a": (4, 2), "lokr_w2": (16, 64)},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("name", ["blocks.0.ffn.w1", "blocks.0.attn.qkv"])
+def test_damaged_changes_are_left_and_named(longcat, kind, name):
+    file = {f"{name}.{field}": torch.zeros(shape) for field, shape in DAMAGED[kind].items()}
+    mapped = convert(file, longcat)
+    assert mapped.taken == 0 and mapped.left == list(file)
+    with pytest.raises(ValueError, match=rf"None of this LoRA's {len(file)} keys belongs to it \(it holds {next(iter(file))}"):
+        mapped.check("it")
+
+
+def test_a_ladder_of_another_rank_is_left(longcat):
+    file = {"blocks.0.attn.qkv.lora_down.weight": torch.zeros(6, 64)}
+    file |= {f"blocks.0.attn.qkv.lora_up.blocks.{number}.weight": torch.zeros(64, 3) for number in range(3)}
+    assert convert(file, longcat).left == list(file)
+
+
+def test_files_of_random_content(longcat):
+    """Whatever a file holds, every key is accounted for, and what is taken has the shapes of the network."""
+    chance = random.Random(12)
+    fields = ["lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_down.weight", "lora_up.weight", "lora_up.blocks.0.weight",
+              "lora_up.blocks.1.weight", "lora_up.blocks.2.weight", "alpha", "alpha_scale", "dora_scale", "lora_mid.weight", "hada_w1_a",
+              "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b",
+              "lokr_t2", "diff", "diff_b", "set_weight", "reshape_weight", "weight", "oft_blocks"]
+    layers = ["blocks.0.attn.qkv", "blocks.1.self_attn.q", "blocks.0.cross_attn.kv_linear", "blocks.1.ffn.w2", "x_embedder.proj", "other"]
+    befores = ["", "transformer.", "base_model.model.", "diffusion_model.", "lora_unet_", "lora_te_", "critic.", "__", "."]
+    taken = 0
+    for _ in range(1500):
+        file = {}
+        for _ in range(chance.randint(1, 4)):
+            layer, before = chance.choice(layers), chance.choice(befores)
+            for field in chance.sample(fields, chance.randint(1, 4)) if chance.random() < 0.5 else chance.choice(
+                    (fields[:2], fields[3:5], fields[12:16], fields[17:19], [fields[3], *fields[5:8]], ["diff"])):
+                shape = [chance.choice((0, 1, 2, 3, 32, 64, 128, 192)) for _ in range(chance.choice((0, 1, 2, 2, 2, 2, 3, 5)))]
+                if chance.random() < 0.7 and field.startswith(("lora_", "hada_w", "lokr_w", "diff")):
+                    rows = {"blocks.0.attn.qkv": 192, "blocks.0.cross_attn.kv_linear": 128}.get(layer, 64)
+                    shape = {"B": [rows, 2], "p": [rows, 2], "a": [rows, 2], "1": [4, 2], "2": [rows // 4, 32]}.get(
+                        field.removesuffix(".weight")[-1], [2, 64])
+                file[f"{before}{layer}.{field}"] = torch.zeros(()).expand(shape)
+        mapped = convert(file, longcat)
+        assert mapped.taken + len(mapped.left) + len(mapped.unfit) + len(mapped.text) + len(mapped.aside) == len(file)
+        taken += mapped.taken
+        for key, tensor in mapped.weights.items():
+            name, _, field = key.partition(".lora_up")
+            if field == ".weight" and f"{name}.reshape_weight" not in mapped.weights and f"{name}.lora_mid.weight" not in mapped.weights:
+                down = mapped.weights[f"{name}.lora_down.weight"]
+                assert (tensor.flatten(1) @ down.flatten(1)).shape == (longcat[name][0], math.prod(longcat[name][1:]))
+    assert taken > 500

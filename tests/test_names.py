@@ -163,6 +163,14 @@ def test_side_tensors_follow_the_parts_of_a_fused_layer(tmp_path, longcat, block
     assert found.layers == 2 and not any("qkv" in name or "kv_linear" in name for name in state)
 
 
+def test_scales_of_blocks_of_columns(longcat):
+    """One long row of scales, so many for each row of the weight."""
+    name = "blocks.0.attn.qkv"
+    state = published(longcat) | {f"{name}.weight_scale": torch.arange(192 * 4.0)}
+    for place, part in enumerate("qkv"):
+        assert torch.equal(split_layout(state)[f"blocks.0.self_attn.{part}.weight_scale"], torch.arange(64 * 4.0) + 64 * 4 * place)
+
+
 @pytest.mark.parametrize("shape", [(64 * 3 - 1,), (5,), ()])
 def test_rows_that_cannot_be_shared_out_are_named(tmp_path, longcat, shape):
     path = tmp_path / "damaged.safetensors"

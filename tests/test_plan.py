@@ -145,6 +145,9 @@ def test_a_model_that_rebuilds_its_cache_fits_at_any_length(capsys):
     assert cli.main(["plan", "--model", "longcat", "--weights", "fp8", "--card", "24"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.endswith("fits")] and not [line for line in lines if "fits; at most" in line]
+    assert cli.main(["plan", "--model", "longcat", "--weights", "fp8", "--cards"]) == 0
+    rows = {row.split()[1]: row for row in capsys.readouterr().out.splitlines()[2:]}
+    assert "| 0 s | any | any | any | Quality |" in rows["24"] and "| any | any | any | any | any |" in rows["80"]
 
 
 def test_the_table_of_cards_is_the_plan(capsys):
