@@ -10,7 +10,7 @@ FUZZ = Path(__file__).with_name("fuzz.py")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("what", ["sessions"])
+@pytest.mark.parametrize("what", ["sessions", "checkpoints"])
 def test_each_opens_right_or_is_refused_with_a_sentence(what):
     """In a process of its own, whose memory is not that of other tests, and which a hang ends."""
     done = subprocess.run([sys.executable, str(FUZZ), what, "0", "2000"], capture_output=True, text=True)
