@@ -16,6 +16,7 @@ import torch
 from comfy_api.latest import io
 
 from ..qvg.checkpoint import SUFFIXES, open_checkpoint
+from ..qvg.tensor_files import first_line
 from .adapters import longcat
 from .live import TEXT
 
@@ -27,11 +28,18 @@ def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool =
     """(ModelPatcher, Description) of a causal Wan or LongCat-Video. Raises ValueError with a sentence when the file is something else."""
     state, found = open_checkpoint(path)
     dtype = WEIGHT_DTYPES[weight_dtype]
-    if found.model == "longcat":
-        model = longcat.load(state, dtype, disable_dynamic)
-    else:
-        model = comfy.sd.load_diffusion_model_state_dict(
-            state, model_options={"dtype": dtype} if dtype else {}, metadata=found.metadata(), disable_dynamic=disable_dynamic)
+    try:
+        if found.model == "longcat":
+            model = longcat.load(state, dtype, disable_dynamic)
+        else:
+            model = comfy.sd.load_diffusion_model_state_dict(
+                state, model_options={"dtype": dtype} if dtype else {}, metadata=found.metadata(), disable_dynamic=disable_dynamic)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    # what is packed into quantized weights only core can tell, which has no error of its own for what is false there
+    except Exception as error:
+        raise ValueError(f"ComfyUI could not make a model of {found.file}: {first_line(error)}. If it is quantized, get another "
+                         "version of it; otherwise download it again.") from error
     # with this core can load the same file again where it needs a second copy of the weights
     model.cached_patcher_init = (load_model, (path, weight_dtype), 0)
     logging.info("QVG: %s", found)

@@ -76,6 +76,13 @@ class LongVideo:
             raise ValueError(f"Segments of {self.length} frames that continue {self.given_frames} frames have nothing new in them; "
                              "raise length, or lower given_frames.")
 
+    def check_given(self, given: torch.Tensor | None) -> None:
+        """Raises ValueError where latents that were stored beside a video are none that a segment of this one can continue."""
+        size = (1, CHANNELS, self.height // STRIDE, self.width // STRIDE)
+        if given is not None and ((*given.shape[:2], *given.shape[3:]) != size or given.shape[2] > latent_frames(self.given_frames)):
+            raise ValueError(f"What was stored beside {self.file.path.name} has shape {list(given.shape)} and is of another video. Choose "
+                             "another stream_to.")
+
     def make(self, sampler, start: torch.Tensor | None, made: Segments, saver: SegmentSaver | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames [n, H, W, 3] and latents [1, C, F, H, W] of the video, what it starts with included; of the last segment alone where
         the video goes into a file.
@@ -250,6 +257,7 @@ class QVGLongCatContinue(io.ComfyNode):
                     width, height, length, given_frames, seed, cfg, schedule, [level.tolist() for level in (plain, tailed)]])
                 video.file, shown = open_file(stream_to, key, width, height)
                 held.callback(video.file.release)
+                video.check_given(video.file.given)
                 done = max(done, video.file.done)
                 if done >= segments:
                     raise ValueError(f"{video.file.path.name} has {done} segments already. Raise segments to go on, or change "

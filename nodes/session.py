@@ -19,6 +19,7 @@ from comfy_api.latest import io
 from ..qvg import segments, storage
 from ..qvg.file_names import relative
 from ..qvg.files import Lock, check_place, remove_parts
+from ..qvg.models.wan_vae import CHANNELS
 from ..qvg.recorder import session_bytes
 from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType, model_name
@@ -222,5 +223,8 @@ class QVGLoadVideoSession(io.ComfyNode):
             return io.NodeOutput(session, {"samples": session.latents}, session.latents.shape[2])
         if session.latents is None:
             raise ValueError(f"{session.path.name} was saved without its latents, by `qvg generate`; it goes on on the command line alone.")
+        if session.shape[1] != CHANNELS:
+            raise ValueError(f"{session.path.name} is of latents with {session.shape[1]} channels; the causal models that ComfyUI knows "
+                             f"have {CHANNELS}. It goes on on the command line alone.")
         # every causal model that core knows has Wan 2.1's latents
         return io.NodeOutput(session, {"samples": Wan21().process_out(session.latents)}, session.frames_done)

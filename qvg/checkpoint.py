@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from . import tensor_files
+from .fields import shown
 from .models import longcat, wan
 from .names import Found, find_network, split_layout
 
@@ -39,7 +40,7 @@ BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,3})\..+")
 WAN_SIZING = {"patch_embedding.weight": 5, "text_embedding.0.weight": 2, "time_embedding.0.weight": 2, "blocks.0.ffn.0.weight": 2,
               "head.head.weight": 2}
 LONGCAT_SIZING = {"time_embedding.mlp.0.weight": 2, "blocks.0.ffn.w1.weight": 2, "blocks.0.self_attn.norm_q.weight": 1}
-# types that hold one number each; all others may be packed
+# types of weights that are not packed
 SINGLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 HEAD_DIM = 128
@@ -218,7 +219,7 @@ def _shape(name: str, state: dict[str, torch.Tensor], key: str, axes: int) -> to
     """Of a weight that decides the network's sizes. Raises ValueError where it is empty or has another number of axes."""
     shape = state[key].shape
     if len(shape) != axes or 0 in shape:
-        raise ValueError(f"{name} holds {key} with shape {tuple(shape)}, where {axes} numbers above 0 belong; the file is damaged, "
+        raise ValueError(f"{name} holds {key} with shape {shown(shape)}, where {axes} numbers above 0 belong; the file is damaged, "
                          "download it again.")
     return shape
 
@@ -249,7 +250,10 @@ def _check_weights(name: str, kind: str, state: dict[str, torch.Tensor], build: 
         raise ValueError(f"{name} is {kind} but lacks {', '.join(missing[:3])}; the file may be one part of several, or damaged.")
     for key, weight in expected.items():
         shape, found = tuple(weight.shape), state[key]
-        # of packed numbers only the least size is known: a bit each
-        if tuple(found.shape) != shape if found.dtype in SINGLE else 8 * found.nbytes < weight.numel():
-            raise ValueError(f"{name} holds {key} with shape {tuple(found.shape)}, but the network that its other weights describe has "
-                             f"{shape} there; the file is damaged, download it again.")
+        fits = tuple(found.shape) == shape and found.dtype in SINGLE
+        if f"{key.removesuffix('weight')}comfy_quant" in state:
+            # packed by ComfyUI's rules, of which only the least size is known here: a bit for each number
+            fits = found.ndim == weight.ndim and 8 * found.nbytes >= weight.numel()
+        if not fits:
+            raise ValueError(f"{name} holds {key} as {str(found.dtype).removeprefix('torch.')} of shape {shown(found.shape)}, but the "
+                             f"network that its other weights describe has {shape} there; the file is damaged, download it again.")

@@ -25,7 +25,7 @@ def shown(value) -> str:
     """A value as part of a sentence."""
     if isinstance(value, (list, tuple)) and len(value) > 8:
         return f"a list of {len(value)} values"
-    text = f"a {type(value).__name__}" if isinstance(value, dict) else repr(value)
+    text = f"a {type(value).__name__}" if isinstance(value, dict) else repr(tuple(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

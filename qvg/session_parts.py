@@ -22,6 +22,7 @@ from .budget import Geometry
 from .codec import PaperCodebook
 from .fields import Wrong, anything, each, flag, mapping, one_of, optional, real, record, require, row, text, whole
 from .layout import span_layout
+from .models.wan_vae import CHANNELS
 from .sampler import MAX_CHUNK, MAX_FRAMES, MAX_SIGMAS, NOISES
 from .schedule import latent_frames
 from .settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
@@ -240,17 +241,18 @@ def book_of(name: str, codec: str, stored: Mapping[str, Tensor], device="cpu") -
 def segment_parts(header: Mapping) -> dict[str, Part]:
     """Every tensor of a session of segments whose fields have been checked."""
     listed, wanted = header["tensors"], len(header["new"])
-    first = listed.get("part0", ["", [1, 1, 1, 1, 1], ""])[1]
-    channels, height, width = (first[axis] if len(first) == 5 else 1 for axis in (1, 3, 4))
-    place = max(1, channels), max(1, height), max(1, width)
-    parts = {f"part{number}": Part(FLOATS, (1, place[0], range(new, MAX_FRAMES), *place[1:])) for number, new in enumerate(header["new"])}
+    first = listed.get("part0", ["", [], ""])[1]
+    height, width = first[3:] if len(first) == 5 and min(first) else (1, 1)
+    parts = {f"part{number}": Part(FLOATS, (1, CHANNELS, range(new, MAX_FRAMES), height, width))
+             for number, new in enumerate(header["new"])}
     require(len(listed) == wanted + 1, "the number of tensors", len(listed), f"{wanted + 1}, one more than header.new has values")
-    return parts | {"given": Part(FLOATS, (1, place[0], range(1, latent_frames(header["given_frames"], 1) + 1), *place[1:]))}
+    most = latent_frames(header["given_frames"], 1)
+    return parts | {"given": Part(FLOATS, (1, CHANNELS, range(1, most + 1), height, width))}
 
 
 def stream_parts(header: Mapping) -> dict[str, Part]:
     """The tensor of a video's position whose fields have been checked."""
-    return {"given": Part(FLOATS, (range(1, 1024), *[range(1, MAX_BYTES)] * 4))}
+    return {"given": Part(FLOATS, (1, CHANNELS, *[range(1, MAX_FRAMES)] * 3))}
 
 
 def parse(json_text: str, where: str) -> object:

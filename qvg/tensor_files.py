@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .fields import shown
+
 # far beyond any checkpoint there is, and read in seconds
 MOST_TENSORS = 100_000
 DEEPEST = 16
+LONGEST_NAME = 300
 # a file that shares weights between two layers names more than it holds
 SHARED = 2
 # what a file system says, whatever is in the file
@@ -35,6 +38,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             _check_count(path.name, len(names))
+            _check_names(path.name, names)
             return {name: file.get_tensor(name) for name in names}, metadata
     except (*PLACE, _Refused):
         raise
@@ -63,6 +67,11 @@ def read_pickled(path: Path) -> dict:
     seen: set[int] = set()
     tree = _tree(content, seen, DEEPEST)
     _check_count(path.name, len(seen))
+    waiting = [tree]
+    while waiting:
+        inside = waiting.pop()
+        _check_names(path.name, inside)
+        waiting += [value for value in inside.values() if isinstance(value, dict)]
     return tree
 
 
@@ -74,7 +83,7 @@ def check(state: Mapping[str, Tensor], available: int) -> None:
         if not plain or tensor.is_quantized or tensor.is_complex() or tensor.is_nested:
             raise ValueError(f"It holds {key} as a {_kind(tensor)} tensor, which no layer takes. Get a file of plain tensors.")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"It holds {key} with shape {tuple(tensor.shape)}, but fewer numbers than that; download it again.")
+            raise ValueError(f"It holds {key} with shape {shown(tensor.shape)}, but fewer numbers than that; download it again.")
     total = sum(tensor.nbytes for tensor in state.values())
     if total > SHARED * available:
         raise ValueError(f"It names tensors of {total:,} bytes together, but has only {available:,}; download it again.")
@@ -93,6 +102,13 @@ class _Refused(ValueError):
 def _check_count(name: str, count: int) -> None:
     if count > MOST_TENSORS:
         raise _Refused(f"{name} holds {count:,} tensors; no video model has more than {MOST_TENSORS:,}. Choose another file.")
+
+
+def _check_names(name: str, keys: Iterable[str]) -> None:
+    """Names of weights are shown to people, and taken apart."""
+    for key in keys:
+        if not key.isprintable() or len(key) > LONGEST_NAME:
+            raise _Refused(f"{name} holds a tensor with the name {shown(key)}, which no weight has; download it again.")
 
 
 def _is_whole_zip(path: Path) -> bool:

@@ -35,7 +35,8 @@ def states() -> list[dict[str, torch.Tensor]]:
     fused: dict[str, list[torch.Tensor]] = {}
     for name, tensor in long.items():
         fused.setdefault(official_name(name)[0], []).append(tensor)
-    packed = wan | {"blocks.1.ffn.0.weight": torch.zeros(16, 64, dtype=torch.uint8), "blocks.1.ffn.0.weight_scale": torch.ones(16, 8)}
+    packed = wan | {"blocks.1.ffn.0.weight": torch.zeros(16, 64, dtype=torch.uint8), "blocks.1.ffn.0.weight_scale": torch.ones(16, 8),
+                    "blocks.1.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
     return [wan, dict(long), {name: torch.cat(parts) for name, parts in fused.items()}, packed]
 
 
@@ -216,7 +217,7 @@ class Checkpoints:
             expected = kind(sizes.read(state)).state_dict()
         if not expected.keys() <= state.keys():
             return "weights are missing"
-        if any(state[key].is_floating_point() and state[key].shape != weight.shape for key, weight in expected.items()):
+        if any(f"{key[:-6]}comfy_quant" not in state and state[key].shape != weight.shape for key, weight in expected.items()):
             return "weights of another shape"
         # all numbers are there to be read
         total = sum(float(weight.float().sum()) for key, weight in state.items() if key in expected)

@@ -90,8 +90,10 @@ def change_tensor(draw: random.Random, tensors: dict) -> str:
     elif kind == 1:
         tensors[draw.choice(["x", name + "x", other, "recent0", "extra.y", "cache9.9.random"])] = tensors.pop(name)
     elif kind == 2:
-        shapes = [x.flatten(), x[None], x.transpose(0, -1), x[:0], x[..., :-1], torch.cat([x, x]), x.reshape(*x.shape, 1), x.sum()]
-        tensors[name] = draw.choice(shapes[:1] + [part for part in shapes[1:] if x.ndim]).contiguous().clone()
+        shapes = [x[None], x.flatten()]
+        if x.ndim:
+            shapes += [x.transpose(0, -1), x[:0], x[..., :-1], torch.cat([x, x]), x.reshape(*x.shape, 1), x.sum()]
+        tensors[name] = draw.choice(shapes).contiguous().clone()
     elif kind == 3:
         tensors[name] = x.to(draw.choice(TYPES))
     elif kind == 4 and x.is_floating_point():
@@ -221,7 +223,8 @@ class Sessions:
         self.opened = True
         for event in sampler:
             if isinstance(event, ChunkDone):
-                return "" if event.latents.isfinite().all() and session.latents.isfinite().all() else "a video that is not finite"
+                shown = [event.latents] + ([] if session.latents is None else [session.latents])
+                return "" if all(part.isfinite().all() for part in shown) else "a video that is not finite"
         return "" if session.frames_done == run.frames else "no chunk was made"
 
     def _generate(self, session, base: Base, draw: random.Random) -> str:

@@ -115,10 +115,14 @@ FALSE = {
     "a layer without a number": (wan_state() | {"blocks.x.ffn.0.weight": torch.zeros(1)}, "no part of a numbered layer"),
     "an empty weight": (wan_state() | {"blocks.0.ffn.0.weight": torch.zeros(10**9, 0)}, r"\(1000000000, 0\)"),
     "a vector for a matrix": (wan_state() | {"text_embedding.0.weight": torch.zeros(64)}, "numbers above 0"),
-    "a wide layer": (wan_state() | {"blocks.0.ffn.0.weight": torch.zeros(100_000, 256)}, r"blocks.0.ffn.0.bias with shape \(32,\), but"),
+    "a wide layer": (wan_state() | {"blocks.0.ffn.0.weight": torch.zeros(100_000, 256)},
+                     r"blocks.0.ffn.0.bias as float32 of shape \(32,\), but"),
     "one weight of another size": (wan_state() | {"blocks.1.cross_attn.k.weight": torch.zeros(256, 8)}, "blocks.1.cross_attn.k.weight"),
+    "packed without a word": (wan_state() | {"blocks.1.ffn.0.weight": torch.zeros(32, 128, dtype=torch.uint8)}, "0.weight as uint8 of"),
     "packed in fewer numbers than a bit each": (
-        wan_state() | {"blocks.1.ffn.0.weight": torch.zeros(32, 8, dtype=torch.uint8)}, "blocks.1.ffn.0.weight"),
+        wan_state() | {"blocks.1.ffn.0.weight": torch.zeros(32, 8, dtype=torch.uint8), "blocks.1.ffn.0.comfy_quant": torch.zeros(2)},
+        "blocks.1.ffn.0.weight"),
+    "a vector of whole numbers": (wan_state() | {"blocks.1.norm3.bias": torch.zeros(256, dtype=torch.int64)}, "norm3.bias as int64"),
     "one weight missing": ({key: x for key, x in wan_state().items() if key != "blocks.1.norm3.bias"}, "lacks blocks.1.norm3.bias"),
     "complex": (wan_state() | {"blocks.1.norm3.bias": torch.zeros(256, dtype=torch.complex64)}, "no layer takes"),
 }
@@ -138,7 +142,8 @@ def test_false_sizes_are_refused_before_a_network_is_built(tmp_path, name, endin
 def test_packed_weights_open(tmp_path):
     """Their shapes are the packing's own; side tensors are the loader's business."""
     path = tmp_path / "packed.safetensors"
-    packed = {"blocks.1.ffn.0.weight": torch.zeros(32, 128, dtype=torch.uint8), "blocks.1.ffn.0.weight_scale": torch.zeros(32, 16)}
+    packed = {"blocks.1.ffn.0.weight": torch.zeros(32, 128, dtype=torch.uint8), "blocks.1.ffn.0.weight_scale": torch.zeros(32, 16),
+              "blocks.1.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
     save_file(wan_state() | packed, path)
     assert open_checkpoint(path)[0]["blocks.1.ffn.0.weight"].shape == (32, 128)
 
@@ -216,8 +221,18 @@ def test_metadata_does_not_decide_sizes(tmp_path, config):
 
 def test_a_fused_layer_without_a_field(tmp_path):
     path = tmp_path / "fused.safetensors"
-    save_file(longcat_state()[1] | {"blocks.0.attn.qkv.": torch.zeros(3), "blocks.0.attn.qkv.\n": torch.zeros(3)}, path)
+    save_file(longcat_state()[1] | {"blocks.0.attn.qkv.": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\..* is no part of a layer"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.\nnorm3.bias", "blocks.\x1b[2J", 400 * "x"])
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_names_that_no_weight_has(tmp_path, name, ending):
+    path = tmp_path / f"names.{ending}"
+    content = wan_state() | {name: torch.zeros(1)}
+    save_file(content, path) if ending == "safetensors" else torch.save({"generator": content}, path)
+    with pytest.raises(ValueError, match=r"names\.\w+ holds a tensor with the name .*, which no weight has"):
         open_checkpoint(path)
 
 
