@@ -31,7 +31,7 @@ from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.storage import Session, fingerprint
 from . import live, where
 from .adapters.causal import SCHEDULE, CausalWan, cache_shape
-from .adapters.checks import evaluated
+from .adapters.checks import check_size, evaluated
 from .run_log import ATTACHMENT
 
 SessionType = io.Custom("QVG_SESSION")
@@ -79,6 +79,7 @@ class ARSampler(comfy.samplers.Sampler):
         if noise.ndim != 5 or not hasattr(base.diffusion_model, "init_kv_caches"):
             raise ValueError(f"{type(base.diffusion_model).__name__} with a latent of {noise.ndim} axes is no autoregressive video. Load "
                              "the model with Load AR Video Model (QVG) and connect Empty Long Video Latent (QVG).")
+        check_size(noise.shape)
         x = base.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         session, log = options.session, model_wrap.model_patcher.get_attachment(ATTACHMENT)
         settings = session.settings[0] if session else log.settings if log else PRESETS["off"]

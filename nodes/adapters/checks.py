@@ -19,6 +19,15 @@ def evaluated(guider) -> list[dict]:
     return [cond for name, conds in guider.conds.items() if not (skips and name == "negative") for cond in conds]
 
 
+def check_size(shape) -> None:
+    """Raises ValueError for latents [B, C, F, H, W] that do not divide into the model's patches of 2 x 2."""
+    rows, columns = shape[3:]
+    if rows % 2 or columns % 2:
+        # Wan's latents are an eighth of the picture
+        raise ValueError(f"The latent is of {8 * columns} x {8 * rows} pixels, but the model takes pictures apart into tokens of 16 x 16. Set "
+                         f"width and height to multiples of 16, such as {16 * max(1, columns // 2)} x {16 * max(1, rows // 2)}.")
+
+
 def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
     """Raises ValueError when a sampling run (arguments of `CFGGuider.outer_sample`) cannot use a KV cache."""
     if getattr(sampler, "keeps_own_caches", False):
@@ -26,6 +35,7 @@ def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
     _check_sampler(sampler, sigmas)
     if noise.ndim != 5:
         raise ValueError(f"The latent has {noise.ndim} axes; a video latent has 5. Connect Empty AR Video Latent.")
+    check_size(noise.shape)
     if denoise_mask is not None:
         raise ValueError("The latent has a noise mask, which the autoregressive sampler cannot follow. Remove Set Latent Noise Mask.")
     _check_conditions(guider)
