@@ -13,6 +13,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..qvg.file_names import fault
 from ..qvg.files import PlaceError
 
 TOKEN = re.compile(r"%[^%]+%")
@@ -21,11 +22,14 @@ KNOWN = (*SIZES, "%year%", "%month%", "%day%", "%hour%", "%minute%", "%second%")
 
 
 def check_prefix(prefix: str) -> None:
-    """Raises ValueError for a name with tokens that would stay in it, or without a name."""
+    """Raises ValueError for a name with tokens that would stay in it, one that some system cannot store, or none."""
     left = [token for token in TOKEN.findall(prefix) if token not in KNOWN]
     if left:
         raise ValueError(f"The file name {prefix!r} holds {left[0]}, which nothing stands for. ComfyUI's page knows %date:yyyy-MM-dd% and "
                          f"%Node name.widget%; in a graph that is sent without it, use {', '.join(KNOWN)}.")
+    for part in re.split(r"[/\\]", prefix):
+        if part.strip(" .") and (wrong := fault(part)):
+            raise ValueError(f"The file name {prefix!r} {wrong}. Use a plain name, such as video/qvg.")
     if not Path(prefix).name:
         raise ValueError(f"The file name {prefix!r} has no name in it. Write one such as video/qvg.")
 

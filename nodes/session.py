@@ -23,6 +23,7 @@ from ..qvg.models.wan_vae import CHANNELS
 from ..qvg.recorder import session_bytes
 from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType, model_name
+from .outputs import TOKEN
 
 FOLDER = "video_sessions"
 ENDING = ".safetensors"
@@ -170,8 +171,9 @@ class QVGSaveVideoSession(io.ComfyNode):
             inputs=[
                 io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG); for Continue Video (LongCat, QVG) any sampler, such as "
                                                     "euler from KSamplerSelect."),
-                io.String.Input("name", default="my video", tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save. "
-                                                                    "Default: my video."),
+                io.String.Input("name", default="my video",
+                                tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save; what another video saved "
+                                        "there gets a number. Default: my video."),
                 io.Int.Input("every_chunks", default=4, min=1, max=10000,
                              tooltip="Chunks, or segments of LongCat-Video, between saves. The end and an interrupt save, too. "
                                      "Default: 4."),
@@ -180,6 +182,9 @@ class QVGSaveVideoSession(io.ComfyNode):
 
     @classmethod
     def execute(cls, sampler, name, every_chunks) -> io.NodeOutput:
+        if TOKEN.search(name):
+            raise ValueError(f"The session name {name!r} holds {TOKEN.search(name)[0]}, which would name another file when the session is "
+                             "loaded. Use a plain name.")
         save = SaveTo(path_of(name), every_chunks)
         if isinstance(sampler, ARSampler) or is_autoregressive(sampler):
             return io.NodeOutput(own(sampler).changed(save=save))

@@ -144,14 +144,17 @@ class QVGStreamVideo(io.ComfyNode):
             inputs=[
                 io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG)."),
                 io.Vae.Input("vae", tooltip="A Wan 2.1 VAE; frames are decoded chunk by chunk with its temporal memory."),
-                io.String.Input("filename_prefix", default="video/qvg", tooltip="Below the output folder; a number is added. "
-                                                                                "Default: video/qvg."),
+                io.String.Input("filename_prefix", default="video/qvg",
+                                tooltip="Below the output folder; a number is added. Takes %date:yyyy-MM-dd%, %width% and the other tokens "
+                                        "of core's save nodes. Default: video/qvg."),
                 io.Combo.Input("format", options=list(FORMATS), default="MP4 (H.264)", tooltip="MP4 plays everywhere. PNG loses nothing. "
                                                                                                "Default: MP4 (H.264)."),
                 io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second: 16 for Wan 2.1."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, writing."),
-                     io.String.Output(display_name="path", tooltip="The file that grows.")],
+                     io.String.Output(display_name="path",
+                                      tooltip="The file that grows. If something is there when sampling starts, the next free number is "
+                                              "taken, and the log says so.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod

@@ -24,8 +24,8 @@ def check_size(shape) -> None:
     rows, columns = shape[3:]
     if rows % 2 or columns % 2:
         # Wan's latents are an eighth of the picture
-        raise ValueError(f"The latent is of {8 * columns} x {8 * rows} pixels, but the model takes pictures apart into tokens of 16 x 16. Set "
-                         f"width and height to multiples of 16, such as {16 * max(1, columns // 2)} x {16 * max(1, rows // 2)}.")
+        raise ValueError(f"The latent is of {8 * columns} x {8 * rows} pixels, but the model takes pictures apart into tokens of 16 x 16. "
+                         f"Set width and height to multiples of 16, such as {16 * max(1, columns // 2)} x {16 * max(1, rows // 2)}.")
 
 
 def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
