@@ -161,7 +161,7 @@ def _hopper(few: bool) -> Iterator[Variant]:
         cut = hopper.Cut.of(bits, stages, count, dim)
         yield Variant(f"encode-hopper-d{dim}-b{bits}-s{stages}-c{count}", hopper.encode_kernel, WHOLE, {
             "STAGES": stages, "GROUPS": groups, "BITS": bits, "D": dim, "C": cut.block, "N": cut.width, "T": cut.tokens,
-            "AT_ONCE": hopper.SCALES}, cut.warps, cut.registers)
+            "AT_ONCE": hopper.SCALES, "CLAMPS": count < cut.block}, cut.warps, cut.registers)
 
 
 def _ones(nvidia: bool) -> Iterator[Variant]:

@@ -23,12 +23,13 @@ MAX_CENTROIDS = 256
 
 
 @triton.jit
-def nearest(x, table, norms, count, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Ids int32 [TOKENS] of the rows of x [TOKENS, D], in the number type of `table` [count, D], of which `BLOCK` go at a time.
+def nearest(x, table, norms, count, last, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids int32 [TOKENS], `last` at most, of the rows of x [TOKENS, D], in the number type of `table` [count, D], of which `BLOCK` go at a
+    time.
 
     norms [count] float32 are half those of the centroids. |x|^2 is the same for every centroid and is left out. The highest score and its
     place are found as one number: the lowest bits of the score count its place backwards, so that of equal scores above zero the lower
-    id wins, and below zero the higher one.
+    id wins, and below zero the higher one. Tokens that are no numbers have no score, and get an id that there is.
     """
     best = tl.full((TOKENS,), float("-inf"), tl.float32)
     number = tl.arange(0, BLOCK)
@@ -39,7 +40,7 @@ def nearest(x, table, norms, count, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK
         score = tl.dot(x, tl.trans(block), input_precision="ieee") - tl.load(norms + start + number)[None, :]
         bits = (score.to(tl.int32, bitcast=True) & -256) | ((255 - start) - number)[None, :]
         best = tl.maximum(best, tl.max(bits.to(tl.float32, bitcast=True), axis=1))
-    return 255 - (best.to(tl.int32, bitcast=True) & 255)
+    return tl.minimum(255 - (best.to(tl.int32, bitcast=True) & 255), last)
 
 
 @triton.jit
@@ -60,15 +61,15 @@ def prepare_kernel(centroids, table, norms, count, padded, D: tl.constexpr, BLOC
     prepare(tl.load(centroids + place, mask=(number < count)[:, None], other=0.0), table, norms, row * padded, number, count, D)
 
 
-@triton.jit(do_not_specialize=["tokens", "count"])
-def assign_kernel(x, table, norms, ids, tokens, count, x_row, x_token, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", "count", "last"])
+def assign_kernel(x, table, norms, ids, tokens, count, last, x_row, x_token, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (blocks of tokens, rows)."""
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mask = token < tokens
     at = row * x_row + token.to(tl.int64)[:, None] * x_token + tl.arange(0, D)[None, :]
     tile = tl.load(x + at, mask=mask[:, None], other=0.0).to(table.dtype.element_ty)
-    found = nearest(tile, table + row * count * D, norms + row * count, count, D, TOKENS, BLOCK)
+    found = nearest(tile, table + row * count * D, norms + row * count, count, last, D, TOKENS, BLOCK)
     tl.store(ids + row * tokens + token, found.to(tl.int64), mask=mask)
 
 
@@ -100,7 +101,7 @@ class Search:
         """The nearest of what was prepared, to ids int64 [R, T]."""
         (rows, tokens, dim), product, x = self._x.shape, self._product, self._x
         assign_kernel[(triton.cdiv(tokens, product.tokens), rows)](
-            x, self.table, self.norms, ids, tokens, self.table.shape[1], x.stride(0), x.stride(1),
+            x, self.table, self.norms, ids, tokens, self.table.shape[1], self._count - 1, x.stride(0), x.stride(1),
             D=dim, TOKENS=product.tokens, BLOCK=product.block, num_warps=product.warps, num_stages=product.stages)
 
 

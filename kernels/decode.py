@@ -41,7 +41,6 @@ from .octets import (
 from .tiles import (
     HEAD_DIMS,
     converts_e4m3,
-    e4m3_to_float32,
     major,
     no_kernel_for,
     platform,
@@ -50,6 +49,8 @@ from .tiles import (
     repeat2,
     repeat4,
     round_to_bfloat16,
+    saturate,
+    scale_to_float32,
 )
 
 PLANES, PAPER, INT8, PLAIN = (tl.constexpr(kind) for kind in range(4))
@@ -251,7 +252,7 @@ def decode_kernel(
             # the next tile's bytes are on their way while this one is computed
             ahead = fetch(next_local, octet, data, plane1, plane2, plane3, scales, ids, id_stage, BITS, STAGES, GROUPS, OCTETS, PARTS)
             if not HALVES:
-                scale = e4m3_to_float32(scale[0], NATIVE_E4M3)
+                scale = scale_to_float32(scale[0], NATIVE_E4M3)
                 m = ()
                 for n in tl.static_range(1 << (BITS - 1)):
                     m = m + (sizes[n] * scale,)
@@ -278,10 +279,10 @@ def decode_kernel(
                 tile = tl.load(data + local * data_token + channel).to(tl.float32)
             if KIND != PLAIN:
                 scale = tl.load(scales + local * scale_token + group)
-                scale = scale.to(tl.float32) if KIND == INT8 else e4m3_to_float32(scale, NATIVE_E4M3)
+                scale = scale.to(tl.float32) if KIND == INT8 else scale_to_float32(scale, NATIVE_E4M3)
                 tile = tl.reshape(tile, (TOKENS, GROUPS, D // GROUPS)) * scale[:, :, None]
                 if HAS_ZEROS:
-                    tile += e4m3_to_float32(tl.load(zeros + local * scale_token + group), NATIVE_E4M3)[:, :, None]
+                    tile += scale_to_float32(tl.load(zeros + local * scale_token + group), NATIVE_E4M3)[:, :, None]
                 tile = tl.reshape(tile, (TOKENS, D))
             if KIND == PAPER:
                 for stage in tl.static_range(STAGES):
@@ -326,7 +327,10 @@ def decode_kernel(
             else:
                 if HALVES:
                     x = octet_of(x, factors[part][2])
-                tl.store(at + channel + part * (D // PARTS), tile_of(x, TOKENS, D // PARTS).to(dtype), cache_modifier=".cs")
+                whole = tile_of(x, TOKENS, D // PARTS)
+                if dtype == tl.float16:
+                    whole = saturate(whole)
+                tl.store(at + channel + part * (D // PARTS), whole.to(dtype), cache_modifier=".cs")
         frame, place, local = next_frame, next_place, next_local
 
 

@@ -26,6 +26,7 @@ from .tiles import (
     converts_e4m3,
     e4m3_to_float32,
     float32_to_e4m3,
+    is_finite,
     major,
     power_of_two,
     require_channels_last,
@@ -117,7 +118,7 @@ def encode_kernel(
         # taken anew from the cache, not kept: registers that hold it would be missing to other programs
         y = _residual(x, words, factors, found, held, octet, x_token, rows * count, stage, D, TOKENS, NATIVE_E4M3)
         at = ((side * STAGES + stage) * rows + row) * padded
-        chosen = nearest(tile_of(y, TOKENS, D).to(table.dtype.element_ty), table + at * D, norms + at, padded, D, TOKENS, BLOCK)
+        chosen = nearest(tile_of(y, TOKENS, D).to(table.dtype.element_ty), table + at * D, norms + at, padded, count - 1, D, TOKENS, BLOCK)
         tl.store(tl.where(side == 0, ids, other_ids) + (stage * rows + row) * tokens + first + local, chosen.to(tl.uint8), mask=mask)
         found = found + (chosen,)
     y = _residual(x, words, factors, found, held, octet, x_token, rows * count, STAGES, D, TOKENS, NATIVE_E4M3)
@@ -200,22 +201,30 @@ def shared_exponent(largest):
     return tl.minimum(tl.maximum(tl.where(bits == 0, 0, (bits >> 23) - 126), -100), 100) - 8
 
 
+@triton.jit
+def scale_to_e4m3(root, factor):
+    """float32 scales times a factor as bytes; NaN where they are not finite."""
+    return tl.where(is_finite(root), float32_to_e4m3(root * factor).to(tl.int32), 0x7F).to(tl.uint8)
+
+
 @triton.jit(do_not_specialize=["count"])
 def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count, BLOCK: tl.constexpr):
-    """float32 scales [tensors, rows, count] to bytes under one power of two a row. Grid: (rows, tensors)."""
+    """float32 scales [tensors, rows, count] to bytes under one power of two a row, in which those that are no numbers have no part.
+    Grid: (rows, tensors)."""
     row, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
     roots += (side * tl.num_programs(0) + row) * count
     scales = tl.where(side == 0, scales, other_scales) + row * count
     place = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
-        largest = tl.maximum(largest, tl.load(roots + start + place, mask=start + place < count, other=0.0))
+        root = tl.load(roots + start + place, mask=start + place < count, other=0.0)
+        largest = tl.maximum(largest, tl.where(is_finite(root), root, 0.0))
     exponent = shared_exponent(tl.max(largest, axis=0))
     tl.store(tl.where(side == 0, exponents, other_exponents) + row, exponent.to(tl.int8))
     for start in range(0, count, BLOCK):
         mask = start + place < count
         root = tl.load(roots + start + place, mask=mask, other=0.0)
-        tl.store(scales + start + place, float32_to_e4m3(root * power_of_two(-exponent)), mask=mask)
+        tl.store(scales + start + place, scale_to_e4m3(root, power_of_two(-exponent)), mask=mask)
 
 
 def borders_and_planes(spans: list[PlaneSpan]) -> list[float | Tensor]:

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..qvg.codec import PlaneSpan
 from . import tiles
-from .encode import borders_and_planes, power, shared_exponent, signs
+from .encode import borders_and_planes, power, scale_to_e4m3, shared_exponent, signs
 from .octets import octets
 
 # of a program, and what the compiler may take of it to move numbers about
@@ -40,9 +40,9 @@ START = 1.2
 # it has another name since Triton 3.7
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _round_to_e4m3 = gluon.jit(tiles.round_to_e4m3.fn)
-_float32_to_e4m3 = gluon.jit(tiles.float32_to_e4m3.fn)
 _power_of_two = gluon.jit(tiles.power_of_two.fn)
-_octets, _power, _signs, _shared_exponent = (gluon.jit(function.fn) for function in (octets, power, signs, shared_exponent))
+_octets, _power, _signs, _shared_exponent, _scale_to_e4m3 = (
+    gluon.jit(function.fn) for function in (octets, power, signs, shared_exponent, scale_to_e4m3))
 
 
 @gluon.constexpr_function
@@ -210,11 +210,11 @@ def _best(score, upper, START: gl.constexpr):
 
 
 @gluon.jit
-def _id(best, LAYOUT: gl.constexpr):
-    """Of the best of four [T, 4] as `_best` has them: int32 [T]."""
+def _id(best, last, CLAMPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of the best of four [T, 4] as `_best` has them: int32 [T]. CLAMPS: `last` at most; tokens that are no numbers have no best."""
     best = best.to(gl.int32, bitcast=True) - 2 * gl.arange(0, 4, layout=gl.SliceLayout(0, best.type.layout))[None, :]
     best = gl.max(best.to(gl.float32, bitcast=True), axis=1).to(gl.int32, bitcast=True)
-    return gl.convert_layout(255 - (best & 255), gl.SliceLayout(1, LAYOUT))
+    return gl.convert_layout(gl.minimum(255 - (best & 255), last) if CLAMPS else 255 - (best & 255), gl.SliceLayout(1, LAYOUT))
 
 
 @gluon.jit
@@ -312,6 +312,12 @@ def _store(pointer, first, x, local, last):
 
 
 @gluon.jit
+def _finite(root):
+    """Scales, 0 in place of those that are no numbers."""
+    return gl.where(root < float("inf"), root, 0.0)
+
+
+@gluon.jit
 def _tokens(x, x_token, token, last, word):
     """Pairs of bf16 [T, D / 2]; tokens behind the last are that token again. They are not to take the place of centroids in the cache."""
     return gl.load((x + gl.minimum(token, last) * x_token)[:, None] + word[None, :], eviction_policy="evict_first")
@@ -334,7 +340,7 @@ def encode_kernel(
     scales, other_scales, exponents, other_exponents, words,
     tokens, rows, count, share, upper, x_token, x_row,
     STAGES: gl.constexpr, GROUPS: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, C: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
-    AT_ONCE: gl.constexpr,
+    AT_ONCE: gl.constexpr, CLAMPS: gl.constexpr,
 ):
     """A span of K and V: ids, planes and scales of `share` tokens of a row, T at a time; b0 to b6 are the cells' borders.
 
@@ -421,7 +427,7 @@ def encode_kernel(
             best = _best(_scores(y, ones, tables[stage], parts[stage], 0, N), upper, 0)
             for block in gl.static_range(N, C, N):
                 best = gl.maximum(best, _best(_scores(y, ones, tables[stage], parts[stage], block, N), upper, block))
-            chosen = _id(best, L)
+            chosen = _id(best, count - 1, CLAMPS, L)
             gl.store(ids + (rows.to(gl.int64) * tokens * stage + first) + local, chosen.to(gl.uint8), mask=local <= last - first)
             y = _minus(y, gl.load(words + stage * C * (D // 2) + (chosen[:, None] * (D // 2) + _place(word, D)[None, :])))
         if BITS <= 2:
@@ -449,15 +455,16 @@ def encode_kernel(
         spot = gl.arange(0, AT_ONCE, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
         # mostly these are all, and not read again
         root = gl.load(roots + spot, mask=spot < total, other=0.0, cache_modifier=".cg")
-        largest = root
+        largest = _finite(root)
         for start in range(AT_ONCE, total, AT_ONCE):
-            largest = gl.maximum(largest, gl.load(roots + start + spot, mask=start + spot < total, other=0.0, cache_modifier=".cg"))
+            more = gl.load(roots + start + spot, mask=start + spot < total, other=0.0, cache_modifier=".cg")
+            largest = gl.maximum(largest, _finite(more))
         exponent = _shared_exponent(gl.max(largest, axis=0))
         gl.store(exponents + row, exponent.to(gl.int8))
-        gl.store(scales + spot, _float32_to_e4m3(root * _power_of_two(-exponent)), mask=spot < total)
+        gl.store(scales + spot, _scale_to_e4m3(root, _power_of_two(-exponent)), mask=spot < total)
         for start in range(AT_ONCE, total, AT_ONCE):
             root = gl.load(roots + start + spot, mask=start + spot < total, other=0.0, cache_modifier=".cg")
-            gl.store(scales + start + spot, _float32_to_e4m3(root * _power_of_two(-exponent)), mask=start + spot < total)
+            gl.store(scales + start + spot, _scale_to_e4m3(root, _power_of_two(-exponent)), mask=start + spot < total)
         gl.store(arrived, 0)
 
 
@@ -519,4 +526,5 @@ def launch(cut: Cut, spans: list[PlaneSpan], xs: list[Tensor]) -> None:
         *(span.scales for span in pair), *(span.exponents for span in pair), words,
         tokens, rows, first.codebook.centroids.shape[2], share, -256, x.stride(0), x.stride(1),
         STAGES=first.codebook.stages, GROUPS=groups, BITS=first.bits, D=dim, C=cut.block, N=cut.width, T=cut.tokens, AT_ONCE=SCALES,
+        CLAMPS=first.codebook.centroids.shape[2] < cut.block,
         num_warps=cut.warps, maxnreg=cut.registers)

@@ -178,6 +178,9 @@ def dequantize_pairs(bits, code, words, sizes, factors, BITS: tl.constexpr, STAG
     sizes: the levels as coefficients of a polynomial in the bits behind the sign, of which each stands for 2 where it is set.
     """
     scale = e4m3_pair(code.to(tl.int32) * 0x0101, NATIVE_E4M3)
+    if not NATIVE_E4M3:
+        # NaN, of which that knows nothing
+        scale = tl.where(code == 0x7F, 0x7E007E00, scale)
     m = ()
     for n in tl.static_range(1 << (BITS - 1)):
         m = m + (times(sizes[n], scale, NVIDIA),)

@@ -57,7 +57,7 @@ def leave_kernel(x, codes, units, table, norms, residual, tokens, count, padded,
     channel = tl.arange(0, D)[None, :]
     at = row * x_row + token * x_token + channel
     tile = tl.load(x + at, mask=mask, other=0.0).to(table.dtype.element_ty)
-    chosen = nearest(tile, table + row * padded * D, norms + row * padded, padded, D, TOKENS, BLOCK)
+    chosen = nearest(tile, table + row * padded * D, norms + row * padded, padded, count - 1, D, TOKENS, BLOCK)
     unit = tl.load(units + row * D + channel).to(tl.float32)
     value = e4m3_to_float32(tl.load(codes + (row * count + chosen)[:, None] * D + channel), NATIVE_E4M3) * unit
     # taken anew from the cache, not kept in registers

@@ -47,6 +47,27 @@ def e4m3_to_float32(codes, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def scale_to_float32(codes, NATIVE: tl.constexpr):
+    """The same of scales, of which some are NaN."""
+    x = e4m3_to_float32(codes, NATIVE)
+    if not NATIVE:
+        x = tl.where((codes & 0x7F) == 0x7F, float("nan"), x)
+    return x
+
+
+@triton.jit
+def saturate(x):
+    """float32, of which what is finite is brought into the range of float16."""
+    large = (tl.abs(x) > 65504.0) & (tl.abs(x) < float("inf"))
+    return tl.where(large, tl.where(x > 0, 65504.0, -65504.0), x)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def prefetch(pointers):
     """Bring what lies there into the L2 cache (NVIDIA alone)."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", args=[pointers.to(tl.int64)], dtype=tl.int32,
@@ -64,7 +85,8 @@ def round_to_bfloat16(x):
     """float32 -> the nearest bf16 value, ties to even, still as float32. Spelled out because Triton's interpreter truncates."""
     bits = x.to(tl.uint32, bitcast=True)
     bits += 0x7FFF + ((bits >> 16) & 1)
-    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    # some NaN would become zeros
+    return tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

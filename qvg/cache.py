@@ -18,6 +18,7 @@ from torch import Tensor
 from . import budget, codec, dispatch
 from .budget import Geometry, Limits
 from .codec import LevelTables, Span, TensorCodec
+from .finite import saturated
 from .offload import HostStore
 from .rope import Rope
 from .settings import PLAIN_BITS, QVGSettings
@@ -178,7 +179,8 @@ class LayerCache:
         for name, x in (("key", key), ("value", value)):
             if tuple(x.shape) != expected:
                 raise ValueError(f"The {name} of {frames} frames has shape {tuple(x.shape)}; this cache was made for {expected}.")
-        pair = [x.to(self.owner.workspace.dtype).transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
+        dtype = self.owner.workspace.dtype
+        pair = [saturated(x, dtype).to(dtype).transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
         start = 0
         for first, count in budget.split(self.next_frame, frames, settings.sink_frames, newest):
             stop = start + count * geometry.frame_tokens
@@ -260,6 +262,7 @@ class LayerCache:
                 key, value = codec.decode([[entry.spans[side] for entry in entries] for side in range(2)], rows, tables)
                 runs, done = _runs(group, shift), 0
                 key = self.owner.rope.turn(key, [(first, frames) for _, first, frames in runs])
+                key, value = (saturated(x, keys.dtype) for x in (key, value))
                 for start, _, frames in runs:
                     count = frames * geometry.frame_tokens
                     at, part = slice(start * geometry.frame_tokens, start * geometry.frame_tokens + count), slice(done, done + count)

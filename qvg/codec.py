@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, e4m3, paper, planes, smoothing
+from .finite import tame
 from .settings import PLAIN_BITS, TensorSettings
 from .smoothing import Codebook
 
@@ -55,7 +56,7 @@ class PlaneSpan:
     """Residual planes under a shared codebook.
 
     planes: uint8 [T, R, D / 8] each, sign first
-    scales: uint8 (E4M3) [T, R, G]
+    scales: uint8 (E4M3) [T, R, G], NaN where the tokens held what is no number
     exponents: int8 [R], the power of two that multiplies the row's scales
     ids: uint8 [S, T, R]
     """
@@ -232,7 +233,7 @@ def _decode_planes(sides: list[list[PlaneSpan]], rows: slice, tables: LevelTable
     held = joined([part.planes[plane] if plane < len(part.planes) else blank for plane in range(most) for part in parts])
     widths = [(bits, tokens * len(list(run))) for bits, run in groupby(span.bits for span in sides[0])]
     x = tables(first.gain)(held.unflatten(1, (most, len(sides), -1)), widths)
-    scale = e4m3.decode(joined([part.scales for part in parts])).unflatten(1, (len(spans), -1))
+    scale = e4m3.decode_scales(joined([part.scales for part in parts])).unflatten(1, (len(spans), -1))
     scale = scale.mul_(torch.stack([part.factor for part in parts], dim=1)[rows]).unflatten(1, (len(sides), -1)).flatten(2, 3)
     x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
     ids = joined([part.ids for part in parts], axis=1).unflatten(2, (len(sides), -1))
@@ -329,9 +330,9 @@ def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: 
         grouped = y.unflatten(-1, (groups, -1))
         rms = grouped.square().mean(-1).sqrt()
         # frexp: largest = mantissa * 2 ** exponent with the mantissa in [0.5, 1), so that the row's largest scale is in [128, 256)
-        exponent = torch.frexp(rms.amax((0, 2))).exponent.clamp(-100, 100) - 8
+        exponent = torch.frexp(rms.where(rms.isfinite(), 0).amax((0, 2))).exponent.clamp(-100, 100) - 8
         span.exponents[part] = exponent.to(torch.int8)
-        span.scales[:, part] = e4m3.encode(torch.ldexp(rms, -exponent[:, None]))
+        span.scales[:, part] = e4m3.encode_scales(torch.ldexp(rms, -exponent[:, None]))
         # planes take no notice of the power of two, so that a kernel knows them before it has seen the whole row
         scale = e4m3.rounded(rms)[..., None]
         z = (grouped * torch.where(scale > 0, scale.reciprocal(), 0)).flatten(-2)
@@ -342,7 +343,7 @@ def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: 
 
 def _train_paper(x: Tensor, stages: int, count: int, iterations: int, generator: torch.Generator) -> PaperCodebook:
     """bf16 codebooks of x [T, R, D] bf16. The residual between stages is rounded to bf16, as the released package does."""
-    residual, found = x.transpose(0, 1), []
+    residual, found = tame(x).transpose(0, 1), []
     for start in smoothing.draw(x.shape[0], count, stages, generator, x.device):
         values = smoothing.kmeans(residual, residual[:, start].float(), iterations).bfloat16()
         found.append(values)

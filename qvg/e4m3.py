@@ -1,7 +1,7 @@
 """FP8 E4M3 as bytes.
 
 Codes are kept as uint8 and read through a table of 256 float32 values, because MPS has no float8 type and because indexing works
-the same everywhere. E4M3FN: 1 sign, 4 exponent, 3 mantissa bits, largest 448, no infinity; 0x7F and 0xFF are NaN and never written.
+the same everywhere. E4M3FN: 1 sign, 4 exponent, 3 mantissa bits, largest 448, no infinity; 0x7F and 0xFF are NaN, which only scales are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MAX = 448.0
+NAN = 0x7F
 # codes from which on a CPU converts faster by way of float16, which it has instructions for
 MANY = 16384
 
@@ -27,6 +28,16 @@ def encode(x: Tensor) -> Tensor:
     return x.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
+def encode_scales(x: Tensor) -> Tensor:
+    """x, not negative -> uint8 codes; NaN of what is no number or infinite."""
+    return encode(x).masked_fill_(~x.isfinite(), NAN)
+
+
+def decode_scales(codes: Tensor) -> Tensor:
+    """uint8 codes, some of which may be NaN -> float32."""
+    return decode(codes).masked_fill_((codes & NAN) == NAN, torch.nan)
+
+
 def rounded(x: Tensor) -> Tensor:
     """float32, not negative, with the three bits behind the leading one that E4M3 keeps, ties to even, at any power of two."""
     bits = x.view(torch.int32)
@@ -34,7 +45,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor) -> Tensor:
-    """uint8 codes -> float32."""
+    """uint8 codes, none of them NaN -> float32."""
     if codes.device.type == "mps":
         return table(codes.device)[codes.long()]
     if codes.device.type == "cpu" and codes.numel() >= MANY:

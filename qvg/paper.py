@@ -14,6 +14,7 @@ Equal bytes ask for equal rounding, and the released kernels round in places tha
 - a quotient that falls half way rounds away from zero, not to even;
 - a scale that underflows to zero turns an all-zero block into 0 / 0, which the clamp makes its upper limit in the
   recorded data (the decoded value is zero whatever the code);
+- a block that holds what is no number, or infinite, reads back as NaN (of this the released package says nothing);
 - decoding adds the centroids to the residual in fp32, first stage first, and rounds once.
 
 The clustering is not here: the released k-means starts from the global random state and sums with float atomics, so
@@ -67,12 +68,12 @@ def encode(
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scales, zeros = _scale(blocks.abs().amax(-1), top), None
-        codes = top + _round_away(blocks / e4m3.decode(scales)[..., None]).nan_to_num(nan=top).clamp(-top, top)
+        codes = top + _round_away(blocks / e4m3.decode_scales(scales)[..., None]).nan_to_num(nan=top).clamp(-top, top)
     else:
         top = 2**bits - 1
         low, high = blocks.aminmax(dim=-1)
         scales, zeros = _scale(high - low, top), e4m3.encode(low)
-        steps = (blocks - e4m3.decode(zeros)[..., None]) / e4m3.decode(scales)[..., None]
+        steps = (blocks - e4m3.decode_scales(zeros)[..., None]) / e4m3.decode_scales(scales)[..., None]
         codes = _round_away(steps).nan_to_num(nan=0).clamp(0, top)
     return PaperCodes(_pack(codes.flatten(-2).to(torch.uint8), bits), scales, zeros)
 
@@ -82,11 +83,11 @@ def decode(
 ) -> Tensor:
     """Undo `encode`, given the same centroids and ids: [T, R, D] in dtype. The block size follows from the shapes."""
     steps = _unpack(parts.codes, bits).float().unflatten(-1, (parts.scales.shape[-1], -1))
-    scales = e4m3.decode(parts.scales)[..., None]
+    scales = e4m3.decode_scales(parts.scales)[..., None]
     if parts.zeros is None:
         blocks = (steps - (2 ** (bits - 1) - 1)) * scales
     else:
-        blocks = steps * scales + e4m3.decode(parts.zeros)[..., None]
+        blocks = steps * scales + e4m3.decode_scales(parts.zeros)[..., None]
     x = blocks.flatten(-2)
     for stage, names in zip(centroids, ids, strict=True):
         x = x + _gather(stage, names)
@@ -119,7 +120,7 @@ def _round_away(x: Tensor) -> Tensor:
 
 def _scale(span: Tensor, steps: int) -> Tensor:
     reciprocal = torch.tensor(1 / steps, dtype=torch.float32, device=span.device)
-    return e4m3.encode((span * reciprocal).clamp_min(SMALLEST_SCALE))
+    return e4m3.encode_scales((span * reciprocal).clamp_min(SMALLEST_SCALE))
 
 
 def _require(bits: int, block: int, channels: int) -> None:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, e4m3
+from .finite import tame
+from .settings import TOKENS_PER_CENTROID
 
 # float32 residuals, and distances where the twin makes them, of a slice of rows stay below this
 SCRATCH_BYTES = 64 << 20
@@ -191,7 +193,7 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
     kernels = not dispatch.refusal("kmeans", device)
     scratch = (2 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
     for part in row_slices(rows, sides * 4 * tokens * scratch[0], scratch[1]):
-        residual = torch.cat([x[:, part].transpose(0, 1) for x in xs])
+        residual = tame(torch.cat([x[:, part].transpose(0, 1) for x in xs]))
         if warm:
             starts = torch.cat([book.values(slice(None), part) for book in previous], 1)
         for stage in range(stages):
@@ -199,8 +201,14 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
             code, scale, residual = store(residual, kmeans(residual, start, iterations))
             codes[:, stage, part], scales[:, stage, part] = by_side(code), by_side(scale)
         rms[:, part] = by_side(residual.float().square().mean(1).sqrt())
+    # few tokens say little of a channel, and a centroid may have learned them by heart: those that are missing count as the row's mean
+    missing = max(0, TOKENS_PER_CENTROID - tokens)
+    power = rms.square()
+    mean = power.mean(-1, keepdim=True)
+    if missing:
+        rms = ((tokens * power + missing * mean) / (tokens + missing)).sqrt()
     # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
-    rms = rms.clamp(min=1e-3 * rms.square().mean(-1, keepdim=True).sqrt())
+    rms = rms.clamp(min=1e-3 * mean.sqrt())
     rms[rms == 0] = 1
     return [Codebook(*parts) for parts in zip(codes, scales, rms.bfloat16())]
 
