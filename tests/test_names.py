@@ -57,11 +57,14 @@ def test_every_container_and_prefix(tmp_path, wan, longcat, layout, container):
     expected = wan if layout == "wan" else longcat
     state = published(longcat) if layout.startswith("published") else expected
     for prefix in PREFIXES:
-        path = tmp_path / "trained.pt"
-        torch.save(nested({prefix + name: tensor for name, tensor in state.items()}, container), path)
-        opened, found = open_checkpoint(path)
-        assert equal(opened, expected) and found.left == 0, prefix
+        content = nested({prefix + name: tensor for name, tensor in state.items()}, container)
+        found = find_network(content)
+        assert equal(found.state, state) and found.left == (), prefix
         assert found.container.startswith(".".join(container))
+    path = tmp_path / "trained.pt"
+    torch.save(content, path)
+    opened, description = open_checkpoint(path)
+    assert equal(opened, expected) and (description.left, description.container) == (0, found.container)
 
 
 @pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."])
