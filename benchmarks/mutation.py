@@ -35,11 +35,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # what is changed, and the tests of that part, those that see most first; what survives is shown to the slower ones of `SLOWER`, too
 PARTS = {
-    "qvg/codec.py": ["test_precision", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper"],
-    "qvg/smoothing.py": ["test_precision", "test_attention", "test_codec"],
+    "qvg/codec.py": ["test_precision", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper", "test_finite"],
+    "qvg/smoothing.py": ["test_precision", "test_attention", "test_codec", "test_finite"],
     "qvg/planes.py": ["test_precision", "test_codec"],
     "qvg/cache.py": ["test_policy", "test_bytes", "test_attention", "test_loop", "test_codec"],
-    "qvg/budget.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan"],
+    "qvg/budget.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast"],
     "qvg/attention.py": ["test_attention", "test_loop", "test_sampler"],
     "qvg/sampler.py": ["test_loop", "test_sampler"],
 }
