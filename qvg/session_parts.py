@@ -68,14 +68,14 @@ LAYER = record(
     entries=each(row(FRAMES, whole(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=row(BOOK, BOOK), next_frame=FRAMES, epoch_frames=FRAMES,
     trained=flag)
 CAUSAL = record(
-    version=whole(1, 1), fingerprint=NAME, run=RUN, shape=row(SIZE, SIZE, SIZE, SIZE), settings=each(settings, 1, 64),
+    version=whole(1, 2), fingerprint=NAME, run=RUN, shape=row(SIZE, SIZE, SIZE, SIZE), settings=each(settings, 1, 64),
     geometry=each(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)), layers=each(each(LAYER, 1, 256), 1, 64), peaks=each(BYTES, 1, 64),
     frames_done=FRAMES, chunk=FRAMES, last_prompt=optional(text(1_000_000)), recent=FRAMES, extra=mapping(anything), tensors=TENSORS)
 SEGMENTS = record(
-    version=whole(1, 1), kind=one_of("segments"), fingerprint=NAME, carry=one_of(*CARRIES), given_frames=whole(1, MAX_FRAMES), start=NAME,
+    version=whole(1, 2), kind=one_of("segments"), fingerprint=NAME, carry=one_of(*CARRIES), given_frames=whole(1, MAX_FRAMES), start=NAME,
     new=each(whole(1, MAX_FRAMES), 1, 100_000), tensors=TENSORS)
 STREAM = record(
-    {"digest": ""}, version=whole(1, 1), kind=one_of("stream"), key=NAME, done=FRAMES, frames=whole(0, 4 * MAX_FRAMES), digest=NAME,
+    {"digest": ""}, version=whole(1, 2), kind=one_of("stream"), key=NAME, done=FRAMES, frames=whole(0, 4 * MAX_FRAMES), digest=NAME,
     tensors=TENSORS)
 
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,7 +42,10 @@ from .settings import QVGSettings
 from .smoothing import Codebook
 from .tensor_files import first_line
 
-VERSION = 1
+# of a file with a tensor for each, and of one that joins them, see `packed`
+VERSION, PACKED = 1, 2
+# safetensors refuses a longer header than 100 MB; a tensor takes about a line of it
+MOST_HEADER_BYTES, LINE_BYTES = 80_000_000, 200
 HEADER, DIGEST = "qvg_session", "qvg_session_sha256"
 # what reading a file of any content can raise
 DAMAGE = (SafetensorError, ValueError)
@@ -114,10 +119,28 @@ def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tenso
 def write(path: str | Path, header: Mapping, tensors: Mapping[str, Tensor]) -> None:
     """A file of plain values and named tensors, with checksums of both, put in its place whole. Raises OSError as `write_atomically`."""
     stored = {name: _own(tensor) for name, tensor in tensors.items()}
-    text = json.dumps({"version": VERSION, **header, "tensors": {
-        name: [str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()] for name, tensor in stored.items()}})
-    write_atomically(Path(path), lambda place: save_file(
-        stored, place, {HEADER: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()}))
+    fields = {"version": VERSION, **header, "tensors": {
+        name: [str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()] for name, tensor in stored.items()}}
+    text = json.dumps(fields)
+    # of which safetensors' own header has every quotation mark twice, and a line for each tensor
+    long = len(text) + text.count('"') + LINE_BYTES * len(stored) > MOST_HEADER_BYTES
+    content, metadata = packed({**fields, "version": PACKED}, stored) if long else (stored, {HEADER: text, DIGEST: _digest(text)})
+    write_atomically(Path(path), lambda place: save_file(content, place, metadata))
+
+
+def packed(fields: Mapping, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file whose safetensors header is short however long the video: the fields are a tensor of their text, and
+    all tensors of one type lie behind each other in one, in the order of `fields`."""
+    text, groups = json.dumps(fields), {}
+    for tensor in stored.values():
+        groups.setdefault(str(tensor.dtype), []).append(tensor.flatten())
+    joined = {dtype: torch.cat(parts) for dtype, parts in groups.items()}
+    written = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return {HEADER: written} | joined, {HEADER: json.dumps({"version": PACKED}), DIGEST: _digest(text)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SessionError(ValueError):
@@ -254,39 +277,64 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no session file {path}.")
     with refused(path), safe_open(path, "pt") as file:
-        header = _header(path, file.metadata() or {})
-        if set(file.keys()) != header["tensors"].keys():
+        header = _header(path, file)
+        listed = header["tensors"]
+        expected = {HEADER, *(dtype for dtype, _, _ in listed.values())} if header["version"] == PACKED else listed.keys()
+        if set(file.keys()) != expected:
             raise SessionError(f"{path.name} lacks tensors that its header lists, or has others. Use an earlier checkpoint.")
         parts = KINDS[header.get("kind")][1](header)
-        if strange := sorted(parts.keys() ^ header["tensors"].keys()):
+        if strange := sorted(parts.keys() ^ listed.keys()):
             raise Wrong(f"it {'lacks' if strange[0] in parts else 'has a tensor that nothing needs,'} {strange[0]}")
         for name, part in parts.items():
-            part.check_listed(name, *header["tensors"][name][:2])
-        return header, {name: _checked(file, name, *header["tensors"][name], part, path) for name, part in parts.items()}
+            part.check_listed(name, *listed[name][:2])
+        found = _unpacked(file, listed) if header["version"] == PACKED else ((name, file.get_tensor(name)) for name in listed)
+        return header, {name: _checked(tensor, name, *listed[name], parts[name], path) for name, tensor in found}
 
 
-def _header(path: Path, metadata: Mapping[str, str]) -> dict:
+def _header(path: Path, file) -> dict:
     """The checked fields of a file."""
+    metadata = file.metadata() or {}
     if HEADER not in metadata:
         raise SessionError(f"{path.name} is no session of QuantVideoGen. Choose one that Save Video Session or `qvg generate` wrote.")
-    header = parse(metadata[HEADER], "its header")
+    text = metadata[HEADER]
+    header = parse(text, "its header")
     require(isinstance(header, dict), "its header", header, "an object")
     # another release may count its checksums in another way, so its version is looked at first
-    if header.get("version") != VERSION:
-        raise SessionError(f"{path.name} has version {shown(header.get('version'))}; this release reads version {VERSION}. "
+    if header.get("version") not in (VERSION, PACKED):
+        raise SessionError(f"{path.name} has version {shown(header.get('version'))}; this release reads versions {VERSION} and {PACKED}. "
                            "Use the release that wrote it.")
-    if hashlib.sha256(metadata[HEADER].encode()).hexdigest() != metadata.get(DIGEST):
+    if header["version"] == PACKED:
+        require(HEADER in file.keys(), "its header", "missing", "a tensor")
+        written = file.get_tensor(HEADER)
+        good = written.dtype == torch.uint8 and written.ndim == 1
+        require(good, "its header", f"{written.dtype} of {written.ndim} axes", "the bytes of a text")
+        text = _bytes(written).tobytes().decode()
+        header = parse(text, "its header")
+    if _digest(text) != metadata.get(DIGEST):
         raise SessionError(f"The header of {path.name} has been changed since it was written. Use an earlier checkpoint.")
+    require(isinstance(header, dict), "its header", header, "an object")
     kind = header.get("kind")
     if not isinstance(kind, str | None) or kind not in KINDS:
         raise SessionError(f"{path.name} holds a video of another kind ({shown(kind)}). Choose one that a causal model made.")
     return KINDS[kind][0](header, "header")
 
 
-def _checked(file, name: str, dtype: str, shape: list[int], digest: str, part: Part, path: Path) -> Tensor:
-    tensor = file.get_tensor(name)
+def _unpacked(file, listed: Mapping[str, list]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `packed` joined, as windows into the file. Raises Wrong where it holds more or fewer numbers."""
+    joined, needed, places = {}, Counter(), {}
+    for name, (dtype, shape, _) in listed.items():
+        places[name] = needed[dtype]
+        needed[dtype] += math.prod(shape)
+    for dtype, count in needed.items():
+        joined[dtype] = file.get_tensor(dtype)
+        good = str(joined[dtype].dtype) == dtype and tuple(joined[dtype].shape) == (count,)
+        require(good, f"the shape of {dtype}", joined[dtype].shape, f"[{count}]")
+    return ((name, joined[dtype][places[name]:places[name] + math.prod(shape)].view(shape)) for name, (dtype, shape, _) in listed.items())
+
+
+def _checked(tensor: Tensor, name: str, dtype: str, shape: list[int], digest: str, part: Part, path: Path) -> Tensor:
+    """A copy of a tensor of a file, since what the file gives may be a window into it, and it must be free to be replaced."""
     whole = [str(tensor.dtype), list(tensor.shape)] == [dtype, shape]
-    # cloned, because what safetensors gives may be a window into the file, which must be free to be replaced
     tensor = tensor.clone() if whole else tensor
     if not whole or hashlib.sha256(_bytes(tensor)).hexdigest() != digest:
         raise SessionError(f"{name} in {path.name} is not what was written. The file is damaged; use an earlier checkpoint.")

@@ -57,7 +57,10 @@ SETTINGS = {name: PRESETS[name].both(centroids=4) for name in PRESETS} | {
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_a_resumed_run_is_the_run_that_never_stopped(network, tmp_path, name, cfg):
+def test_a_resumed_run_is_the_run_that_never_stopped(network, tmp_path, monkeypatch, name, cfg):
+    if cfg != 1:
+        # as a video of an hour is written
+        monkeypatch.setattr(storage, "MOST_HEADER_BYTES", 0)
     whole = go(sampler(network, SETTINGS[name], cfg=cfg))
     first = sampler(network, SETTINGS[name], cfg=cfg)
     made = go(first, 6)
@@ -260,6 +263,44 @@ def test_false_headers_with_right_checksums(saved, network, tmp_path, name):
     with pytest.raises(SessionError, match=words):
         storage.load(path).restore(target, "x")
     assert target.frames_done == 0 and all(cache.frames == 0 for cache in target.model.caches)
+
+
+def test_a_video_too_long_for_the_header_of_safetensors(network, tmp_path):
+    """Fields and tensors of the spans of more than an hour, which took 100 MB of header; safetensors writes no more than that."""
+    path, tensors = tmp_path / "long.safetensors", {f"extra.{number}": torch.full((3,), float(number)) for number in range(500)}
+    made = sampler(network, SETTINGS["window"])
+    go(made, 6)
+    storage.save(path, made, fingerprint="x", extra={"text": "\"," * 30_000_000}, tensors=tensors)
+    with safe_open(path, "pt") as file:
+        assert len(list(file.keys())) < 10
+    session = storage.load(path)
+    assert len(session.extra["text"]) == 60_000_000 and session.tensors["extra.7"].tolist() == [7.0] * 3
+    second = sampler(network, session.settings[0], session.run, session.shape)
+    session.restore(second, "x")
+    assert torch.equal(go(second), go(sampler(network, SETTINGS["window"]))[:, :, 6:])
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda content, metadata: content.pop(storage.HEADER), "its header is 'missing'"),
+    (lambda content, metadata: content.update({storage.HEADER: torch.zeros(3)}), "the bytes of a text"),
+    (lambda content, metadata: content.update({storage.HEADER: content[storage.HEADER][:-9].clone()}), "no JSON"),
+    (lambda content, metadata: metadata.update({storage.DIGEST: "0"}), "has been changed"),
+    (lambda content, metadata: content.pop("torch.uint8"), "lacks tensors"),
+    (lambda content, metadata: content.update({"torch.uint8": content["torch.uint8"][:-1].clone()}), "shape of torch.uint8"),
+    (lambda content, metadata: content.update({"torch.uint8": content["torch.uint8"].flip(0)}), "is not what was written"),
+    (lambda content, metadata: content.update({"torch.float32": content["torch.float32"].half()}), "shape of torch.float32"),
+])
+def test_false_packed_files(network, tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr(storage, "MOST_HEADER_BYTES", 0)
+    made, path = sampler(network, SETTINGS["window"]), tmp_path / "bad.safetensors"
+    latents = go(made, 6)
+    storage.save(path, made, fingerprint="x", latents=latents)
+    with safe_open(path, "pt") as file:
+        content, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()
+    change(content, metadata)
+    save_file(content, path, metadata)
+    with pytest.raises(SessionError, match=words):
+        storage.load(path)
 
 
 def test_a_header_nested_without_end(tmp_path):
