@@ -20,10 +20,11 @@ import gc
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
+from ..qvg.arguments import MOST_GIB, whole
+from ..qvg.arguments import number as real
 from ..qvg.budget import GIB, Geometry
 from ..qvg.models.catalogue import MODELS
 from ..qvg.models.wan import CausalWan, WanSizes, bidirectional
@@ -32,7 +33,7 @@ from ..qvg.sampler import SELF_FORCING_SIGMAS
 from ..qvg.settings import PRESETS
 from . import longcat, methods, peers
 from .kernels import Case, tokens
-from .measure import command_line, environment, progress, table, write
+from .measure import add_places, claim, command_line, environment, progress, table, write
 
 FULL = WanSizes(dim=1536, ffn_dim=8960, layers=30, text_dim=4096)
 SMALL = WanSizes(dim=256, ffn_dim=128, layers=2, text_dim=16)
@@ -225,7 +226,7 @@ def guesses(scene: Scene, limit_gib: float) -> list[tuple[str, type, int]]:
 
 
 def main(arguments: list[str]) -> None:
-    chooser = argparse.ArgumentParser(add_help=False)
+    chooser = argparse.ArgumentParser(prog="qvg bench generate", add_help=False)
     chooser.add_argument("--model", choices=("self-forcing", "longcat"), default="self-forcing")
     chosen, arguments = chooser.parse_known_args(arguments)
     if chosen.model == "longcat":
@@ -233,14 +234,16 @@ def main(arguments: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(prog="qvg bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs")
-    parser.add_argument("--contexts", type=int, nargs="+", help="latent frames behind the chunk, multiples of 3")
+    parser.add_argument("--contexts", type=whole(3, 9999), nargs="+", help="latent frames behind the chunk, multiples of 3")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="methods beside bf16")
-    parser.add_argument("--limits", type=float, nargs="*", default=[], metavar="GIB")
-    parser.add_argument("--rounds", type=int, default=3, help="chunks of each method by itself")
-    parser.add_argument("--turns", type=int, default=5, help="chunks of each method in turn with bf16")
-    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limits", type=real(above=0, most=MOST_GIB), nargs="*", default=[], metavar="GIB")
+    parser.add_argument("--rounds", type=whole(1, 10_000), default=3, help="chunks of each method by itself")
+    parser.add_argument("--turns", type=whole(1, 10_000), default=5, help="chunks of each method in turn with bf16")
+    add_places(parser)
     options = parser.parse_args(arguments)
+    if any(context % 3 for context in options.contexts or ()):
+        parser.error(f"--contexts are {', '.join(map(str, options.contexts))}, but chunks are of 3 frames; give multiples of 3")
+    claim(options, "generate")
     device = torch.device(options.device)
     scene = make(device, options.small)
     missing = peers.quant_videogen()

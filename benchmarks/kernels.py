@@ -14,7 +14,6 @@ import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -26,7 +25,7 @@ from ..qvg.models.catalogue import MODELS
 from ..qvg.rope import rotate
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
-from .measure import command_line, copy_bandwidth, environment, kernel_microseconds, microseconds, progress, table, write
+from .measure import add_places, claim, command_line, copy_bandwidth, environment, kernel_microseconds, microseconds, progress, table, write
 
 COLUMNS = ("op", "backend", "shape", "us", "MB", "% of copy", "note")
 BARE = replace(PRESETS["balanced"], name="balanced, old spans", sink_frames=0, recent_frames=0)
@@ -254,9 +253,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="qvg bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "tune"])
-    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_places(parser)
     options = parser.parse_args(arguments)
+    claim(options, "kernels")
     device = torch.device(options.device)
     bench = Bench(device, options.small)
     for number, part in enumerate(options.only, 1):

@@ -17,11 +17,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..qvg.arguments import whole
 from ..qvg.attention import CachedAttention, sdpa
 from ..qvg.budget import GIB, Geometry
 from ..qvg.cache import KVCache
@@ -29,7 +29,7 @@ from ..qvg.context import context_settings
 from ..qvg.models.longcat import LongCat, LongCatSizes
 from ..qvg.rope import Rope, rotate
 from ..qvg.settings import PRESETS, QVGSettings
-from .measure import command_line, environment, progress, table, write
+from .measure import add_places, claim, command_line, environment, progress, table, write
 
 FULL = LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096)
 SMALL = LongCatSizes(dim=64, head_dim=16, ffn_dim=64, layers=2, text_dim=16, time_dim=16, freq_dim=16)
@@ -255,13 +255,13 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="qvg bench generate --model longcat", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs")
-    parser.add_argument("--given", type=int, default=19, help="latent frames that the segment continues")
-    parser.add_argument("--new", type=int, default=5, help="latent frames that it adds")
-    parser.add_argument("--batch", type=int, default=2, help="conditions in a pass: 2 with guidance, 1 with the distillation LoRA")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--given", type=whole(1, 999), default=19, help="latent frames that the segment continues")
+    parser.add_argument("--new", type=whole(1, 999), default=5, help="latent frames that it adds")
+    parser.add_argument("--batch", type=whole(1, 64), default=2, help="conditions in a pass: 2 with guidance, 1 with the distillation LoRA")
+    parser.add_argument("--rounds", type=whole(1, 10000), default=5)
+    add_places(parser)
     options = parser.parse_args(arguments)
+    claim(options, "generate-longcat")
     scene = make(torch.device(options.device), options.small, options.given, options.new, options.batch)
     report = Report(options, scene, arguments)
 

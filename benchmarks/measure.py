@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -13,6 +14,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from ..qvg import arguments
+from ..qvg.files import PlaceError, Taken, check_place, write_atomically
 
 FLUSH_BYTES = 256 << 20
 # long enough for the host to queue what is timed, so that the device never waits for it
@@ -92,14 +96,33 @@ def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(text, row)) + " |" for row in rows])
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """--out, --overwrite and --device."""
+    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder")
+    parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def claim(options: argparse.Namespace, name: str) -> None:
+    """Raises ValueError before anything is measured where the results could not be written, or would replace others unasked."""
+    for place in (options.out / f"{name}.json", options.out / f"{name}.md"):
+        if place.exists() and not options.overwrite:
+            raise Taken(f"{place} is there already. Choose another --out, or --overwrite to replace it.")
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlaceError(f"{options.out} cannot become a folder ({error.strerror}). Choose another --out.") from None
+        check_place(place)
+
+
 def write(out: Path, name: str, result: dict, markdown: str, show: bool = True) -> None:
     """NAME.json and NAME.md under `out`. show: print the markdown, too."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(out / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     place = result["environment"]
     head = ", ".join(f"{key} {place[key]}" for key in ("device", "torch", "triton", "python", "date"))
     text = f"## qvg bench {name}\n\n{head}\n\n    {place['command']}\n\n{markdown}\n"
-    (out / f"{name}.md").write_text(text)
+    write_atomically(out / f"{name}.md", lambda part: part.write_text(text))
     if show:
         print(text, flush=True)
 

@@ -34,6 +34,10 @@ def code_of(*arguments):
         return ended.code
 
 
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def there(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -182,6 +186,21 @@ def test_other_commands_refuse(tmp_path, monkeypatch, capsys, arguments):
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("qvg") and len(said[-1]) > 20
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("arguments", [
+    *(("kernels", *rest) for rest in [("--device", "x"), ("--only", "x"), ("--out", "file"), ("--out", "taken")]),
+    *(("generate", *rest) for rest in [
+        ("--contexts", "5"), ("--contexts", "0"), ("--contexts", "x"), ("--rounds", "0"), ("--turns", "-1"), ("--limits", "nan"),
+        ("--model", "x"), ("--model", "longcat", "--given", "0"), ("--model", "longcat", "--batch", "-1"), ("--out", "file/x")])])
+def test_benchmarks_refuse(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "kernels.json").write_text("an hour's work")
+    assert code_of("bench", *arguments, "--small") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("qvg")
+    assert names(tmp_path) == ["file", "taken"] and (tmp_path / "taken" / "kernels.json").read_text() == "an hour's work"
 
 
 def test_drawn_command_lines(tmp_path, monkeypatch, capsys):
