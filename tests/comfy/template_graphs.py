@@ -161,7 +161,7 @@ def published(title: str, model: str, file: tuple[str, str, str], block: int, im
     else:
         latent = template.add("latent", "EmptyARVideoLatent", **size)
         describe += ["latent"]
-    template.heights |= {"prompt": 200, "picture": 330}
+    template.heights |= {"prompt": 200, "picture": 370}
     _sampling(template, network, prompt, latent, vae, block, f"qvg_{model.replace('-', '_')}")
     note = _memory_note(model, [file, TEXT_ENCODER, VAE])
     return _finish(template, ["load", "clip", "vae"], describe, ("Files and memory", note))
@@ -228,7 +228,7 @@ def longcat(use: str, *, image: bool = False, segments: int = 1, given_frames: i
     video = template.add("video", "CreateVideo", images=["continue", 0], fps=15.0)
     template.add("save", "SaveVideo", video=video, filename_prefix="video/qvg_longcat", format="auto", codec="auto")
     template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=["continue", 1])
-    template.heights |= {"positive": 200, "negative": 160, "picture": 330, "quantize": 150, "save": 430, "monitor": 560}
+    template.heights |= {"positive": 200, "negative": 160, "picture": 370, "quantize": 150, "save": 430, "monitor": 560}
     note = _longcat_note(lora, list(template.files.values()))
     if segments == 1 and not image:
         note += "\n\nA single segment from text continues nothing and needs no cache. Raise **segments** to go on."

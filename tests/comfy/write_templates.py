@@ -35,7 +35,7 @@ SIZE = (480, 480)
 PACK_ID = "quantvideogen"
 
 BUILD = """
-async ({graph, columns, files, heights, core, pack}) => {
+async ({graph, columns, files, heights, modern, core, pack}) => {
   const GAP = 30, TITLE = 30, HEAD = 60, MARGIN = 20
   await app.loadGraphData({nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4}, true, false)
   const nodes = {}
@@ -80,11 +80,10 @@ async ({graph, columns, files, heights, core, pack}) => {
         const height = isNote ? item[2] : heights[item] ?? 0
         node.pos = [x + MARGIN, y + TITLE]
         node.setSize([width, Math.max(height, height ? 0 : node.computeSize()[1])])
-        y += TITLE + node.size[1] + GAP
+        y += 10 * Math.ceil(Math.max(TITLE + node.size[1], modern[item] ?? 0) / 10) + GAP
       }
       const box = new LiteGraph.LGraphGroup(group.title)
       box.pos = [x, top]
-      // Nodes 2.0 draws nodes somewhat higher
       box.size = [width + 2 * MARGIN, y - top + 24]
       box.color = '#3f789e'
       app.graph.add(box)
@@ -96,15 +95,34 @@ async ({graph, columns, files, heights, core, pack}) => {
   return JSON.stringify(app.graph.serialize())
 }
 """
+# heights on the screen, titles included, in the graph's units, by id
+MODERN = """
+() => Object.fromEntries([...document.querySelectorAll('[data-node-id]')].map(
+  element => [element.dataset.nodeId, element.getBoundingClientRect().height / app.canvas.ds.scale]))
+"""
 
 
 def build(page, template: Template, core_version: str) -> dict:
-    """The template as a workflow file's content."""
+    """The template as a workflow file's content, with room for what Nodes 2.0 draws higher than the classic canvas."""
+    setting = "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+    first = _arrange(page, template, core_version, {})
+    page.evaluate(setting, True)
+    open_template(page, first)
+    # the frontend numbers nodes as they are made, in the graph's order
+    heights = page.evaluate(MODERN)
+    modern = {name: heights[str(number)] for number, name in enumerate(template.graph, 1)}
+    page.evaluate(setting, False)
+    page.wait_for_timeout(500)
+    return _arrange(page, template, core_version, modern)
+
+
+def _arrange(page, template: Template, core_version: str, modern: dict[str, float]) -> dict:
+    """modern: heights of nodes in Nodes 2.0."""
     columns = [[{"title": group.title, "width": group.width, "nodes": [_note(item) for item in group.nodes]} for group in column]
                for column in template.columns]
     workflow = json.loads(page.evaluate(BUILD, {
-        "graph": template.graph, "columns": columns, "files": template.files, "heights": template.heights, "core": core_version,
-        "pack": {"id": PACK_ID, "version": _version()}}))
+        "graph": template.graph, "columns": columns, "files": template.files, "heights": template.heights, "modern": modern,
+        "core": core_version, "pack": {"id": PACK_ID, "version": _version()}}))
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_ID}/{template.name}"))
     workflow["extra"] = {"ds": {"scale": 0.6, "offset": [60, 120]}}
     return workflow
@@ -193,10 +211,11 @@ def draw_memory(template: Template) -> Image.Image:
             ("Balanced", presets["balanced"]["peak_bytes"], "#4c8dff"), ("Smallest", presets["smallest"]["peak_bytes"], "#37b6a5")]
     picture = Image.new("RGB", (2 * SIZE[0], 2 * SIZE[1]), "#17181c")
     draw = ImageDraw.Draw(picture)
-    draw.text((48, 70), title, font=ImageFont.load_default(76), fill="#e8e8ea")
-    draw.text((48, 175), f"{use}\n{caption}", font=ImageFont.load_default(40), fill="#9a9ca6")
+    # the template browser lays a badge over the upper left corner
+    draw.text((48, 130), title, font=ImageFont.load_default(76), fill="#e8e8ea")
+    draw.text((48, 232), f"{use}\n{caption}", font=ImageFont.load_default(40), fill="#9a9ca6")
     for number, (name, count, colour) in enumerate(rows):
-        y = 350 + 140 * number
+        y = 392 + 136 * number
         draw.text((48, y + 32), name, font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
         length = 480 * count / rows[0][1]
         draw.rounded_rectangle((230, y, 230 + length, y + 64), 8, fill=colour)
