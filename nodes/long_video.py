@@ -21,9 +21,10 @@ import torch
 from comfy_api.latest import io
 
 from ..qvg import dispatch
-from ..qvg.budget import GIB, Geometry, buffers_on, forecast
+from ..qvg.budget import GIB, Geometry, buffers_on
 from ..qvg.cache import KVCache
 from ..qvg.chart import format_bytes
+from ..qvg.forecast import forecast
 from ..qvg.generate import MARGIN, Meter
 from ..qvg.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
 from ..qvg.schedule import Schedule, first_frame, latent_frames

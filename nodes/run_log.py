@@ -18,9 +18,10 @@ from dataclasses import asdict
 import comfy.model_management
 import torch
 
-from ..qvg.budget import GIB, Forecast
+from ..qvg.budget import GIB
 from ..qvg.cache import KINDS, CacheStats
 from ..qvg.chart import format_bytes
+from ..qvg.forecast import Forecast
 from ..qvg.settings import QVGSettings
 from . import live, where
 

@@ -1,21 +1,21 @@
-"""What a video will need before its first step, in whole bytes.
+"""What a cache takes in whole bytes, and what goes first where that is too much.
 
-The formulas mirror the tensors of `codec` one by one, and `forecast` walks through a run chunk by chunk with the same rules as
-`cache`, so that prediction and count agree. Nothing here touches torch.
+The formulas mirror the tensors of `codec` one by one, so that prediction (`forecast`) and count agree. Nothing here touches torch.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from .settings import PLAIN_BITS, QVGSettings, TensorSettings
 
 GIB = 1 << 30
 # offloaded tensors begin at multiples of this, which kernels ask of what they read
 ALIGN = 128
+# in which spans wait for the first codebook; see `lifetime`
+WAITING_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -100,37 +100,13 @@ def entry_bytes(geometry: Geometry, settings: QVGSettings, frames: int, bits: tu
     return sum(map(aligned, parts)) if settings.offload else sum(parts)
 
 
-def codebook_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, frames: int) -> int:
-    """A codebook of K or of V that is trained on a span of `frames` frames."""
+def codebook_bytes(geometry: Geometry, kind: str, tensor: TensorSettings, tokens: int) -> int:
+    """A codebook of K or of V that is trained on `tokens` tokens of a head."""
     rows, dim = geometry.rows, geometry.head_dim
-    centroids = tensor.stages * rows * tensor.codebook_size(frames * geometry.frame_tokens) * dim
+    centroids = tensor.stages * rows * tensor.codebook_size(tokens, kind) * dim
     if kind == "paper":
         return 2 * centroids
     return centroids + 2 * tensor.stages * rows * dim + 2 * rows * dim
-
-
-@dataclass
-class PlannedSpan:
-    """A span of one layer as integers; `cache.Entry` is the same thing with tensors. epoch counts codebooks from 0; None has none."""
-
-    first: int
-    frames: int
-    sink: bool
-    key_bits: int
-    value_bits: int
-    epoch: int | None = None
-    layer: PlannedLayer | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def last(self) -> int:
-        return self.first + self.frames - 1
-
-    def set_bits(self, key_bits: int, value_bits: int) -> None:
-        if self.layer is not None:
-            self.layer.count(self, -1)
-        self.key_bits, self.value_bits = key_bits, value_bits
-        if self.layer is not None:
-            self.layer.count(self, 1)
 
 
 def split(first: int, frames: int, sink_frames: int, newest: int = 0) -> list[tuple[int, int]]:
@@ -146,9 +122,18 @@ def first_bits(settings: QVGSettings, sink: bool) -> tuple[int, int]:
     return max(least, settings.key.bits), max(least, settings.value.bits)
 
 
-def needs_codebook(settings: QVGSettings, tensor: TensorSettings, sink: bool) -> bool:
-    """Whether a new span's K or V is or will be held in planes (or paper codes)."""
-    return tensor.bits not in PLAIN_BITS and not (sink and settings.sink_bits in PLAIN_BITS)
+def needs_codebooks(settings: QVGSettings, sink: bool) -> tuple[bool, bool]:
+    """Whether a new span's K and V are or will be held in planes (or paper codes)."""
+    plain = sink and settings.sink_bits in PLAIN_BITS
+    return settings.key.bits not in PLAIN_BITS and not plain, settings.value.bits not in PLAIN_BITS and not plain
+
+
+def shortest_life(settings: QVGSettings, chunk_frames: int) -> int:
+    """Fewest latent frames between two codebooks of a layer, however poorly they fit; see `lifetime`."""
+    if settings.codec != "qvg":
+        return settings.epoch_frames
+    keeps = settings.recent_frames and max(settings.key.bits, settings.value.bits) < settings.recent_bits
+    return min(settings.epoch_frames, chunk_frames + settings.recent_frames if keeps else chunk_frames)
 
 
 def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int],
@@ -158,25 +143,24 @@ def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: i
     Spans that lie behind the window (or behind what a budget can hold at all) leave; spans that are no longer recent fall to their
     settled bits; then, while what is `held()` and the new bytes exceed the layer's share, the widest old span loses a plane (the
     oldest of equals), then recent ones do, and at last the oldest leaves. Sinks stay as they are. `leave(start, stop)` deletes those
-    places of the list. Works on `PlannedSpan` and `cache.Entry` alike.
+    places of the list. Works on `forecast.PlannedSpan` and `cache.Entry` alike.
 
     A long video has thousands of spans, so they are searched and not walked: sinks come first, and no later span holds fewer bits than
     an earlier one, because all begin alike and each step above takes from the oldest first.
     """
     begin = bisect_left(spans, True, key=lambda span: not span.sink)
-    window = min((frames for frames in (settings.window_frames, share.cap_frames) if frames), default=None)
-    if window is not None:
-        leave(begin, _end_of(spans, newest - window, begin))
-    old = _end_of(spans, newest - settings.recent_frames, begin)
+    if (window := window_of(settings, share)) is not None:
+        leave(begin, end_of(spans, newest - window, begin))
+    old = end_of(spans, newest - settings.recent_frames, begin)
     start = old
-    while start > begin and _settled(spans[start - 1], settings) is not None:
+    while start > begin and settled(spans[start - 1], settings) is not None:
         start -= 1
     for span in spans[start:old]:
-        span.set_bits(*_settled(span, settings))
+        span.set_bits(*settled(span, settings))
     while share.layer_bytes is not None and held() + new > share.layer_bytes:
         if begin == len(spans):
             return
-        for stop in (_end_of(spans, newest - settings.recent_frames, begin), len(spans)):
+        for stop in (end_of(spans, newest - settings.recent_frames, begin), len(spans)):
             most = _planes(spans[stop - 1], settings) if stop > begin else 1
             if most > 1:
                 _narrow(spans[bisect_left(spans, most, begin, stop, key=lambda span: _planes(span, settings))], settings)
@@ -185,12 +169,17 @@ def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: i
             leave(begin, begin + 1)
 
 
-def _end_of(spans: list, frame: int, begin: int) -> int:
+def window_of(settings: QVGSettings, share: Limits) -> int | None:
+    """Latent frames that are kept besides the sink; None where all are."""
+    return min((frames for frames in (settings.window_frames, share.cap_frames) if frames), default=None)
+
+
+def end_of(spans: list, frame: int, begin: int) -> int:
     """The place behind the spans that end at `frame` or before."""
     return bisect_right(spans, frame, begin, key=lambda span: span.last)
 
 
-def _settled(span, settings: QVGSettings) -> tuple[int, int] | None:
+def settled(span, settings: QVGSettings) -> tuple[int, int] | None:
     """The bits that a span is to fall to with age; None where it holds no more than those."""
     bits = min(span.key_bits, settings.key.bits), min(span.value_bits, settings.value.bits)
     return None if bits == (span.key_bits, span.value_bits) else bits
@@ -265,11 +254,16 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
         at_sink_bits = (settings.sink_bits, settings.sink_bits)
         return bool(sink) * entry(sink, at_sink_bits) + (-(-frames // chunk_frames) - 1) * entry(chunk_frames, least) + newest
 
+    # the largest that a codebook can be: trained on a chunk and all that is recent
+    book = sum(codebook_bytes(geometry, settings.codec, tensor, pool_frames(settings, chunk_frames) * geometry.frame_tokens)
+               for tensor in tensors)
+
     def books(frames: int) -> int:
-        # offloaded spans are limited by themselves, so that all that their codebooks can come to is set apart: with the sink's epoch and
-        # one that is only begun
-        epochs = 2 + -(-(frames + chunk_frames) // settings.epoch_frames) if settings.offload else 1 + -(-frames // settings.epoch_frames)
-        return epochs * sum(codebook_bytes(geometry, settings.codec, tensor, chunk_frames) for tensor in tensors)
+        # Codebooks that stay are limited together with the spans, which give way. Offloaded spans are limited by themselves, so that all
+        # that their codebooks can come to is set apart: with the sink's and one that is only begun
+        if settings.offload:
+            return book * (2 + -(-(frames + chunk_frames) // shortest_life(settings, chunk_frames)))
+        return book * (1 + -(-frames // settings.epoch_frames))
 
     def apart(frames: int) -> int:
         """Bytes on the device that are not the spans'."""
@@ -321,6 +315,13 @@ def history_frames(settings: QVGSettings, chunk_frames: int, total_frames: int |
     return capacity - chunk_frames
 
 
+def pool_frames(settings: QVGSettings, chunk_frames: int) -> int:
+    """Most latent frames that a codebook is trained on."""
+    if settings.codec != "qvg":
+        return chunk_frames
+    return chunk_frames + max(settings.sink_frames, settings.recent_frames + chunk_frames - 1)
+
+
 def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, history: int | None, share: Limits,
                   itemsize: int = 2) -> int | None:
     """The most that the spans of a layer take while `history` frames of it are stored: what visits the device at once."""
@@ -332,140 +333,8 @@ def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, 
     most = sum(frames * entry_bytes(geometry, settings, 1, bits, itemsize) for frames, bits in (
         (sink, first_bits(settings, sink=True)), (recent, first_bits(settings, sink=False)),
         (history - sink - recent, (settings.key.bits, settings.value.bits))))
+    if settings.codec == "qvg":
+        # those that wait for the first codebook
+        waiting = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(sink)))
+        most = max(most, min(history, max(sink, recent)) * entry_bytes(geometry, settings, 1, waiting, itemsize))
     return most if share.layer_bytes is None else min(most, share.layer_bytes)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """A run in bytes. stored_bytes is what is held when the last chunk has been stored, wherever it lies; peak_bytes, on the device, counts
-    the workspace; host_bytes is the most that offloaded spans take."""
-
-    frames: int
-    held_frames: int
-    bf16_bytes: int
-    stored_bytes: int
-    peak_bytes: int
-    workspace_bytes: int
-    numbers: int
-    host_bytes: int = 0
-
-    @property
-    def stored_ratio(self) -> float:
-        return self.bf16_bytes / max(1, self.stored_bytes)
-
-    @property
-    def peak_ratio(self) -> float:
-        return self.bf16_bytes / max(1, self.peak_bytes)
-
-    @property
-    def bits_per_number(self) -> float:
-        return 8 * self.stored_bytes / max(1, self.numbers)
-
-
-class PlannedLayer:
-    """One layer of a run in integers: the rules of `cache.LayerCache` without the tensors."""
-
-    def __init__(self, settings: QVGSettings, geometry: Geometry, share: Limits, itemsize: int = 2):
-        self.settings, self.geometry, self.share, self.itemsize = settings, geometry, share, itemsize
-        self.spans: list[PlannedSpan] = []
-        self.books: list[int] = []
-        self.epoch_frames = 0
-        self.largest = 0  # of the blocks that went to the host
-        self._sizes: dict[tuple, int] = {}
-        # kept up to date, because a sum over all spans after every chunk takes time with the square of a video's length
-        self._spans_bytes = self._books_bytes = 0
-        self._users: Counter[int] = Counter()
-
-    def count(self, span: PlannedSpan, times: int) -> None:
-        """Add a span to what is held (times 1), or take it from there (-1)."""
-        self._spans_bytes += times * self._span_bytes(span)
-        if span.epoch is not None:
-            before = self._users[span.epoch]
-            self._users[span.epoch] += times
-            if not before or not self._users[span.epoch]:
-                self._books_bytes += times * self.books[span.epoch]
-
-    def leave(self, start: int, stop: int) -> None:
-        """Delete the spans at those places."""
-        for span in self.spans[start:stop]:
-            self.count(span, -1)
-        del self.spans[start:stop]
-
-    def book_bytes(self) -> int:
-        return self._books_bytes
-
-    def nbytes(self) -> int:
-        return sum(self._span_bytes(span, resident=True) for span in self.spans) + self.book_bytes()
-
-    def host_bytes(self) -> int:
-        return self.limited_bytes() if self.settings.offload else 0
-
-    def device_bytes(self) -> int:
-        return self.book_bytes() if self.settings.offload else self.limited_bytes()
-
-    def limited_bytes(self) -> int:
-        """What `Limits.layer_bytes` is of."""
-        return self._spans_bytes + (0 if self.settings.offload else self._books_bytes)
-
-    def append(self, first: int, frames: int, newest: int = 0) -> None:
-        """See `cache.LayerCache.append`."""
-        for start, count in split(first, frames, self.settings.sink_frames, newest):
-            sink = start < self.settings.sink_frames
-            span = PlannedSpan(start, count, sink, *first_bits(self.settings, sink), layer=self)
-            new, books = self._span_bytes(span), self._place_in_epoch(span, frames if newest else count)
-            relax(self.spans, span.last, self.settings, self.share, new + (0 if self.settings.offload else books), self.limited_bytes,
-                  self.leave)
-            self.spans.append(span)
-            self.count(span, 1)
-            if self.settings.offload:
-                self.largest = max(self.largest, new)
-
-    def _place_in_epoch(self, span: PlannedSpan, trained_on: int) -> int:
-        """Give the span its codebooks; returns the bytes of those that have to be trained for it, on so many frames."""
-        tensors = [tensor for tensor in (self.settings.key, self.settings.value)
-                   if needs_codebook(self.settings, tensor, span.sink)]
-        if not tensors:
-            return 0
-        new = 0
-        if not self.books or self.epoch_frames >= self.settings.epoch_frames:
-            new = sum(codebook_bytes(self.geometry, self.settings.codec, tensor, trained_on) for tensor in tensors)
-            self.books.append(new)
-            self.epoch_frames = 0
-        span.epoch = len(self.books) - 1
-        self.epoch_frames += span.frames
-        return new
-
-    def _span_bytes(self, span: PlannedSpan, resident: bool = False) -> int:
-        key = span.frames, span.key_bits, span.value_bits, resident
-        if key not in self._sizes:
-            settings = replace(self.settings, offload=False, host_gib=0.0) if resident else self.settings
-            self._sizes[key] = entry_bytes(self.geometry, settings, span.frames, key[1:3], self.itemsize)
-        return self._sizes[key]
-
-
-def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frames: int = 3, first_frames: int = 0,
-             itemsize: int = 2) -> Forecast:
-    """The bytes of a run of `frames` latent frames in chunks of `chunk_frames`.
-
-    first_frames: latent frames of a start image or video that are stored in one pass before the chunks.
-    itemsize: bytes of the model's own number type, in which the workspace and 16-bit spans are held.
-    Raises ValueError where the budget is too small, or the settings do not fit the heads.
-    """
-    share = limits(settings, geometry, chunk_frames, frames, itemsize)
-    layer = PlannedLayer(settings, geometry, share, itemsize)
-    capacity = capacity_frames(settings, max(chunk_frames, first_frames), frames, share.cap_frames)
-    starts = ([0] if first_frames else []) + list(range(first_frames, frames, chunk_frames))
-    history = history_frames(settings, chunk_frames, frames, share.cap_frames)
-    staging = staging_bytes(settings, geometry, chunk_frames, history, share, itemsize) or 0
-    workspace = visiting = peak = host = 0
-    for start, end in zip(starts, [*starts[1:], frames]):
-        if layer.spans:
-            workspace, visiting = workspace_bytes(geometry, capacity, itemsize), geometry.staged_layers * staging
-        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting)
-        layer.append(start, end - start)
-        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting + layer.largest)
-        host = max(host, geometry.layers * layer.host_bytes())
-    held = sum(span.frames for span in layer.spans)
-    return Forecast(
-        frames=frames, held_frames=held, bf16_bytes=geometry.bf16_bytes(frames), stored_bytes=geometry.layers * layer.nbytes(),
-        peak_bytes=peak, workspace_bytes=workspace, numbers=geometry.bf16_bytes(held) // 2, host_bytes=host)

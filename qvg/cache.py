@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import budget, codec, dispatch
+from . import budget, codec, dispatch, lifetime
 from .budget import Geometry, Limits
 from .codec import LevelTables, Span, TensorCodec
 from .finite import saturated
+from .lifetime import Lifetime
 from .offload import HostStore
 from .rope import Rope
 from .settings import PLAIN_BITS, QVGSettings
@@ -92,19 +94,31 @@ class Side:
 
 
 class Entry:
-    """One span of K and of V with its place in time; the tensors behind a `budget.PlannedSpan`.
+    """One span of K and of V with its place in time; the tensors behind a `forecast.PlannedSpan`.
 
-    books are the codebooks that the entry will need even where its present bits do not, so that a recent span held plainly can be encoded
-    when it settles. block: where the spans lie in host memory, of a cache that offloads them; their tensors then are on the host.
+    books are the codebooks of its planes. block: where the spans lie in host memory, of a cache that offloads them; their tensors then are
+    on the host.
     """
 
     def __init__(self, first: int, frames: int, sink: bool, sides: tuple[Side, Side], spans: list[Span], owner: KVCache):
         self.first, self.frames, self.sink = first, frames, sink
-        self.books = tuple(side.book for side in sides)
-        self._codecs = tuple(side.codec for side in sides)
-        self._tables, self._host = owner.tables, owner.host
+        self._sides, self._owner, self._host = sides, owner, owner.host
+        self._take(spans)
+
+    def _take(self, spans: list[Span]) -> None:
+        self._misfit = codec.Misfit(spans)
+        self.books = tuple(span.codebook for span in spans)
         self.spans, self.block = (spans, None) if self._host is None else self._host.take_in(spans)
         self._counts: tuple[tuple[int, ...], tuple[int, int]] | None = None
+
+    @property
+    def misfit(self) -> bool:
+        """Whether its codebooks fit it poorly; of a span that is held plainly nobody knows. See `lifetime`."""
+        return any(span.bits in PLAIN_BITS for span in self.spans) or self._misfit.value > lifetime.LARGEST_MISFIT
+
+    def present(self) -> list[Span]:
+        """The spans with their tensors on the device."""
+        return self.spans if self.block is None else self._host.bring(self.block, self.spans)
 
     @property
     def counts(self) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -128,19 +142,19 @@ class Entry:
     def value_bits(self) -> int:
         return self.spans[1].bits
 
-    def set_bits(self, key_bits: int, value_bits: int) -> None:
-        spans = self.spans if self.block is None else self._host.bring(self.block, self.spans)
+    def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
+        """Hold fewer bits from now on. What is held plainly, or all with `refit`, is encoded with the layer's present codebooks."""
+        spans = list(self.present())
         for number, bits in enumerate((key_bits, value_bits)):
-            span = spans[number]
+            span, side = spans[number], self._sides[number]
             if bits == span.bits:
                 continue
-            self._counts = None
-            if span.bits in PLAIN_BITS:
-                spans[number] = self._codecs[number].encode(span.decode(slice(None), self._tables), bits, self.books[number])
+            if span.bits in PLAIN_BITS or (refit and span.codebook is not side.book):
+                tokens = codec.tokens_of([span], self._owner.tables, self._owner.workspace.dtype)[0]
+                spans[number] = side.codec.encode(tokens, bits, side.book)
             else:
                 span.drop(bits)
-        if self.block is not None:
-            self.spans, self.block = self._host.take_in(spans)
+        self._take(spans)
 
 
 class LayerCache:
@@ -149,16 +163,21 @@ class LayerCache:
     def __init__(self, owner: KVCache, number: int):
         settings = owner.settings
         self.owner, self.number = owner, number
-        self.entries: list[Entry] = []
+        self.settings, self.geometry, self.share, self.itemsize = settings, owner.geometry, owner.limits, owner.itemsize
+        self.spans: list[Entry] = []
         self.reader = None  # what the kernel that decodes keeps between reads
         self.sides = tuple(
             Side(TensorCodec(settings.codec, tensor, owner.geometry.head_dim, settings.iterations))
             for tensor in (settings.key, settings.value))
         # a stream of random numbers a layer: the order in which layers append does not matter
         self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        self.epoch_frames = 0
-        self.trained = False
+        self.life = Lifetime()
         self.next_frame = 0
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Oldest first."""
+        return self.spans
 
     @property
     def held_frames(self) -> int:
@@ -181,67 +200,48 @@ class LayerCache:
                 raise ValueError(f"The {name} of {frames} frames has shape {tuple(x.shape)}; this cache was made for {expected}.")
         dtype = self.owner.workspace.dtype
         pair = [saturated(x, dtype).to(dtype).transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
-        start = 0
+        start, whole = 0, (self.next_frame, frames)
         for first, count in budget.split(self.next_frame, frames, settings.sink_frames, newest):
             stop = start + count * geometry.frame_tokens
-            self._append_span([x[start:stop] for x in pair], first, count, *((pair, frames) if newest else ()))
+            sink, part = first < settings.sink_frames, [x[start:stop] for x in pair]
+            bits = lifetime.arrive(self, first, count, whole, partial(self._train, pair, sink), waiting=not newest)
+            spans = codec.encode([side.codec for side in self.sides], part, bits, [side.book for side in self.sides])
+            self.spans.append(Entry(first, count, sink, self.sides, spans, self.owner))
             start = stop
         self.next_frame += frames
         self.owner._note_peak(self)
 
-    def _append_span(self, pair: list[Tensor], first: int, frames: int, whole: list[Tensor] | None = None, whole_frames: int = 0) -> None:
-        """whole: what a codebook is trained on, where that is more than the span."""
-        settings, owner = self.owner.settings, self.owner
-        sink = first < settings.sink_frames
-        bits = budget.first_bits(settings, sink)
-        new = budget.entry_bytes(owner.geometry, settings, frames, bits, owner.itemsize)
-        opens_epoch = self._opens_epoch(sink)
-        if opens_epoch and not settings.offload:
-            new += sum(budget.codebook_bytes(owner.geometry, settings.codec, tensor, whole_frames or frames)
-                       for tensor in (settings.key, settings.value) if budget.needs_codebook(settings, tensor, sink))
-        budget.relax(self.entries, first + frames - 1, settings, owner.limits, new, lambda: self.limited_bytes, self.leave)
-        sides = self.sides
-        needs = [budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)]
-        if opens_epoch:
-            books = codec.train([side.codec for side in sides], whole or pair, needs, self.generator, [side.book for side in sides])
-            for side, book in zip(sides, books):
-                side.book = book
-            self.trained, self.epoch_frames = True, 0
-        if any(needs):
-            self.epoch_frames += frames
-        spans = codec.encode([side.codec for side in sides], pair, bits, [side.book for side in sides])
-        entry = Entry(first, frames, sink, sides, spans, owner)
-        if not any(needs):
-            entry.books = (None, None)
-        self.entries.append(entry)
+    def _train(self, pair: list[Tensor], sink: bool, helpers: list[Entry], tokens: int) -> None:
+        """New codebooks of the helpers' tokens and the chunk's, K and V [T, R, D]."""
+        known = [codec.tokens_of(entry.present(), self.owner.tables, pair[0].dtype) for entry in helpers]
+        whole = [torch.cat([*(both[number] for both in known), x]) if known else x for number, x in enumerate(pair)]
+        needs = budget.needs_codebooks(self.settings, sink)
+        books = codec.train([side.codec for side in self.sides], whole, needs, self.generator, [side.book for side in self.sides])
+        for side, book in zip(self.sides, books):
+            side.book = book
 
     def leave(self, start: int, stop: int) -> None:
         """Delete the entries at those places."""
-        del self.entries[start:stop]
-
-    def _opens_epoch(self, sink: bool) -> bool:
-        settings = self.owner.settings
-        if not any(budget.needs_codebook(settings, tensor, sink) for tensor in (settings.key, settings.value)):
-            return False
-        return not self.trained or self.epoch_frames >= settings.epoch_frames
+        del self.spans[start:stop]
 
     def rewind(self, first: int) -> None:
         """Forget what was stored from latent frame `first` on."""
         kept = [entry for entry in self.entries if entry.last < first]
         books = [side.book for side in self.sides]
-        gone = sum(entry.frames for entry in self.entries[len(kept):] if entry.books != (None, None))
-        self.entries, self.next_frame = kept, min(first, self.next_frame)
-        self.epoch_frames = max(0, self.epoch_frames - gone)
-        # a codebook that nothing uses is trained again, since its bytes are counted with the span that opens an epoch
-        self.trained = self.trained and any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None)
+        gone = sum(entry.frames for entry in self.entries[len(kept):] if any(budget.needs_codebooks(self.settings, entry.sink)))
+        self.spans, self.next_frame = kept, min(first, self.next_frame)
+        life = self.life
+        life.frames, life.until = max(0, life.frames - gone), min(life.until, first)
+        # a codebook that nothing uses is trained again, since its bytes are counted with the span that it is trained for
+        life.trained &= any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None)
 
     def narrow(self) -> bool:
         """Take a plane from every span that holds the most of them; False where none has one to lose."""
-        return budget.narrow_widest(self.entries, self.owner.settings)
+        return budget.narrow_widest(self.spans, self.settings)
 
     def forget_before(self, frame: int) -> None:
         """Let the spans before a latent frame leave, sinks excepted."""
-        self.entries = [entry for entry in self.entries if entry.sink or entry.first >= frame]
+        self.spans = [entry for entry in self.spans if entry.sink or entry.first >= frame]
 
     def present(self) -> list:
         """The entries with their tensors on the device, where offloaded ones stay until the layer after the next is read."""
@@ -292,7 +292,8 @@ class LayerCache:
         return sum(sum(entry.counts[1]) for entry in self.entries) + self._codebook_bytes()
 
     def _codebook_bytes(self) -> int:
-        books = {id(book): book for entry in self.entries for book in entry.books if book is not None}
+        held = [side.book for side in self.sides] + [book for entry in self.spans for book in entry.books]
+        books = {id(book): book for book in held if book is not None}
         return sum(book.nbytes for book in books.values())
 
     @property
@@ -304,8 +305,7 @@ class LayerCache:
         """Without what visits."""
         return self.nbytes if self.owner.host is None else self._codebook_bytes()
 
-    @property
-    def limited_bytes(self) -> int:
+    def held(self) -> int:
         """What `budget.Limits.layer_bytes` is of."""
         return self.nbytes if self.owner.host is None else self.host_bytes
 

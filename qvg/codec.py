@@ -182,6 +182,35 @@ class PaperCodebook:
 Span = PlaneSpan | PlainSpan | PaperSpan
 
 
+class Misfit:
+    """What the codebooks of a span of K and of V leave of it, in units of what they left of the tokens they were trained on.
+
+    value: mean square of the token scales, the larger of both; 1 of spans without planes. On a GPU it is on its way to the host until
+    it is asked for.
+    """
+
+    def __init__(self, spans: list[Span]):
+        found = [_mean_square(span) for span in spans if isinstance(span, PlaneSpan)]
+        self._value, self._event = torch.stack(found).amax() if found else None, None
+        if found and self._value.device.type == "cuda":
+            host = torch.empty((), pin_memory=True)
+            host.copy_(self._value, non_blocking=True)
+            self._value, self._event = host, torch.cuda.current_stream(self._value.device).record_event()
+
+    @property
+    def value(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return 1.0 if self._value is None else float(self._value)
+
+
+def _mean_square(span: PlaneSpan) -> Tensor:
+    """Of a span's scales, float32 []."""
+    part = span.by_row
+    return (e4m3.decode(part.scales) * part.factor).square().mean()
+
+
 def like(a: Span, b: Span) -> bool:
     """Whether `decode` can take two spans of one tensor in one go."""
     if type(a) is not type(b) or a.codebook is not b.codebook:
@@ -260,7 +289,7 @@ class TensorCodec:
 
     def train(self, x: Tensor, generator: torch.Generator, previous=None) -> Codebook | PaperCodebook:
         """A codebook of x [T, R, D]. `previous`, the epoch before, is where k-means starts."""
-        count = self.settings.codebook_size(x.shape[0])
+        count = self.settings.codebook_size(x.shape[0], self.kind)
         if self.kind == "paper":
             return _train_paper(x.bfloat16(), self.settings.stages, count, self.iterations, generator)
         return smoothing.train([x], self.settings.stages, count, self.iterations, generator, [previous])[0]
@@ -278,6 +307,15 @@ class TensorCodec:
                                  symmetric=self.settings.symmetric)
             return PaperSpan(codes, ids, codebook, bits)
         return dispatch.run("encode", _encode_alike, bits, self.groups, [self.settings.gain], [codebook], x)[0]
+
+
+def tokens_of(spans: list[Span], tables: LevelTables, dtype: torch.dtype) -> list[Tensor]:
+    """The tokens of every row of spans, keys before RoPE: [T, R, D] of each in the dtype of the model."""
+    return dispatch.run("recover", _tokens_of, spans, tables, torch.empty(0, dtype=dtype, device=tables.device))
+
+
+def _tokens_of(spans: list[Span], tables: LevelTables, like: Tensor) -> list[Tensor]:
+    return [span.decode(slice(None), tables).to(like.dtype) for span in spans]
 
 
 def train(codecs: list[TensorCodec], pair: list[Tensor], needs: list[bool], generator: torch.Generator, previous: list) -> list:

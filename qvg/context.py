@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .budget import GIB, Forecast, Geometry, Limits, PlannedLayer, staging_bytes, workspace_bytes
+from .budget import GIB, Geometry, Limits, staging_bytes, workspace_bytes
+from .forecast import Forecast, PlannedLayer
 from .settings import PLANE_BITS, QVGSettings
 
 # what a codec can fall back to under a memory budget, widest first

@@ -35,6 +35,7 @@ OPS = {
     "encode": "tokens to bit planes",
     "rotate": "RoPE on tokens",
     "turn": "RoPE on a chunk's own queries and keys, and its tokens into the workspace",
+    "recover": "spans to tokens, keys before RoPE",
     "decode": "spans to keys and values, with RoPE",
 }
 

@@ -6,8 +6,9 @@ import json
 import math
 from dataclasses import replace
 
-from .budget import GIB, Forecast, Geometry, forecast
+from .budget import GIB, Geometry
 from .context import context_settings, forecast_context
+from .forecast import Forecast, forecast
 from .models.catalogue import MODELS, ModelShape
 from .models.weights import weight_type
 from .settings import PRESETS, QVGSettings

@@ -63,10 +63,11 @@ RUN = record(
     first_alone=flag, context_noise=real(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES))
 GEOMETRY = record(
     layers=whole(1, 256), heads=whole(1, 1024), head_dim=whole(8, 1024), grid=row(SIZE, SIZE), batch=whole(1, 1024))
-# entries: first latent frame, frames, bits of K and V, numbers of their codebooks
+# entries: first latent frame, frames, bits of K and V, numbers of their codebooks. Older sessions lack trained_on: the latent frames that
+# the present codebooks were trained on, the first and the one behind the last
 LAYER = record(
-    entries=each(row(FRAMES, whole(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=row(BOOK, BOOK), next_frame=FRAMES, epoch_frames=FRAMES,
-    trained=flag)
+    {"trained_on": [0, 0]}, entries=each(row(FRAMES, whole(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=row(BOOK, BOOK), next_frame=FRAMES, epoch_frames=FRAMES,
+    trained=flag, trained_on=row(FRAMES, FRAMES))
 CAUSAL = record(
     version=whole(1, 2), fingerprint=NAME, run=RUN, shape=row(SIZE, SIZE, SIZE, SIZE), settings=each(settings, 1, 64),
     geometry=each(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)), layers=each(each(LAYER, 1, 256), 1, 64), peaks=each(BYTES, 1, 64),
@@ -167,6 +168,8 @@ def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geome
             parts |= _book_parts(f"{name}.book{book}", chosen.codec, tensor, geometry, parts)
     for field, value, right in (("the last frame of its spans", end, frames), ("next_frame", layer["next_frame"], frames)):
         require(value == right, f"{field} in {name}", value, f"{right}, as header.frames_done")
+    require(layer["trained_on"][0] <= layer["trained_on"][1] <= frames, f"trained_on in {name}", layer["trained_on"],
+            f"a rising pair of at most header.frames_done, {frames}")
     require(layer["epoch_frames"] <= frames, f"epoch_frames in {name}", layer["epoch_frames"], f"at most header.frames_done, {frames}")
     return parts
 

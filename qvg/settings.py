@@ -18,7 +18,9 @@ MAX_STAGES = 4
 MAX_CENTROIDS = 256
 
 # a codebook with fewer tokens a centroid memorizes its tokens instead of finding what they share
-TOKENS_PER_CENTROID = 18
+TOKENS_PER_CENTROID = 36
+# as many as the released code's 256 centroids have in three latent frames of Self-Forcing
+PAPER_TOKENS_PER_CENTROID = 18
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -42,7 +44,8 @@ class TensorSettings:
 
     bits: planes of the residual (1 to 4), or 8 or 16 for plain storage without codebooks.
     stages: codebooks subtracted one after the other (0 to 4), paper section 4.2.
-    centroids: entries of each codebook (1 to 256); fewer are used where a codebook would see under 18 tokens each.
+    centroids: entries of each codebook (1 to 256); fewer are used where a codebook would see under 36 tokens each, or 18
+        with the paper codec.
     group: channels that share a scale; a head narrower than this is one group.
     gain: what the levels preserve: "energy" (for keys: softmax weights keep their size), "unbiased" (for values: averages
         of many tokens come out right) or "mse" (Lloyd's own levels, which shrink).
@@ -74,9 +77,9 @@ class TensorSettings:
                  f"This model's heads have {head_dim} channels, which groups of {group} do not divide; choose a smaller group size.")
         return head_dim // group
 
-    def codebook_size(self, tokens: int) -> int:
+    def codebook_size(self, tokens: int, codec: str = "qvg") -> int:
         """Centroids that a codebook trained on `tokens` tokens of a head gets."""
-        return max(1, min(self.centroids, tokens // TOKENS_PER_CENTROID))
+        return max(1, min(self.centroids, tokens // (PAPER_TOKENS_PER_CENTROID if codec == "paper" else TOKENS_PER_CENTROID)))
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class QVGSettings:
     offload: spans wait in host memory (pinned, where the device is a GPU) and visit the device a layer at a time. The budget then is of
         what stays on the device: codebooks, the workspace and two layers.
     host_gib: bytes that offloaded spans may take in host memory, in GiB, under the same rule. 0 sets no limit.
-    epoch_frames: latent frames that share one codebook.
+    epoch_frames: latent frames that share one codebook at most; one that no longer fits is replaced earlier (see `lifetime`).
     iterations: k-means steps a codebook.
     seed: of the private generator that k-means draws from.
     """

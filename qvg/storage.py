@@ -36,6 +36,7 @@ from .fields import Wrong, require, shown
 from .files import write_atomically
 from .fingerprint import fingerprint as fingerprint
 from .layout import make_span, span_layout, span_tensors
+from .lifetime import Lifetime
 from .sampler import Run, Sampler
 from .session_parts import KINDS, SIDES, Part, book_of, check_causal, parse
 from .settings import QVGSettings
@@ -83,7 +84,7 @@ def _layer_state(layer: LayerCache, prefix: str, tensors: dict[str, Tensor]) -> 
         entries.append([entry.first, entry.frames, entry.key_bits, entry.value_bits, *map(number, entry.books)])
     tensors[f"{prefix}.random"] = layer.generator.get_state()
     return {"entries": entries, "books": [number(side.book) for side in layer.sides], "next_frame": layer.next_frame,
-            "epoch_frames": layer.epoch_frames, "trained": layer.trained}
+            "epoch_frames": layer.life.frames, "trained": layer.life.trained, "trained_on": [layer.life.since, layer.life.until]}
 
 
 def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tensor | None = None, extra: Mapping | None = None,
@@ -228,14 +229,19 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, name: str, stored: M
             parts = {part: stored[f"{name}.{index}.{side}.{part}"].to(device) for part in layout}
             span = make_span(settings.codec, bits, parts, book(number), tensor.gain)
             spans.append(span.gather_rows() if isinstance(span, PlaneSpan) else span)
-        entry = Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache)
-        entry.books = tuple(map(book, numbers))
-        layer.entries.append(entry)
+        layer.spans.append(Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache))
     for side, number in zip(layer.sides, state["books"]):
         side.book = book(number)
     layer.generator.set_state(stored[f"{name}.random"])
-    layer.next_frame, layer.epoch_frames, layer.trained = state["next_frame"], state["epoch_frames"], state["trained"]
+    layer.next_frame, layer.life = state["next_frame"], _lifetime(state, layer.sides)
     return layer
+
+
+def _lifetime(state: dict, sides: tuple) -> Lifetime:
+    """Older sessions do not say what their codebooks were trained on."""
+    since, until = state["trained_on"]
+    size = max((side.book.centroids.shape[2] for side in sides if side.book is not None), default=0)
+    return Lifetime(state["trained"], state["epoch_frames"], since, until, size)
 
 
 def load(path: str | Path) -> Session:

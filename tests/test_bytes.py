@@ -9,6 +9,7 @@ from comfyui_qvg.qvg import budget
 from comfyui_qvg.qvg.budget import GIB, Geometry, Limits
 from comfyui_qvg.qvg.cache import KVCache
 from comfyui_qvg.qvg.codec import TensorCodec
+from comfyui_qvg.qvg.forecast import forecast
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 
 # three frames: 105 tokens of 4 rows of 64 channels, 26,880 numbers
@@ -295,7 +296,7 @@ def fill(settings, chunks, **options):
 
 
 def test_a_forecast():
-    found = budget.forecast(WALKED, PAIR, 10, 3)
+    found = forecast(WALKED, PAIR, 10, 3)
     most, last = 2 * 8192 + 6 * 5120, 2 * 8192 + 4 * 5120
     assert (found.stored_bytes, found.held_frames, found.workspace_bytes) == (2 * last, 6, 10 * 8192)
     assert found.peak_bytes == 2 * most + 10 * 8192
@@ -328,7 +329,7 @@ def test_counting_changes_nothing(offload):
 
 def test_a_forecast_with_a_start_video():
     """Four frames in one pass and then chunks: 0+2 and 2+2, then 4+3, then 7+3 without 2+2."""
-    found = budget.forecast(WALKED, PAIR, 10, 3, first_frames=4)
+    found = forecast(WALKED, PAIR, 10, 3, first_frames=4)
     assert (found.stored_bytes, found.held_frames) == (2 * (2 * 8192 + 6 * 5120), 8)
     stats = fill(WALKED, [4, 3, 3])
     assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames) == (found.stored_bytes, found.peak_bytes, found.held_frames)
@@ -337,20 +338,20 @@ def test_a_forecast_with_a_start_video():
 def test_a_start_video_is_seen_whole():
     """Behind a window of one frame a pass sees five frames that overhang it by four, and at most a chunk of five more."""
     settings = replace(EIGHT, window_frames=1)
-    assert budget.forecast(settings, PAIR, 30, 1).workspace_bytes == 2 * 8192
-    assert budget.forecast(settings, PAIR, 30, 1, first_frames=5).workspace_bytes == 10 * 8192
-    assert budget.forecast(settings, PAIR, 30, 1).peak_bytes == 2 * 5120 + 2 * 8192
-    assert budget.forecast(settings, PAIR, 30, 1, first_frames=5).peak_bytes == 2 * 5 * 5120 + 10 * 8192
+    assert forecast(settings, PAIR, 30, 1).workspace_bytes == 2 * 8192
+    assert forecast(settings, PAIR, 30, 1, first_frames=5).workspace_bytes == 10 * 8192
+    assert forecast(settings, PAIR, 30, 1).peak_bytes == 2 * 5120 + 2 * 8192
+    assert forecast(settings, PAIR, 30, 1, first_frames=5).peak_bytes == 2 * 5 * 5120 + 10 * 8192
 
 
 def test_one_chunk_needs_no_workspace():
-    found = budget.forecast(EIGHT, PAIR, 3, 3)
+    found = forecast(EIGHT, PAIR, 3, 3)
     assert (found.workspace_bytes, found.peak_bytes, found.stored_bytes) == (0, 2 * 3 * 5120, 2 * 3 * 5120)
 
 
 def test_a_forecast_of_offloaded_spans():
     """On the device: the workspace, two layers that visit, and the largest block on its way; on the host, what is held at most."""
-    found = budget.forecast(replace(WALKED, offload=True), PAIR, 10, 3)
+    found = forecast(replace(WALKED, offload=True), PAIR, 10, 3)
     staged = 2 * 8192 + 7 * 5120
     assert found.peak_bytes == 10 * 8192 + 2 * staged + 2 * 8192
     assert found.host_bytes == 2 * (2 * 8192 + 6 * 5120)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from comfyui_qvg.qvg import dispatch, planes, smoothing
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
-from comfyui_qvg.qvg.budget import GIB, Geometry, forecast
+from comfyui_qvg.qvg.budget import GIB, Geometry
 from comfyui_qvg.qvg.cache import KVCache
 from comfyui_qvg.qvg.codec import LevelTables, TensorCodec, train
+from comfyui_qvg.qvg.forecast import forecast
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 

@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 
 from comfyui_qvg.qvg import budget
-from comfyui_qvg.qvg.budget import GIB, Geometry, PlannedLayer, forecast, limits
+from comfyui_qvg.qvg.budget import GIB, Geometry, limits
+from comfyui_qvg.qvg.forecast import PlannedLayer, forecast
 from comfyui_qvg.qvg.plan import plan
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
 
@@ -65,7 +66,7 @@ def test_searching_ages_as_walking_does(name, monkeypatch):
             assert layers[0].spans == layers[1].spans
             counted = sum(map(layers[0]._span_bytes, layers[0].spans))
             books = sum(layers[0].books[epoch] for epoch in {span.epoch for span in layers[0].spans} - {None})
-            assert layers[0].limited_bytes() == counted + (0 if offload else books)
+            assert layers[0].held() == counted + (0 if offload else books)
             assert layers[0].device_bytes() == (0 if offload else counted) + books
         pressed += share.layer_bytes is not None
     assert pressed >= 8

@@ -11,8 +11,8 @@ import torch
 
 from comfyui_qvg.qvg import codec, dispatch, e4m3, smoothing
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
-from comfyui_qvg.qvg.budget import forecast
 from comfyui_qvg.qvg.cache import KVCache, LayerCache
+from comfyui_qvg.qvg.forecast import forecast
 from comfyui_qvg.qvg.rope import rotate, turn_chunk
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 

@@ -11,9 +11,10 @@ import torch
 
 from comfyui_qvg.qvg import dispatch, storage
 from comfyui_qvg.qvg.attention import CachedAttention, sdpa
-from comfyui_qvg.qvg.budget import GIB, Geometry, buffers_on, forecast
+from comfyui_qvg.qvg.budget import GIB, Geometry, buffers_on
 from comfyui_qvg.qvg.cache import KVCache
 from comfyui_qvg.qvg.context import context_settings, forecast_context
+from comfyui_qvg.qvg.forecast import forecast
 from comfyui_qvg.qvg.offload import HostStore
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg import cli
-from comfyui_qvg.qvg.budget import GIB, forecast
+from comfyui_qvg.qvg.budget import GIB
+from comfyui_qvg.qvg.forecast import forecast
 from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes

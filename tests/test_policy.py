@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg.budget import Geometry, Limits, PlannedLayer, split
+from comfyui_qvg.qvg.budget import Geometry, Limits, split
 from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.forecast import PlannedLayer
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 # 256 tokens a frame of one head of 8 channels: a frame of K or of V is 2,048 numbers, a plane of it 256 bytes, its scales 256
@@ -62,7 +63,8 @@ def check(settings, chunks, expected, share=None):
         assert real.next_frame == first
         for entry in real.entries:
             # what an entry says of itself is what its tensors are
-            assert all(span.decode(slice(None), entry._tables).shape[0] == entry.frames * GEOMETRY.frame_tokens for span in entry.spans)
+            tables = entry._owner.tables
+            assert all(span.decode(slice(None), tables).shape[0] == entry.frames * GEOMETRY.frame_tokens for span in entry.spans)
 
 
 # settings, chunks, and what is held after each of them

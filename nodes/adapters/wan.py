@@ -15,6 +15,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ...qvg import budget, dispatch
+from ...qvg import forecast as forecasts
 from ...qvg.attention import CachedAttention
 from ...qvg.budget import Geometry
 from ...qvg.cache import KVCache
@@ -182,7 +183,7 @@ class Hook:
         geometry = Geometry(self.network.num_layers, self.network.num_heads, self.network.head_dim, self.grid, shape[0],
                             budget.buffers_on(comfy.model_management.get_torch_device().type, self.network.num_heads))
         itemsize = comfy.model_management.dtype_size(self.get_dtype())
-        forecast = budget.forecast(self.settings, geometry, self.frames, self.chunk_frames,
+        forecast = forecasts.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)
         own_caches = getattr(sampler, "keeps_own_caches", False)
         # core stores the frames that are given in one pass; what another pack's sampler passes at once is not known

@@ -1,0 +1,102 @@
+"""The shapes that videos come in, for the closed loop of `qvg bench quality`: how many latent frames are made at a time, and what changes.
+
+A codebook or any other statistic that is gathered from one chunk meets chunks of other lengths, other pictures and other prompts. So a
+method is measured on all of these, each as its own loop of the tiny model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..qvg.cache import KVCache
+from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt
+from ..qvg.generate import cache_of
+from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
+from ..qvg.settings import PRESETS, QVGSettings
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """frames: latent frames of the video; scale: of height and width; switch: another prompt from the middle on; cut: the first half is
+    given, and is one scene in its first half and another in its second."""
+
+    name: str
+    frames: int = 24
+    chunk_frames: int = 3
+    first_alone: bool = False
+    scale: int = 1
+    switch: bool = False
+    cut: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return GRID[0] * self.scale, GRID[1] * self.scale
+
+    @property
+    def later(self) -> int:
+        """First latent frame of the third chunk, or, behind a cut, of what is made."""
+        if self.cut:
+            return self.frames // 2
+        return (1 if self.first_alone else self.chunk_frames) + self.chunk_frames
+
+
+PATTERNS = (
+    Pattern("3,3,3"), Pattern("1,3,3", frames=25, first_alone=True), Pattern("2,2,2", chunk_frames=2), Pattern("1,1,1", chunk_frames=1),
+    Pattern("twice the size", scale=2), Pattern("prompt switch", switch=True), Pattern("cut", cut=True),
+    Pattern("20 chunks", frames=60))
+
+
+@dataclass
+class Switched:
+    """A prompt that becomes another one at a latent frame; see `sampler.Condition`."""
+
+    before: Tensor
+    after: Tensor
+    at: int
+
+    def name(self, frame: int) -> str:
+        return "before" if frame < self.at else "after"
+
+    def context(self, frame: int) -> Tensor:
+        return self.before if frame < self.at else self.after
+
+
+class PatternLoop:
+    """The tiny model in one pattern: `videos` prompts at once, one seed."""
+
+    def __init__(self, network, pattern: Pattern, videos: int, device, seed: int = 0):
+        self.network, self.pattern, self.videos, self.device = network, pattern, videos, torch.device(device)
+        self.run = Run(frames=pattern.frames, chunk_frames=pattern.chunk_frames, first_alone=pattern.first_alone, seed=seed)
+        self.shape = videos, 16, *(side * pattern.scale for side in LATENT)
+        self.prompt, self.start = self._context(0), None
+        if pattern.switch:
+            self.prompt = Switched(self.prompt, self._context(1), pattern.frames // 2)
+        if pattern.cut:
+            half = pattern.frames // 2
+            scenes = [self._run(PRESETS["off"], Run(frames=half, seed=seed), context, None)[0] for context in
+                      (self._context(1), self._context(0))]
+            self.start = torch.cat([scenes[0][:, :, :half // 2], scenes[1][:, :, half // 2:]], dim=2)
+        self.truth, _ = self.make(PRESETS["off"])
+
+    @torch.no_grad()
+    def _context(self, offset: int) -> Tensor:
+        prompts = [embed_prompt(PROMPTS[(number + offset) % len(PROMPTS)]) for number in range(self.videos)]
+        return self.network.project_context(torch.cat(prompts).to(self.device))
+
+    def make(self, settings: QVGSettings) -> tuple[Tensor, KVCache]:
+        return self._run(settings, self.run, self.prompt, self.start)
+
+    def _run(self, settings: QVGSettings, run: Run, prompt, start: Tensor | None) -> tuple[Tensor, KVCache]:
+        """Latents [B, 16, F, h, w] float32 and the cache as it stands at the end."""
+        cache = cache_of(self.network, settings, run, self.pattern.grid, batch=self.videos, device=self.device)
+        sampler = Sampler(CachedNetwork(self.network, [Condition(prompt, cache)]), run, self.shape, start=start, device=self.device)
+        return torch.cat([event.latents for event in sampler if isinstance(event, ChunkDone)], dim=2), cache
+
+    def closeness(self, latents: Tensor) -> Tensor:
+        """dB of every video and latent frame against the exact cache [B, F]: PSNR of latents, whose range is taken as the exact video's."""
+        error = (latents - self.truth).square().mean((1, 3, 4)).clamp(min=1e-12)
+        peak = (self.truth.amax((1, 2, 3, 4)) - self.truth.amin((1, 2, 3, 4)))[:, None]
+        return 20 * peak.log10() - 10 * error.log10()
