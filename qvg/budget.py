@@ -8,10 +8,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 from .settings import PLAIN_BITS, QVGSettings, TensorSettings
 
 GIB = 1 << 30
+FIRST, LAST = attrgetter("first"), attrgetter("last")
 # offloaded tensors begin at multiples of this, which kernels ask of what they read
 ALIGN = 128
 # in which spans wait for the first codebook; see `lifetime`
@@ -128,6 +130,18 @@ def needs_codebooks(settings: QVGSettings, sink: bool) -> tuple[bool, bool]:
     return settings.key.bits not in PLAIN_BITS and not plain, settings.value.bits not in PLAIN_BITS and not plain
 
 
+def holds_to_encode(settings: QVGSettings, key_bits: int, value_bits: int) -> bool:
+    """Whether a span holds K or V plainly that is to become planes."""
+    pairs = (key_bits, settings.key.bits), (value_bits, settings.value.bits)
+    return any(held in PLAIN_BITS and chosen not in PLAIN_BITS for held, chosen in pairs)
+
+
+def may_wait(settings: QVGSettings, geometry: Geometry) -> bool:
+    """Whether a frame has too few tokens for a codebook, so that spans may wait as int8; see `lifetime`."""
+    return settings.codec == "qvg" and any(tensor.stages and tensor.bits not in PLAIN_BITS and tensor.codebook_size(geometry.frame_tokens)
+                                           < tensor.centroids for tensor in (settings.key, settings.value))
+
+
 def shortest_life(settings: QVGSettings, chunk_frames: int) -> int:
     """Fewest latent frames between two codebooks of a layer, however poorly they fit; see `lifetime`."""
     if settings.codec != "qvg":
@@ -148,7 +162,7 @@ def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: i
     A long video has thousands of spans, so they are searched and not walked: sinks come first, and no later span holds fewer bits than
     an earlier one, because all begin alike and each step above takes from the oldest first.
     """
-    begin = bisect_left(spans, True, key=lambda span: not span.sink)
+    begin = sinks_in(spans, settings)
     if (window := window_of(settings, share)) is not None:
         leave(begin, end_of(spans, newest - window, begin))
     old = end_of(spans, newest - settings.recent_frames, begin)
@@ -176,13 +190,20 @@ def window_of(settings: QVGSettings, share: Limits) -> int | None:
 
 def end_of(spans: list, frame: int, begin: int) -> int:
     """The place behind the spans that end at `frame` or before."""
-    return bisect_right(spans, frame, begin, key=lambda span: span.last)
+    return bisect_right(spans, frame, begin, key=LAST)
+
+
+def sinks_in(spans: list, settings: QVGSettings) -> int:
+    """How many of the spans, which begin with them, are sinks."""
+    return bisect_left(spans, settings.sink_frames, key=FIRST)
 
 
 def settled(span, settings: QVGSettings) -> tuple[int, int] | None:
     """The bits that a span is to fall to with age; None where it holds no more than those."""
-    bits = min(span.key_bits, settings.key.bits), min(span.value_bits, settings.value.bits)
-    return None if bits == (span.key_bits, span.value_bits) else bits
+    key, value = settings.key.bits, settings.value.bits
+    if span.key_bits <= key and span.value_bits <= value:
+        return None
+    return min(span.key_bits, key), min(span.value_bits, value)
 
 
 def _planes(span, settings: QVGSettings) -> int:
@@ -250,9 +271,14 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
     newest = entry(chunk_frames, first_bits(settings, sink=False))
     on_way = max(newest, sink and entry(min(sink, chunk_frames), first_bits(settings, sink=True)))
 
+    waits = may_wait(settings, geometry)
+    waiting = entry(max(sink, settings.recent_frames) + chunk_frames, tuple(max(WAITING_BITS, bits) for bits in first_bits(
+        settings, sink=bool(sink)))) if waits else 0
+
     def spans(frames: int) -> int:
         at_sink_bits = (settings.sink_bits, settings.sink_bits)
-        return bool(sink) * entry(sink, at_sink_bits) + (-(-frames // chunk_frames) - 1) * entry(chunk_frames, least) + newest
+        held = bool(sink) * entry(sink, at_sink_bits) + (-(-frames // chunk_frames) - 1) * entry(chunk_frames, least) + newest
+        return max(held, waiting)
 
     # the largest that a codebook can be: trained on a chunk and all that is recent
     book = sum(codebook_bytes(geometry, settings.codec, tensor, pool_frames(settings, chunk_frames) * geometry.frame_tokens)
@@ -333,7 +359,7 @@ def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, 
     most = sum(frames * entry_bytes(geometry, settings, 1, bits, itemsize) for frames, bits in (
         (sink, first_bits(settings, sink=True)), (recent, first_bits(settings, sink=False)),
         (history - sink - recent, (settings.key.bits, settings.value.bits))))
-    if settings.codec == "qvg":
+    if may_wait(settings, geometry):
         # those that wait for the first codebook
         waiting = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(sink)))
         most = max(most, min(history, max(sink, recent)) * entry_bytes(geometry, settings, 1, waiting, itemsize))

@@ -101,7 +101,7 @@ class Entry:
     """
 
     def __init__(self, first: int, frames: int, sink: bool, sides: tuple[Side, Side], spans: list[Span], owner: KVCache):
-        self.first, self.frames, self.sink = first, frames, sink
+        self.first, self.last, self.frames, self.sink = first, first + frames - 1, frames, sink
         self._sides, self._owner, self._host = sides, owner, owner.host
         self._take(spans)
 
@@ -114,7 +114,8 @@ class Entry:
     @property
     def misfit(self) -> bool:
         """Whether its codebooks fit it poorly; of a span that is held plainly nobody knows. See `lifetime`."""
-        return any(span.bits in PLAIN_BITS for span in self.spans) or self._misfit.value > lifetime.LARGEST_MISFIT
+        waits = budget.holds_to_encode(self._owner.settings, self.key_bits, self.value_bits)
+        return waits or self._misfit.value > lifetime.LARGEST_MISFIT
 
     def present(self) -> list[Span]:
         """The spans with their tensors on the device."""
@@ -129,10 +130,6 @@ class Entry:
             self._counts = (tuple(sum(part.get(kind, 0) for part in parts) for kind in SPAN_KINDS),
                             tuple(sum(part.values()) for part in parts))
         return self._counts
-
-    @property
-    def last(self) -> int:
-        return self.first + self.frames - 1
 
     @property
     def key_bits(self) -> int:
@@ -163,7 +160,7 @@ class LayerCache:
     def __init__(self, owner: KVCache, number: int):
         settings = owner.settings
         self.owner, self.number = owner, number
-        self.settings, self.geometry, self.share, self.itemsize = settings, owner.geometry, owner.limits, owner.itemsize
+        self.settings, self.geometry, self.itemsize = settings, owner.geometry, owner.itemsize
         self.spans: list[Entry] = []
         self.reader = None  # what the kernel that decodes keeps between reads
         self.sides = tuple(
@@ -173,6 +170,10 @@ class LayerCache:
         self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
         self.life = Lifetime()
         self.next_frame = 0
+
+    @property
+    def share(self) -> Limits:
+        return self.owner.limits
 
     @property
     def entries(self) -> list[Entry]:
@@ -237,7 +238,8 @@ class LayerCache:
 
     def narrow(self) -> bool:
         """Take a plane from every span that holds the most of them; False where none has one to lose."""
-        return budget.narrow_widest(self.spans, self.settings)
+        # without a codebook there are no planes
+        return (self.life.trained or self.settings.codec == "plain") and budget.narrow_widest(self.spans, self.settings)
 
     def forget_before(self, frame: int) -> None:
         """Let the spans before a latent frame leave, sinks excepted."""

@@ -18,6 +18,7 @@ from .budget import (
     codebook_bytes,
     entry_bytes,
     history_frames,
+    holds_to_encode,
     limits,
     needs_codebooks,
     split,
@@ -40,23 +41,24 @@ class PlannedSpan:
     book: int | None = None
     layer: PlannedLayer | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def last(self) -> int:
-        return self.first + self.frames - 1
+    def __post_init__(self):
+        self.last = self.first + self.frames - 1
 
     @property
     def misfit(self) -> bool:
         """Whether its codebooks fit it poorly; of a span that is held plainly nobody knows."""
-        return self.layer.misfit or bool({self.key_bits, self.value_bits} & set(PLAIN_BITS))
+        return self.layer.misfit or holds_to_encode(self.layer.settings, self.key_bits, self.value_bits)
 
     def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
         changes = (self.key_bits, key_bits), (self.value_bits, value_bits)
         encoded = refit or any(held in PLAIN_BITS and bits != held for held, bits in changes)
-        self.layer.count(self, -1)
+        if self.layer is not None:
+            self.layer.count(self, -1)
         self.key_bits, self.value_bits = key_bits, value_bits
-        if encoded:
-            self.book = len(self.layer.books) - 1
-        self.layer.count(self, 1)
+        if self.layer is not None:
+            if encoded:
+                self.book = len(self.layer.books) - 1
+            self.layer.count(self, 1)
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,11 @@ def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frame
     starts = ([0] if first_frames else []) + list(range(first_frames, frames, chunk_frames))
     history = history_frames(settings, chunk_frames, frames, share.cap_frames)
     staging = staging_bytes(settings, geometry, chunk_frames, history, share, itemsize) or 0
+    reading = workspace_bytes(geometry, capacity, itemsize), geometry.staged_layers * staging
     workspace = visiting = peak = host = 0
     for start, end in zip(starts, [*starts[1:], frames]):
         if layer.spans:
-            workspace, visiting = workspace_bytes(geometry, capacity, itemsize), geometry.staged_layers * staging
+            workspace, visiting = reading
         peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting)
         layer.append(start, end - start)
         peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting + layer.largest)

@@ -22,7 +22,6 @@ their warm start: QVG (arXiv 2602.02958), centroid caching; the released code tr
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
@@ -96,17 +95,19 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
     sink, newest = first < settings.sink_frames, first + frames - 1
     needs = budget.needs_codebooks(settings, sink)
     bits = budget.first_bits(settings, sink)
-    begin = bisect_left(layer.spans, True, key=lambda span: not span.sink)
+    begin = budget.sinks_in(layer.spans, settings)
     if (window := budget.window_of(settings, layer.share)) is not None:
         layer.leave(begin, budget.end_of(layer.spans, newest - window, begin))
     if any(needs):
         helpers = _helpers(layer, whole[0])
         tokens = (whole[1] + sum(span.frames for span in helpers)) * geometry.frame_tokens
-        size = max(tensor.codebook_size(tokens, settings.codec) for tensor in (settings.key, settings.value))
-        if waiting and _waits(layer, sum(whole), newest, size, begin, sink):
+        size = max(settings.key.codebook_size(tokens, settings.codec) if needs[0] else 0,
+                   settings.value.codebook_size(tokens, settings.codec) if needs[1] else 0)
+        leaving = settling(layer, newest, begin)
+        if waiting and _waits(layer, sum(whole), size, leaving, sink):
             bits = tuple(max(width, WAITING_BITS) if needed else width for width, needed in zip(bits, needs))
         else:
-            if _renews(layer, first, newest, size, begin):
+            if _renews(layer, first, size, leaving):
                 train(helpers, tokens)
                 begun = not life.trained
                 life.trained, life.frames, life.size = True, 0, size
@@ -114,11 +115,14 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
                 if begun:
                     _end_waiting(layer)
             life.frames += frames
-            for span in settling(layer, newest, begin):
-                if span.misfit and life.covers(span):
-                    span.set_bits(*budget.settled(span, settings), refit=True)
+            for span in leaving:
+                bits_left = budget.settled(span, settings)
+                if bits_left is not None and span.misfit and life.covers(span):
+                    span.set_bits(*bits_left, refit=True)
     new = budget.entry_bytes(geometry, settings, frames, bits, layer.itemsize)
-    budget.relax(layer.spans, newest, settings, layer.share, new, layer.held, layer.leave)
+    # what waits for a codebook has no planes to lose, and `budget.limits` leaves room for it
+    share = layer.share if life.trained or not any(needs) else Limits(cap_frames=layer.share.cap_frames)
+    budget.relax(layer.spans, newest, settings, share, new, layer.held, layer.leave)
     return bits
 
 
@@ -139,17 +143,18 @@ def settling(layer: Layer, newest: int, begin: int) -> list[Span]:
     return layer.spans[start:old]
 
 
-def _waits(layer: Layer, stop: int, newest: int, size: int, begin: int, sink: bool) -> bool:
+def _waits(layer: Layer, stop: int, size: int, leaving: list[Span], sink: bool) -> bool:
     settings = layer.settings
-    enough = size >= max(tensor.centroids for tensor in (settings.key, settings.value))
-    if layer.life.trained or enough or settings.codec != "qvg" or not any(tensor.stages for tensor in (settings.key, settings.value)):
+    if layer.life.trained or not budget.may_wait(settings, layer.geometry):
+        return False
+    if size >= max(tensor.centroids for tensor in (settings.key, settings.value) if tensor.bits not in PLAIN_BITS):
         return False
     if sink:
         return stop < settings.sink_frames
-    return bool(settings.recent_frames) and not settling(layer, newest, begin)
+    return bool(settings.recent_frames) and not leaving
 
 
-def _renews(layer: Layer, first: int, newest: int, size: int, begin: int) -> bool:
+def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
     settings, life, spans = layer.settings, layer.life, layer.spans
     if not life.trained:
         return True
@@ -159,7 +164,7 @@ def _renews(layer: Layer, first: int, newest: int, size: int, begin: int) -> boo
         return False
     if life.frames >= settings.epoch_frames or size >= GROWTH * life.size:
         return True
-    if any(span.misfit and not life.covers(span) for span in settling(layer, newest, begin)):
+    if any(span.misfit and not life.covers(span) for span in leaving):
         return True
     # without bits to spare nothing is encoded anew, so that the span that comes is served better than the one before
     keeps = settings.recent_frames and max(settings.key.bits, settings.value.bits) < settings.recent_bits

@@ -141,7 +141,7 @@ def test_bits_of_a_new_span(changes, sink, bits):
     (16, 4, True, False)])
 def test_what_needs_a_codebook(bits, sink_bits, sink, needed):
     settings = replace(BARE, sink_frames=1, sink_bits=sink_bits)
-    assert budget.needs_codebook(settings, TensorSettings(bits=bits), sink) is needed
+    assert budget.needs_codebooks(replace(settings, key=TensorSettings(bits=bits)), sink)[0] is needed
 
 
 @pytest.mark.parametrize(("sink", "window", "cap", "total", "seen", "stored"), [

@@ -65,7 +65,8 @@ def test_searching_ages_as_walking_does(name, monkeypatch):
                     layer.append(start, stop - start)
             assert layers[0].spans == layers[1].spans
             counted = sum(map(layers[0]._span_bytes, layers[0].spans))
-            books = sum(layers[0].books[epoch] for epoch in {span.epoch for span in layers[0].spans} - {None})
+            books = sum(layers[0].books[book] for book in {*(span.book for span in layers[0].spans), len(layers[0].books) - 1}
+                        - {None, -1})
             assert layers[0].held() == counted + (0 if offload else books)
             assert layers[0].device_bytes() == (0 if offload else counted) + books
         pressed += share.layer_bytes is not None
