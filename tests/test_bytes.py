@@ -66,25 +66,27 @@ def test_offloaded_tensors_begin_at_whole_lines():
 
 
 @pytest.mark.parametrize(("kind", "changes", "frames", "count"), [
-    # 105 tokens make 5 centroids of 18 tokens each: 2 stages * 4 rows * 5 * 64, their scales twice 2 * 4 * 64, channel scales twice 4 * 64
-    ("qvg", {}, 3, 2560 + 1024 + 512),
-    ("qvg", {"centroids": 3}, 3, 1536 + 1024 + 512),
-    ("qvg", {"stages": 1}, 3, 1280 + 512 + 512),
-    ("qvg", {"stages": 0}, 3, 512),
+    # 210 tokens make 5 centroids of 36 tokens each: 2 stages * 4 rows * 5 * 64, their scales twice 2 * 4 * 64, channel scales twice 4 * 64
+    ("qvg", {}, 6, 2560 + 1024 + 512),
+    ("qvg", {"centroids": 3}, 6, 1536 + 1024 + 512),
+    ("qvg", {"stages": 1}, 6, 1280 + 512 + 512),
+    ("qvg", {"stages": 0}, 6, 512),
     ("qvg", {}, 1, 512 + 1024 + 512),
+    # of the paper codec 105 tokens make 5 of 18 each, in two bytes a number
     ("paper", {}, 3, 5120)])
 def test_a_codebook(kind, changes, frames, count):
     tensor = replace(TWO, **changes)
-    assert budget.codebook_bytes(ODD, kind, tensor, frames) == count
+    assert budget.codebook_bytes(ODD, kind, tensor, 35 * frames) == count
     book = TensorCodec(kind, tensor, 64, 1).train(torch.randn(35 * frames, 4, 64), torch.Generator())
     assert book.nbytes == count
 
 
-@pytest.mark.parametrize(("tokens", "most", "count"), [(1, 256, 1), (17, 256, 1), (35, 256, 1), (36, 256, 2), (105, 256, 5), (105, 3, 3),
-                                                       (100_000, 256, 256), (4608, 256, 256), (4607, 256, 255)])
+@pytest.mark.parametrize(("tokens", "most", "count"), [(1, 256, 1), (35, 256, 1), (71, 256, 1), (72, 256, 2), (210, 256, 5), (210, 3, 3),
+                                                       (100_000, 256, 256), (9216, 256, 256), (9215, 256, 255)])
 def test_centroids_of_a_codebook(tokens, most, count):
-    """18 tokens for each."""
+    """36 tokens for each, half as many with the paper codec."""
     assert TensorSettings(centroids=most).codebook_size(tokens) == count
+    assert TensorSettings(centroids=most).codebook_size(tokens // 2, "paper") == count
 
 
 def test_a_geometry():
@@ -167,7 +169,7 @@ def test_frames_that_a_pass_sees(sink, window, cap, total, seen, stored):
 
 def test_what_visits_the_device():
     """A frame of `EVEN` in b planes takes, aligned, 256 b + 256 scales + 128 + 256 ids a tensor: 3,328 for both of 4 planes, 2,304 of 2."""
-    settings = replace(QVGSettings().both(stages=1), offload=True)
+    settings = replace(QVGSettings().both(stages=1, centroids=2), offload=True)
     staged = budget.staging_bytes(settings, EVEN, 3, 18, Limits())
     # three sinks, three recent frames and two more of a chunk that reaches into them
     assert staged == 3 * 3328 + 5 * 3328 + 10 * 2304
@@ -178,6 +180,8 @@ def test_what_visits_the_device():
     assert budget.staging_bytes(replace(settings, sink_bits=2, sink_frames=2), EVEN, 1, 6, Limits()) == 2 * 2304 + 3 * 3328 + 2304
     assert budget.staging_bytes(replace(settings, offload=False), EVEN, 3, 18, Limits()) is None
     assert budget.staging_bytes(settings, EVEN, 3, None, Limits()) is None
+    # where a frame is too little for a codebook, sinks wait as int8: 2048 numbers and 256 scales of two bytes, twice
+    assert budget.staging_bytes(settings.both(centroids=256), EVEN, 3, 2, Limits()) == 2 * 5120
 
 
 # A budget of `EVEN`, besides codebooks of 32 bytes each: the workspace takes 2 * 2,048 * 2 bytes a frame that a pass sees, the frames held
