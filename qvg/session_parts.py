@@ -66,8 +66,8 @@ GEOMETRY = record(
 # entries: first latent frame, frames, bits of K and V, numbers of their codebooks. Older sessions lack trained_on: the latent frames that
 # the present codebooks were trained on, the first and the one behind the last
 LAYER = record(
-    {"trained_on": [0, 0]}, entries=each(row(FRAMES, whole(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=row(BOOK, BOOK), next_frame=FRAMES, epoch_frames=FRAMES,
-    trained=flag, trained_on=row(FRAMES, FRAMES))
+    {"trained_on": [0, 0]}, entries=each(row(FRAMES, whole(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=row(BOOK, BOOK),
+    next_frame=FRAMES, epoch_frames=FRAMES, trained=flag, trained_on=row(FRAMES, FRAMES))
 CAUSAL = record(
     version=whole(1, 2), fingerprint=NAME, run=RUN, shape=row(SIZE, SIZE, SIZE, SIZE), settings=each(settings, 1, 64),
     geometry=each(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)), layers=each(each(LAYER, 1, 256), 1, 64), peaks=each(BYTES, 1, 64),

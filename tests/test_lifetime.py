@@ -232,7 +232,7 @@ def test_a_poor_fit_is_found_after_a_resume_too():
         first.layers[0].append(*piece, 3)
     tensors = {}
     state = _layer_state(first.layers[0], "x", tensors)
-    second.layers[0] = _restore_layer(second, 0, state, {name[2:]: tensor.clone() for name, tensor in tensors.items()}, 6)
+    second.layers[0] = _restore_layer(second, 0, state, "x", {name: tensor.clone() for name, tensor in tensors.items()})
     for piece in pieces[2:]:
         second.layers[0].append(*piece, 3)
     assert len({id(entry.books[0]) for entry in second.layers[0].spans}) == 2
