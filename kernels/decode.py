@@ -23,6 +23,7 @@ from torch import Tensor
 from ..qvg import planes
 from ..qvg.codec import PaperSpan, PlainSpan, PlaneSpan
 from ..qvg.dispatch import Unsupported, before_launch, launching
+from ..qvg.rope import axis_dims
 from .halves import pair
 from .octets import (
     bfloat16_octet,
@@ -420,14 +421,10 @@ class Reader:
             self._launches.append((variant, kind, tile, before, len(same), tile.share(max(columns[FRAMES.value] for columns, _ in same))))
             before += len(same)
         if jobs:
-            self._jobs = self._send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64))
-            self._levels = self._send(torch.tensor([levels for _, levels in jobs], dtype=torch.float32))
+            self._jobs = _send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64), self._device)
+            self._levels = _send(torch.tensor([levels for _, levels in jobs], dtype=torch.float32), self._device)
             self._angles.reach(min(entry[3] for entry in entries), max(entry[3] + entry[2] for entry in entries) - 1, self._device)
         self._places = places
-
-    def _send(self, table: Tensor) -> Tensor:
-        # from pinned memory the copy waits for nothing that the device still has to do
-        return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
 
     def __call__(self, heads: slice, all_heads: int, keys: Tensor, values: Tensor) -> None:
         """Fill keys and values [B, T, h, D] with some heads of every span."""
@@ -447,6 +444,11 @@ class Reader:
                 PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
 
 
+def _send(table: Tensor, device: torch.device) -> Tensor:
+    # from pinned memory the copy waits for nothing that the device still has to do
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
 def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:
     """`qvg.cache.LayerCache.read`; the layer and its cache keep what one read can leave to the next."""
     owner = layer.owner
@@ -461,6 +463,35 @@ def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> N
         # what failed may be one of several kinds, of which the next read is to ask again
         layer.reader = None
         raise
+
+
+def recover(spans: list, tables, like: Tensor) -> list[Tensor]:
+    """`qvg.codec.tokens_of`: each span is read as the values are, in one launch over all its rows."""
+    return [_recover(span, like.dtype, like.device) for span in spans]
+
+
+def _recover(span, dtype: torch.dtype, device: torch.device) -> Tensor:
+    tokens, rows, dim = span.shape
+    if dim not in HEAD_DIMS:
+        raise Unsupported(no_kernel_for(dim))
+    if tokens > MAX_TOKENS:
+        raise Unsupported(f"a span of {tokens} tokens is longer than the {MAX_TOKENS} that the kernel's offsets allow")
+    name, capability = platform(device), major(device)
+    halves = computes_in_halves(name, capability, dtype) and isinstance(span, PlaneSpan)
+    kind, columns, levels = _describe(span, dtype, halves)
+    columns[FRAMES.value:FRAME.value + 1] = 1, 0, 1, 0
+    jobs, sizes = (_send(torch.tensor([row], dtype=of), device) for row, of in ((columns, torch.int64), (levels, torch.float32)))
+    tile = Tiling.of(dim, name, kind.bits, capability, halves)
+    share, native = tile.share(1), converts_e4m3(device)
+    out = torch.empty(1, tokens, rows, dim, dtype=dtype, device=device)
+    before_launch("recover", kind, dim, dtype, device)
+    # of the angles nothing is read, so any table will do
+    decode_kernel[(triton.cdiv(tokens, share * tile.tokens), rows, 1)](
+        jobs, sizes, jobs, out, out, 0, 0, rows, 1, *out.stride()[:3], 0, 0, tokens, share,
+        KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
+        D=dim, TIME=axis_dims(dim)[0] // 2, TOKENS=tile.tokens, HALVES=tile.halves, NVIDIA=name == "cuda", NATIVE_E4M3=native,
+        PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
+    return out[0]
 
 
 def computes_in_halves(name: str, major: int, dtype: torch.dtype) -> bool:

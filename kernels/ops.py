@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.runtime import JITFunction
 
 from .assign import assign, assign_kernel
-from .decode import read
+from .decode import read, recover
 from .encode import encode
 from .kmeans import kmeans
 from .rotate import rotate, turn_chunk
@@ -14,6 +14,6 @@ from .update import update
 
 OPS = {
     "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate, "turn": turn_chunk,
-    "decode": read,
+    "decode": read, "recover": recover,
 }
 INTERPRETED = not isinstance(assign_kernel, JITFunction)

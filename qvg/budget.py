@@ -185,7 +185,9 @@ def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: i
 
 def window_of(settings: QVGSettings, share: Limits) -> int | None:
     """Latent frames that are kept besides the sink; None where all are."""
-    return min((frames for frames in (settings.window_frames, share.cap_frames) if frames), default=None)
+    if settings.window_frames and share.cap_frames:
+        return min(settings.window_frames, share.cap_frames)
+    return settings.window_frames or share.cap_frames or None
 
 
 def end_of(spans: list, frame: int, begin: int) -> int:

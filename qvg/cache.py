@@ -20,7 +20,7 @@ from . import budget, codec, dispatch, lifetime
 from .budget import Geometry, Limits
 from .codec import LevelTables, Span, TensorCodec
 from .finite import saturated
-from .lifetime import Lifetime
+from .lifetime import Lifetime, Rules
 from .offload import HostStore
 from .rope import Rope
 from .settings import PLAIN_BITS, QVGSettings
@@ -168,7 +168,7 @@ class LayerCache:
             for tensor in (settings.key, settings.value))
         # a stream of random numbers a layer: the order in which layers append does not matter
         self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
-        self.life = Lifetime()
+        self.life, self.rules = Lifetime(), owner.rules
         self.next_frame = 0
 
     @property
@@ -352,6 +352,7 @@ class KVCache:
         self.geometry = Geometry(layers, heads, head_dim, grid, batch, budget.buffers_on(torch.device(device).type, heads))
         self.itemsize = dtype.itemsize
         self.limits: Limits = budget.limits(settings, self.geometry, chunk_frames, max_frames, self.itemsize)
+        self.rules = Rules(settings, self.geometry)
         self.rope = Rope(head_dim, grid, theta)
         self.tables = LevelTables(device)
         self.angles = None  # what the kernel that decodes knows of positions, the same for every layer

@@ -95,6 +95,12 @@ class PlaneSpan:
     def bits(self) -> int:
         return len(self.planes)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """T, R, D"""
+        tokens, rows, octets = self.planes[0].shape
+        return tokens, rows, 8 * octets
+
     def bytes_by_kind(self) -> dict[str, int]:
         return {"planes": sum(p.nbytes for p in self.planes), "scales": self.scales.nbytes + self.exponents.nbytes,
                 "ids": self.ids.nbytes}
@@ -133,6 +139,11 @@ class PlainSpan:
     def bits(self) -> int:
         return 16 if self.scales is None else 8
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """T, R, D"""
+        return tuple(self.data.shape)
+
     def bytes_by_kind(self) -> dict[str, int]:
         return {"plain": self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)}
 
@@ -156,6 +167,12 @@ class PaperSpan:
     ids: Tensor
     codebook: PaperCodebook
     bits: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """T, R, D"""
+        tokens, rows, packed = self.codes.codes.shape
+        return tokens, rows, 8 * packed // self.bits
 
     def bytes_by_kind(self) -> dict[str, int]:
         return {"planes": self.codes.codes.nbytes, "scales": self.codes.nbytes - self.codes.codes.nbytes,

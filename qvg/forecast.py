@@ -25,7 +25,7 @@ from .budget import (
     staging_bytes,
     workspace_bytes,
 )
-from .lifetime import Lifetime
+from .lifetime import Lifetime, Rules
 from .settings import PLAIN_BITS, QVGSettings
 
 
@@ -95,7 +95,7 @@ class PlannedLayer:
         self.settings, self.geometry, self.share, self.itemsize, self.misfit = settings, geometry, share, itemsize, misfit
         self.spans: list[PlannedSpan] = []
         self.books: list[int] = []
-        self.life = Lifetime()
+        self.life, self.rules = Lifetime(), Rules(settings, geometry)
         self.largest = 0  # of the blocks that went to the host
         self._sizes: dict[tuple, int] = {}
         # kept up to date, because a sum over all spans after every chunk takes time with the square of a video's length

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Protocol
 
 from . import budget
@@ -53,6 +52,29 @@ class Lifetime:
         return self.since <= span.first and span.last < self.until
 
 
+class Rules:
+    """What of the settings and the shape of a cache decides, worked out once. needs, bits: by whether a span is a sink."""
+
+    def __init__(self, settings: QVGSettings, geometry: Geometry):
+        self.needs = tuple(budget.needs_codebooks(settings, sink) for sink in (False, True))
+        self.bits = tuple(budget.first_bits(settings, sink) for sink in (False, True))
+        self.waiting_bits = tuple(tuple(max(width, WAITING_BITS) if needed else width for width, needed in zip(*pair))
+                                  for pair in zip(self.bits, self.needs))
+        self.may_wait = budget.may_wait(settings, geometry)
+        self.largest = max((tensor.centroids for tensor in (settings.key, settings.value) if tensor.bits not in PLAIN_BITS), default=0)
+        # whether a span holds bits to spare until it settles
+        self.keeps = settings.recent_frames and max(settings.key.bits, settings.value.bits) < settings.recent_bits
+        self._sizes: dict[tuple[int, bool], int] = {}
+        self._settings = settings
+
+    def size(self, tokens: int, sink: bool) -> int:
+        """Centroids of a codebook that is trained on so many tokens."""
+        if (tokens, sink) not in self._sizes:
+            tensors = zip((self._settings.key, self._settings.value), self.needs[sink])
+            self._sizes[tokens, sink] = max(tensor.codebook_size(tokens, self._settings.codec) for tensor, needed in tensors if needed)
+        return self._sizes[tokens, sink]
+
+
 class Span(Protocol):
     """misfit: whether its codebooks fit it poorly."""
 
@@ -77,6 +99,7 @@ class Layer(Protocol):
     itemsize: int
     spans: list[Span]
     life: Lifetime
+    rules: Rules
 
     def held(self) -> int: ...
 
@@ -91,21 +114,17 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
     whole: first latent frame of the chunk that the span is a part of, and its frames. train(helpers, tokens): from now on the layer's
     codebooks are those of the helpers' tokens and the chunk's, so many together. waiting: whether a span may wait for a codebook.
     """
-    settings, geometry, life = layer.settings, layer.geometry, layer.life
+    settings, life, rules = layer.settings, layer.life, layer.rules
     sink, newest = first < settings.sink_frames, first + frames - 1
-    needs = budget.needs_codebooks(settings, sink)
-    bits = budget.first_bits(settings, sink)
-    begin = budget.sinks_in(layer.spans, settings)
+    needs, bits, begin = any(rules.needs[sink]), rules.bits[sink], budget.sinks_in(layer.spans, settings)
     if (window := budget.window_of(settings, layer.share)) is not None:
         layer.leave(begin, budget.end_of(layer.spans, newest - window, begin))
-    if any(needs):
-        helpers = _helpers(layer, whole[0])
-        tokens = (whole[1] + sum(span.frames for span in helpers)) * geometry.frame_tokens
-        size = max(settings.key.codebook_size(tokens, settings.codec) if needs[0] else 0,
-                   settings.value.codebook_size(tokens, settings.codec) if needs[1] else 0)
-        leaving = settling(layer, newest, begin)
+    if needs:
+        helpers, leaving = _helpers(layer, whole[0]), settling(layer, newest, begin)
+        tokens = (whole[1] + sum([span.frames for span in helpers])) * layer.geometry.frame_tokens
+        size = rules.size(tokens, sink)
         if waiting and _waits(layer, sum(whole), size, leaving, sink):
-            bits = tuple(max(width, WAITING_BITS) if needed else width for width, needed in zip(bits, needs))
+            bits = rules.waiting_bits[sink]
         else:
             if _renews(layer, first, size, leaving):
                 train(helpers, tokens)
@@ -116,12 +135,12 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
                     _end_waiting(layer)
             life.frames += frames
             for span in leaving:
-                bits_left = budget.settled(span, settings)
-                if bits_left is not None and span.misfit and life.covers(span):
-                    span.set_bits(*bits_left, refit=True)
-    new = budget.entry_bytes(geometry, settings, frames, bits, layer.itemsize)
+                less = budget.settled(span, settings)
+                if less is not None and span.misfit and life.covers(span):
+                    span.set_bits(*less, refit=True)
     # what waits for a codebook has no planes to lose, and `budget.limits` leaves room for it
-    share = layer.share if life.trained or not any(needs) else Limits(cap_frames=layer.share.cap_frames)
+    share = layer.share if life.trained or not needs else Limits(cap_frames=layer.share.cap_frames)
+    new = 0 if share.layer_bytes is None else budget.entry_bytes(layer.geometry, settings, frames, bits, layer.itemsize)
     budget.relax(layer.spans, newest, settings, share, new, layer.held, layer.leave)
     return bits
 
@@ -132,7 +151,10 @@ def _helpers(layer: Layer, first: int) -> list[Span]:
     if layer.settings.codec != "qvg":
         return []
     oldest = first - layer.settings.recent_frames if layer.life.trained else 0
-    return list(takewhile(lambda span: span.last >= oldest, reversed(layer.spans)))[::-1]
+    start = len(layer.spans)
+    while start and layer.spans[start - 1].last >= oldest:
+        start -= 1
+    return layer.spans[start:]
 
 
 def settling(layer: Layer, newest: int, begin: int) -> list[Span]:
@@ -144,14 +166,9 @@ def settling(layer: Layer, newest: int, begin: int) -> list[Span]:
 
 
 def _waits(layer: Layer, stop: int, size: int, leaving: list[Span], sink: bool) -> bool:
-    settings = layer.settings
-    if layer.life.trained or not budget.may_wait(settings, layer.geometry):
+    if layer.life.trained or not layer.rules.may_wait or size >= layer.rules.largest:
         return False
-    if size >= max(tensor.centroids for tensor in (settings.key, settings.value) if tensor.bits not in PLAIN_BITS):
-        return False
-    if sink:
-        return stop < settings.sink_frames
-    return bool(settings.recent_frames) and not leaving
+    return stop < layer.settings.sink_frames if sink else bool(layer.settings.recent_frames) and not leaving
 
 
 def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
@@ -167,15 +184,13 @@ def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
     if any(span.misfit and not life.covers(span) for span in leaving):
         return True
     # without bits to spare nothing is encoded anew, so that the span that comes is served better than the one before
-    keeps = settings.recent_frames and max(settings.key.bits, settings.value.bits) < settings.recent_bits
-    return not keeps and bool(spans) and not spans[-1].sink and spans[-1].misfit
+    return not layer.rules.keeps and bool(spans) and not spans[-1].sink and spans[-1].misfit
 
 
 def _end_waiting(layer: Layer) -> None:
     """Encode what waited for the first codebook."""
     for span in layer.spans:
-        chosen, needs = budget.first_bits(layer.settings, span.sink), budget.needs_codebooks(layer.settings, span.sink)
-        held = span.key_bits, span.value_bits
+        chosen, needs, held = layer.rules.bits[span.sink], layer.rules.needs[span.sink], (span.key_bits, span.value_bits)
         bits = tuple(min(a, b) if needed and b not in PLAIN_BITS else a for a, b, needed in zip(held, chosen, needs))
         if bits != held:
             span.set_bits(*bits, refit=True)

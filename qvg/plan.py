@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 
-from .budget import GIB, Geometry
+from .budget import GIB, Geometry, shortest_life
 from .context import context_settings, forecast_context
 from .forecast import Forecast, forecast
 from .models.catalogue import MODELS, ModelShape
@@ -18,21 +18,21 @@ CARDS = (8, 12, 16, 24, 32, 48, 80)
 BESIDE_GIB = 2.0
 
 
-def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int) -> Forecast:
-    """The bytes of a video of `frames` latent frames; of a segment's context where the model rebuilds that."""
+def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int, misfit: bool = False) -> Forecast:
+    """The bytes of a video of `frames` latent frames; of a segment's context where the model rebuilds that. misfit: see `forecast`."""
     if not shape.segment_frames:
-        return forecast(settings, geometry, frames, shape.chunk_frames)
+        return forecast(settings, geometry, frames, shape.chunk_frames, misfit=misfit)
     given = min(frames, shape.segment_frames - shape.chunk_frames)
     new = shape.segment_frames - given
     return forecast_context(context_settings(settings, geometry, given, new), geometry, given, new)
 
 
 def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 4096) -> int:
-    """Most latent frames, in whole chunks, whose peak stays within limit_bytes; 0 when not even one chunk does."""
+    """Most latent frames, in whole chunks, whose peak stays within limit_bytes at worst; 0 when not even one chunk does."""
     chunk = shape.chunk_frames
 
     def peak(chunks: int) -> int:
-        return predict(shape, settings, geometry, chunks * chunk).peak_bytes
+        return predict(shape, settings, geometry, chunks * chunk, misfit=True).peak_bytes
 
     def last_that_fits(fits, low: int, high: int) -> int:
         while low < high:
@@ -40,8 +40,8 @@ def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
-    # once sink, recent frames and window are full, an epoch adds the same bytes as the one before: what is beyond need not be walked
-    epoch = max(1, math.lcm(settings.epoch_frames or 1, chunk) // chunk)
+    # once sink, recent frames and window are full, a codebook's life adds the bytes of the one before: what is beyond need not be walked
+    epoch = math.lcm(*(-(-frames // chunk) for frames in (settings.epoch_frames, shortest_life(settings, chunk))))
     full = epoch * (2 + -(-(settings.sink_frames + settings.recent_frames + settings.window_frames) // (epoch * chunk)))
     start = last_that_fits(lambda chunks: peak(chunks) <= limit_bytes, 0, min(full, most // chunk))
     if start < full or shape.segment_frames or settings.budget_gib:
@@ -60,6 +60,9 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
          vram_gib: float = 0, offload: bool = False, weights: str = "") -> dict:
     """One row per preset as whole bytes and ratios; with `offload`, of spans that wait in host memory.
 
+    worst_stored_bytes and worst_peak_bytes are of a video on which no codebook fits for longer than it must; the others are of one on which
+    they do. Whether a video fits is said of the worst.
+
     vram_gib: what the cache may take. weights: their type, where they were counted.
 
     Raises ValueError with a sentence for an unknown name or an impossible length.
@@ -74,14 +77,15 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
     rows = {}
     for name in [preset] if preset else PRESETS:
         settings = replace(QVGSettings.preset(name), offload=offload)
-        found = predict(shape, settings, geometry, frames)
+        found, worst = (predict(shape, settings, geometry, frames, misfit) for misfit in (False, True))
         rows[name] = {
             "bf16_bytes": found.bf16_bytes, "stored_bytes": found.stored_bytes, "peak_bytes": found.peak_bytes,
             "workspace_bytes": found.workspace_bytes, "stored_ratio": found.stored_ratio, "peak_ratio": found.peak_ratio,
-            "host_bytes": found.host_bytes, "bits_per_number": found.bits_per_number}
+            "host_bytes": found.host_bytes, "bits_per_number": found.bits_per_number,
+            "worst_stored_bytes": worst.stored_bytes, "worst_peak_bytes": worst.peak_bytes}
         if vram_gib:
             limit = int(vram_gib * GIB)
-            rows[name] |= {"fits": found.peak_bytes <= limit,
+            rows[name] |= {"fits": worst.peak_bytes <= limit,
                            "longest_latent_frames": longest(shape, settings, geometry, limit)}
     width, height = width or shape.size[0], height or shape.size[1]
     head = {"model": model, "width": width, "height": height, "latent_frames": frames, "seconds": shape.seconds(frames)}
@@ -102,11 +106,13 @@ def render(result: dict, vram_gib: float = 0) -> str:
     if "note" in result:
         lines.append(f"({result['note']})")
     offloaded = any(row["host_bytes"] for row in rows.values())
-    lines.append(f"{'preset':<10}{'stored':>12}{'peak':>12}{'ratio':>8}{'at peak':>9}{'bits':>7}" + ("     on host" if offloaded else "")
+    lines.append(f"{'preset':<10}{'stored':>12}{'peak':>12}{'ratio':>8}{'at peak':>9}{'bits':>7}{'at worst':>15}"
+                 + ("     on host" if offloaded else "")
                  + (f"   within {round(vram_gib, 1):g} GiB" if vram_gib else ""))
     for name, row in rows.items():
         line = (f"{name:<10}{row['stored_bytes'] / GIB:>8.2f} GiB{row['peak_bytes'] / GIB:>8.2f} GiB"
-                f"{row['stored_ratio']:>7.2f}x{row['peak_ratio']:>8.2f}x{row['bits_per_number']:>7.2f}")
+                f"{row['stored_ratio']:>7.2f}x{row['peak_ratio']:>8.2f}x{row['bits_per_number']:>7.2f}"
+                f"{row['worst_peak_bytes'] / GIB:>11.2f} GiB")
         if offloaded:
             line += f"{row['host_bytes'] / GIB:>8.2f} GiB"
         if vram_gib:

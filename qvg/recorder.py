@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from . import storage
-from .budget import forecast
 from .files import Lock, PlaceError, Taken, check_place, remove_parts
+from .forecast import forecast
 from .sampler import ChunkDone, Sampler
 from .storage import Session
 from .stream import ChunkDecoder, VideoWriter, to_bytes
