@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..qvg.cache import KVCache
+from ..qvg import codec
+from ..qvg.cache import Entry, KVCache, LayerCache
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt
 from ..qvg.generate import cache_of
 from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..qvg.settings import PRESETS, QVGSettings
+from .baselines import Noise
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,30 @@ PATTERNS = (
     Pattern("3,3,3"), Pattern("1,3,3", frames=25, first_alone=True), Pattern("2,2,2", chunk_frames=2), Pattern("1,1,1", chunk_frames=1),
     Pattern("twice the size", scale=2), Pattern("prompt switch", switch=True), Pattern("cut", cut=True),
     Pattern("20 chunks", frames=60))
+
+
+# the released scripts for Self-Forcing encode eight chunks of three frames at once and keep newer ones in bf16
+RELEASED_FRAMES = 24
+
+
+class ReleasedLayer(LayerCache):
+    """A layer of the paper codec on the released schedule: bf16 until `RELEASED_FRAMES` are full, then one span of them all."""
+
+    def append(self, key: Tensor, value: Tensor, frames: int, newest: int = 0) -> None:
+        spans = [codec.PlainSpan(x.transpose(0, 1).flatten(1, 2).to(self.owner.workspace.dtype)) for x in (key, value)]
+        self.spans.append(Entry(self.next_frame, frames, False, self.sides, spans, self.owner))
+        self.next_frame += frames
+        self.owner._note_peak(self)
+        waiting = [entry for entry in self.spans if entry.key_bits == 16]
+        if sum(entry.frames for entry in waiting) < RELEASED_FRAMES:
+            return
+        codecs, bits = [side.codec for side in self.sides], (self.settings.key.bits, self.settings.value.bits)
+        whole = [torch.cat([entry.spans[number].data for entry in waiting]) for number in range(2)]
+        books = codec.train(codecs, whole, [True, True], self.generator, [None, None])
+        frames = sum(entry.frames for entry in waiting)
+        spans = codec.encode(codecs, whole, bits, books)
+        self.spans[-len(waiting):] = [Entry(waiting[0].first, frames, False, self.sides, spans, self.owner)]
+        self.owner._note_peak(self)
 
 
 @dataclass
@@ -86,12 +112,21 @@ class PatternLoop:
         prompts = [embed_prompt(PROMPTS[(number + offset) % len(PROMPTS)]) for number in range(self.videos)]
         return self.network.project_context(torch.cat(prompts).to(self.device))
 
-    def make(self, settings: QVGSettings) -> tuple[Tensor, KVCache]:
-        return self._run(settings, self.run, self.prompt, self.start)
+    def make(self, settings: QVGSettings, released: bool = False, noise: bool = False) -> tuple[Tensor, KVCache]:
+        """The videos, latents [B, 16, F, h, w] float32, and their cache as it stands at the end. released: on the
+        released schedule. noise: keys and values of a 16-bit cache are off by 1e-3 of
+        their deviation."""
+        return self._run(settings, self.run, self.prompt, self.start, released, noise)
 
-    def _run(self, settings: QVGSettings, run: Run, prompt, start: Tensor | None) -> tuple[Tensor, KVCache]:
-        """Latents [B, 16, F, h, w] float32 and the cache as it stands at the end."""
+    def _run(self, settings: QVGSettings, run: Run, prompt, start: Tensor | None, released: bool = False,
+             noise: bool = False) -> tuple[Tensor, KVCache]:
         cache = cache_of(self.network, settings, run, self.pattern.grid, batch=self.videos, device=self.device)
+        if released:
+            cache.layers = [ReleasedLayer(cache, number) for number in range(len(cache.layers))]
+        if noise:
+            for number, layer in enumerate(cache.layers):
+                for index, side in enumerate(layer.sides):
+                    side.codec = Noise(2 * number + index)
         sampler = Sampler(CachedNetwork(self.network, [Condition(prompt, cache)]), run, self.shape, start=start, device=self.device)
         return torch.cat([event.latents for event in sampler if isinstance(event, ChunkDone)], dim=2), cache
 

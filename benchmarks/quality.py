@@ -1,11 +1,16 @@
 """The closed loop on the tiny model: how far a video drifts from the one with an exact cache, against true bits a number.
 
     qvg bench quality [--small] [--frames N] [--videos N] [--only METHOD ...] [--out DIR]
+    qvg bench quality --patterns [NAME ...] [--videos N] [--only METHOD ...]
 
 Every method makes the same videos from the same noise: once free-running (its own frames are its history) and once teacher-forced (the
 history is the exact video's, encoded once, so a chunk shows what a method injects and not what it propagates). Figures are PSNR and SSIM of
 decoded pictures against the exact cache: of the first chunk that reads a quantized history, and the mean from the third chunk on; the
 spread is the standard error over videos. A second exact run and a cache with 1e-3 noise show what a difference of nothing looks like.
+With --patterns the presets and the released method make videos in every pattern of `patterns`: chunks of other lengths, a start image,
+frames of twice the size, a prompt switch, a cut, 20 chunks. Figures are dB of latents against the exact cache, from the third chunk on, and
+over the last quarter of the video.
+
 Bits count codes, scales, ids and codebooks of the tensors that are held when the video ends. This model is tiny and made for tests: the
 order of methods is a lead, its decibels are its own.
 """
@@ -13,6 +18,7 @@ order of methods is a lead, its decibels are its own.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..qvg import lifetime
 from ..qvg.cache import KVCache
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
 from ..qvg.generate import cache_of
@@ -30,6 +37,7 @@ from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..qvg.settings import PRESETS, QVGSettings
 from . import baselines, scatter
 from .measure import command_line, environment, progress, table, write
+from .patterns import PATTERNS, PatternLoop
 
 BARE = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
 COLUMNS = ("method", "bits a number", "first chunk dB", "free dB", "+-", "forced dB", "+-", "free SSIM")
@@ -127,6 +135,49 @@ class Loop:
         return {**{name: psnr(*pair) for name, pair in pairs.items()}, "ssim": ssim(*pairs["later"])}
 
 
+PATTERN_COLUMNS = ("pattern", "method", "bits", "later dB", "+-", "last quarter dB", "+-", "closer than paper int2", "its bytes, %")
+# name -> settings, and whether on the released schedule
+PATTERN_METHODS = {
+    "1e-3 noise": (PRESETS["off"], False), "paper int2": (PRESETS["paper"], False),
+    "paper int2, released schedule": (PRESETS["paper"], True),
+    "quality": (PRESETS["quality"], False), "balanced": (PRESETS["balanced"], False), "smallest": (PRESETS["smallest"], False),
+    "balanced, codebooks kept": (PRESETS["balanced"], False)}
+
+
+def in_patterns(device: torch.device, names: list[str], videos: int, only: list[str] | None) -> list[dict]:
+    """A row a pattern and method; dB of every video."""
+    network, rows = load_tiny()[0].to(device), []
+    for pattern in PATTERNS:
+        if names and pattern.name not in names:
+            continue
+        loop = PatternLoop(network, pattern, videos, device)
+        for name, (settings, released) in PATTERN_METHODS.items():
+            # the released method is what the others stand beside
+            if only and name not in only and name != "paper int2":
+                continue
+            kept = lifetime.LARGEST_MISFIT
+            try:
+                lifetime.LARGEST_MISFIT = math.inf if name.endswith("kept") else kept
+                latents, cache = loop.make(settings, released, noise="noise" in name)
+            finally:
+                lifetime.LARGEST_MISFIT = kept
+            found, stats = loop.closeness(latents), cache.stats()
+            rows.append({
+                "pattern": pattern.name, "method": name, "bits": stats.bits_per_number, "stored_bytes": stats.stored_bytes,
+                "peak_bytes": stats.peak_bytes, "later": found[:, pattern.later:].mean(1).tolist(),
+                "last_quarter": found[:, -(pattern.frames // 4):].mean(1).tolist(), "frames": found.mean(0).tolist()})
+            progress(f"{pattern.name}, {name}: {stats.bits_per_number:.2f} bits, {statistics.mean(rows[-1]['later']):.1f} dB")
+    return rows
+
+
+def pattern_table(rows: list[dict]) -> list[tuple]:
+    paper = {row["pattern"]: row for row in rows if row["method"] == "paper int2"}
+    return [(row["pattern"], row["method"], row["bits"], statistics.mean(row["later"]), error_of_mean(row["later"]),
+             statistics.mean(row["last_quarter"]), error_of_mean(row["last_quarter"]),
+             statistics.mean(row["later"]) - statistics.mean(paper[row["pattern"]]["later"]),
+             100 * row["stored_bytes"] / paper[row["pattern"]]["stored_bytes"]) for row in rows]
+
+
 def psnr(a: Tensor, b: Tensor) -> list[float]:
     """dB of each video [B, 3, F, H, W] in -1..1, mean over its frames; at most 120."""
     error = ((a - b) / 2).square().mean((1, 3, 4)).clamp(min=1e-12)
@@ -143,15 +194,31 @@ def error_of_mean(values: list[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def patterns(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> None:
+    """The tables of `--patterns`."""
+    for given, known in ((options.patterns, [pattern.name for pattern in PATTERNS]), (options.only or (), list(PATTERN_METHODS))):
+        if unknown := set(given) - set(known):
+            parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    device = torch.device(options.device)
+    rows = in_patterns(device, options.patterns, options.videos or (1 if options.small else 4), options.only)
+    result = {"environment": environment(device, command), "videos": len(rows[0]["later"]), "rows": rows}
+    write(options.out, "quality_patterns", result, table(PATTERN_COLUMNS, pattern_table(rows)))
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="qvg bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a few chunks of two videos and few methods, to see that it runs")
     parser.add_argument("--frames", type=int, help="latent frames of a video")
     parser.add_argument("--videos", type=int)
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="rows by name, such as balanced 'paper int2'")
+    parser.add_argument("--patterns", nargs="*", metavar="NAME", help="presets in these patterns, or in all: "
+                        + "; ".join(pattern.name for pattern in PATTERNS))
     parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.patterns is not None:
+        patterns(parser, options, command_line("quality", arguments))
+        return
     loop = Loop(torch.device(options.device), options.frames or (9 if options.small else 30), options.videos or (1 if options.small else 8))
     found = ways(options.small)
     unknown = set(options.only or ()) - {way.label for way in found}
