@@ -136,6 +136,15 @@ def holds_to_encode(settings: QVGSettings, key_bits: int, value_bits: int) -> bo
     return any(held in PLAIN_BITS and chosen not in PLAIN_BITS for held, chosen in pairs)
 
 
+def waiting_frames(settings: QVGSettings, geometry: Geometry, chunk_frames: int) -> int:
+    """Most latent frames that wait as int8 for the first codebook: all but the last of the sink, or all that are recent."""
+    if not may_wait(settings, geometry):
+        return 0
+    if settings.sink_frames and settings.sink_bits not in PLAIN_BITS:
+        return settings.sink_frames - 1
+    return settings.recent_frames and settings.recent_frames + chunk_frames - 1
+
+
 def may_wait(settings: QVGSettings, geometry: Geometry) -> bool:
     """Whether a frame has too few tokens for a codebook, so that spans may wait as int8; see `lifetime`."""
     return settings.codec == "qvg" and any(tensor.stages and tensor.bits not in PLAIN_BITS and tensor.codebook_size(geometry.frame_tokens)
@@ -273,9 +282,8 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
     newest = entry(chunk_frames, first_bits(settings, sink=False))
     on_way = max(newest, sink and entry(min(sink, chunk_frames), first_bits(settings, sink=True)))
 
-    waits = may_wait(settings, geometry)
-    waiting = entry(max(sink, settings.recent_frames) + chunk_frames, tuple(max(WAITING_BITS, bits) for bits in first_bits(
-        settings, sink=bool(sink)))) if waits else 0
+    waiting_bits = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(sink)))
+    waiting = entry(waiting_frames(settings, geometry, chunk_frames), waiting_bits) + newest
 
     def spans(frames: int) -> int:
         at_sink_bits = (settings.sink_bits, settings.sink_bits)
@@ -284,7 +292,7 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
 
     # the largest that a codebook can be: trained on a chunk and all that is recent
     book = sum(codebook_bytes(geometry, settings.codec, tensor, pool_frames(settings, chunk_frames) * geometry.frame_tokens)
-               for tensor in tensors)
+               for tensor in tensors if tensor.bits not in PLAIN_BITS)
 
     def books(frames: int) -> int:
         # Codebooks that stay are limited together with the spans, which give way. Offloaded spans are limited by themselves, so that all
@@ -361,8 +369,6 @@ def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, 
     most = sum(frames * entry_bytes(geometry, settings, 1, bits, itemsize) for frames, bits in (
         (sink, first_bits(settings, sink=True)), (recent, first_bits(settings, sink=False)),
         (history - sink - recent, (settings.key.bits, settings.value.bits))))
-    if may_wait(settings, geometry):
-        # those that wait for the first codebook
-        waiting = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(sink)))
-        most = max(most, min(history, max(sink, recent)) * entry_bytes(geometry, settings, 1, waiting, itemsize))
+    waiting = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(sink)))
+    most = max(most, min(history, waiting_frames(settings, geometry, chunk_frames)) * entry_bytes(geometry, settings, 1, waiting, itemsize))
     return most if share.layer_bytes is None else min(most, share.layer_bytes)

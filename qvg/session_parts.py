@@ -155,8 +155,7 @@ def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geome
         require(not sink or end <= chosen.sink_frames, f"the last frame of {where}", end - 1, f"below sink_frames, {chosen.sink_frames}")
         for side, tensor, bits, book in zip(SIDES, tensors, bits_and_books[:2], bits_and_books[2:]):
             _check_bits(f"the {side} bits of {where}", bits, chosen, tensor, sink)
-            settles = tensor.bits not in PLAIN_BITS and not (sink and chosen.sink_bits in PLAIN_BITS)
-            require(book is not None or not settles, f"the {side} codebook of {where}", book, "a number")
+            require(book is not None or bits in PLAIN_BITS, f"the {side} codebook of {where}", book, "a number")
             parts |= {f"{name}.{index}.{side}.{part}": stated for part, stated in _span_parts(
                 chosen.codec, tensor, bits, count * geometry.frame_tokens, geometry, dtype).items()}
             if book is not None:

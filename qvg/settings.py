@@ -190,8 +190,8 @@ PRESETS = {
         name="balanced", key=TensorSettings(stages=2, centroids=128, group=128),
         value=TensorSettings(stages=2, centroids=128, group=128)),
     "smallest": QVGSettings(
-        name="smallest", key=TensorSettings(bits=1, stages=2, group=128), value=TensorSettings(bits=1, stages=2, group=128),
-        epoch_frames=48),
+        name="smallest", key=TensorSettings(bits=1, stages=2, centroids=128, group=128),
+        value=TensorSettings(bits=1, stages=2, centroids=128, group=128), epoch_frames=48),
     "paper": QVGSettings(
         name="paper", codec="paper", key=TensorSettings(group=64), value=TensorSettings(group=64),
         sink_frames=0, recent_frames=0, iterations=2, epoch_frames=1),

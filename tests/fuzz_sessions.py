@@ -85,6 +85,7 @@ def change_fields(draw: random.Random, fields, path_of_none=("tensors",)) -> str
 def change_tensor(draw: random.Random, tensors: dict) -> str:
     name, other = draw.choice(sorted(tensors)), draw.choice(sorted(tensors))
     x, kind = tensors[name], draw.randrange(9)
+    x = x if x.ndim else x[None]
     if kind == 0:
         del tensors[name]
     elif kind == 1:
