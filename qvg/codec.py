@@ -225,7 +225,8 @@ class Misfit:
 def _mean_square(span: PlaneSpan) -> Tensor:
     """Of a span's scales, float32 []."""
     part = span.by_row
-    return (e4m3.decode(part.scales) * part.factor).square().mean()
+    # of tokens that are no numbers nothing is known
+    return (e4m3.decode(part.scales) * part.factor).square().nanmean()
 
 
 def like(a: Span, b: Span) -> bool:
