@@ -22,11 +22,11 @@ def relative(name: str, ending: str = "", existing: bool = False) -> PurePosixPa
     Raises ValueError for a name that leads elsewhere, or that some system cannot store.
     """
     parts = str(name).split("/")
-    for part in parts:
-        if reason := _leads_out(part) or ("" if existing else _not_everywhere(part)):
+    whole = parts if parts[-1].endswith(ending) else [*parts[:-1], parts[-1] + ending]
+    for part, stored in zip(parts, whole):
+        if reason := _leads_out(part) or ("" if existing else _not_everywhere(stored)):
             raise ValueError(f"The name {name!r} {reason}. Use a plain name, such as 'my video' or 'films/my video'.")
-    if not parts[-1].endswith(ending):
-        parts[-1] += ending
+    parts = whole
     if any(len(part.encode()) > LONGEST - BESIDE for part in parts):
         raise ValueError(f"The name {str(name)[:40]!r}... is too long for a file. Use a shorter one.")
     return PurePosixPath(*parts)
@@ -54,6 +54,6 @@ def _not_everywhere(part: str) -> str:
     """The same for what some systems cannot store, or store under another name."""
     if found := next((letter for letter in part if letter in FORBIDDEN), ""):
         return f"has a {found!r}, which a file's name cannot hold on every system"
-    if part != part.strip() or part.endswith("."):
-        return "has a part that begins or ends with a space, or ends with a dot, which some systems drop"
+    if part != part.rstrip(" ."):
+        return "ends with a space, or ends with a dot, which some systems drop"
     return f"has a part {part!r}, which Windows keeps for a device" if part.partition(".")[0].strip().lower() in DEVICES else ""

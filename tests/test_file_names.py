@@ -6,7 +6,7 @@ from comfyui_qvg.qvg.file_names import BESIDE, LONGEST, relative
 
 OUTSIDE = ["", " ", ".", "..", "...", "a/..", "../a", "a/../../b", "/etc/passwd", "a//b", "a/", "./a", "~/a", "a\0b", "a\nb", "a/ /b",
            "\ud800"]
-UNPORTABLE = ["C:", "C:a", "C:/a", "..\\a", "\\\\host\\share", "a\\b", "what?", "a*", 'a"b', "a<b", "a|b", "a.", "a ", " a", "a./b",
+UNPORTABLE = ["C:", "C:a", "C:/a", "..\\a", "\\\\host\\share", "a\\b", "what?", "a*", 'a"b', "a<b", "a|b", "a./b", "a /b",
               "CON", "con.safetensors", "films/nul", "Com1.x", "lpt9"]
 
 
@@ -21,6 +21,14 @@ def test_names_that_lead_out_are_refused(name, existing):
 def test_a_new_file_has_a_name_for_every_system(name):
     with pytest.raises(ValueError, match=r"Use a plain name"):
         relative(name, ".safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.", "a ", "a . "])
+def test_what_some_systems_drop_is_refused_where_it_ends_the_name(name):
+    """Before an ending it stays."""
+    assert str(relative(name, ".png")) == f"{name}.png"
+    with pytest.raises(ValueError, match="which some systems drop"):
+        relative(name)
 
 
 @pytest.mark.parametrize("name", ["take: two", "what?", "a.", "con"])
