@@ -299,7 +299,8 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
         # that their codebooks can come to is set apart: with the sink's and one that is only begun
         if settings.offload:
             return book * (2 + -(-(frames + chunk_frames) // shortest_life(settings, chunk_frames)))
-        return book * (1 + -(-frames // settings.epoch_frames))
+        # each serves whole chunks
+        return book * (1 + -(-frames // (-(-settings.epoch_frames // chunk_frames) * chunk_frames)))
 
     def apart(frames: int) -> int:
         """Bytes on the device that are not the spans'."""
