@@ -239,10 +239,18 @@ class LayerCache:
         # a codebook that nothing uses is trained again, since its bytes are counted with the span that it is trained for
         life.trained &= any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None)
 
-    def narrow(self) -> bool:
-        """Take a plane from every span that holds the most of them; False where none has one to lose."""
+    @property
+    def most_planes(self) -> int:
+        """Of the widest span, sinks excepted; 1 where none has one to lose."""
         # without a codebook there are no planes
-        return (self.life.trained or self.settings.codec == "plain") and budget.narrow_widest(self.spans, self.settings)
+        return budget.most_planes(self.spans, self.settings) if self.life.trained or self.settings.codec == "plain" else 1
+
+    def narrow(self, most: int = 0) -> bool:
+        """Take a plane from every span that holds `most` of them, or as many as the widest; False where none has one to lose."""
+        most = most or self.most_planes
+        if most > 1:
+            budget.narrow_widest(self.spans, self.settings, most)
+        return most > 1
 
     def forget_before(self, frame: int) -> None:
         """Let the spans before a latent frame leave, sinks excepted."""
@@ -445,9 +453,11 @@ def shrink(caches: Sequence[KVCache]) -> str | None:
             cache.host.shrink()
     if sum(cache.workspace.halve() for cache in caches):
         return f"Memory did not suffice: heads are now decoded {caches[0].workspace.group} at a time."
-    if sum(layer.narrow() for layer in layers):
+    # a pass that failed may have let spans age in some layers and caches and not yet in others
+    if (most := max(layer.most_planes for layer in layers)) > 1:
+        for layer in layers:
+            layer.narrow(most)
         return "Memory did not suffice: the widest spans of the KV cache lost a bit plane."
-    # a pass that failed may have let a span leave some layers and not yet others
     movable = min(([entry for entry in layer.entries if not entry.sink] for layer in layers), key=len, default=[])
     if len(movable) < 2:
         return None
