@@ -281,6 +281,73 @@ def test_chunks_of_three_where_nothing_else_is_said():
     assert forecast(replace(EIGHT, window_frames=2), EVEN, 12).workspace_bytes == 7 * 8192
 
 
+# 8 tokens of 128 channels a frame, so that codebooks weigh: 512 bytes for those of K and V, without centroids. A frame of both takes 290
+# bytes in one plane and 546 in two, three in one span 866 and 1,634, and 4,096 of workspace.
+THIN = Geometry(layers=1, heads=1, head_dim=128, grid=(1, 8))
+SHORT = replace(BARE, epoch_frames=4)
+LARGE = QVGSettings().both(stages=1, centroids=256)
+
+
+def frames_within(settings, geometry, chunk, count):
+    return budget.limits(replace(settings, budget_gib=count / GIB), geometry, chunk, None).cap_frames
+
+
+@pytest.mark.parametrize(("settings", "geometry", "chunk", "count", "frames"), [
+    # 8 frames and the one that sees them; 7 of one plane and the newest of two; a codebook for every four and one more
+    (SHORT, THIN, 1, 9 * 4096 + 7 * 290 + 546 + 3 * 512, 8),
+    (SHORT, THIN, 1, 10 * 4096 + 8 * 290 + 546 + 4 * 512, 9),
+    # codebooks serve whole chunks: six frames
+    (SHORT, THIN, 3, 11 * 4096 + 866 + 1634 + 2 * 512, 6),
+    (SHORT, THIN, 3, 12 * 4096 + 2 * 866 + 1634 + 3 * 512, 7),
+    # offloaded, planes take 128 bytes, scales and exponents as many: 768 and 1,024. A layer visits, a span is on its way, and a codebook
+    # for every chunk and two more stay on the device
+    (replace(SHORT, offload=True), THIN, 1, 5 * 4096 + 3 * 768 + 1024 + 1024 + 7 * 512, 4),
+    (replace(SHORT, offload=True), THIN, 1, 6 * 4096 + 4 * 768 + 1024 + 1024 + 8 * 512, 5),
+    (replace(SHORT, offload=True), replace(THIN, layers=3), 1, 5 * 4096 + 2 * (3 * 768 + 1024) + 1024 + 3 * 7 * 512, 4),
+    # three frames wait in 8 bits, 5,120 bytes each, while a fourth is stored in 3,074. It is trained on 1,024 tokens, which make 28
+    # centroids: 28 * 8 + 4 * 8 for K as for V, and as much for the codebook that follows
+    (replace(LARGE, sink_frames=0), EVEN, 1, 5 * 8192 + 3 * 5120 + 3074 + 2 * 2 * 256, 4)])
+def test_a_budget_counts_codebooks_and_what_waits_for_them(settings, geometry, chunk, count, frames):
+    assert frames_within(settings, geometry, chunk, count) == frames
+    assert frames_within(settings, geometry, chunk, count - 1) == frames - 1
+
+
+@pytest.mark.parametrize(("changes", "chunk", "frames"), [
+    # all sinks but the last, or all that are recent and the chunk of which one frame settles
+    ({}, 3, 2), ({"sink_frames": 5}, 1, 4), ({"sink_frames": 0}, 3, 5), ({"sink_frames": 0}, 1, 3), ({"sink_bits": 16}, 3, 5),
+    ({"sink_frames": 0, "recent_frames": 0}, 3, 0), ({"key": TensorSettings(stages=0), "value": TensorSettings(centroids=7)}, 3, 0)])
+def test_frames_that_wait(changes, chunk, frames):
+    assert budget.waiting_frames(replace(LARGE, **changes), EVEN, chunk) == frames
+
+
+@pytest.mark.parametrize(("changes", "waits"), [
+    ({}, True), ({"key": TensorSettings(bits=8)}, True), ({"key": TensorSettings(stages=0), "value": TensorSettings(bits=16)}, False),
+    ({"key": TensorSettings(centroids=7), "value": TensorSettings(centroids=7)}, False),
+    ({"key": TensorSettings(centroids=7), "value": TensorSettings(centroids=8)}, True)])
+def test_whether_a_frame_may_be_too_little(changes, waits):
+    """256 tokens make 7 centroids."""
+    assert budget.may_wait(replace(LARGE, **changes), EVEN) is waits
+    assert budget.may_wait(QVGSettings(codec="paper", sink_frames=0, recent_frames=0), EVEN) is False
+
+
+PAPER = QVGSettings(codec="paper", sink_frames=0, recent_frames=0)
+
+
+@pytest.mark.parametrize(("settings", "chunk", "life", "pool"), [
+    (QVGSettings(), 3, 6, 8), (QVGSettings(), 1, 4, 4), (QVGSettings(epoch_frames=5), 3, 5, 8), (QVGSettings(sink_frames=9), 3, 6, 12),
+    (QVGSettings(recent_frames=0), 3, 3, 6), (QVGSettings(sink_frames=0, recent_frames=0), 2, 2, 3), (QVGSettings(recent_bits=2), 3, 3, 8),
+    (QVGSettings(recent_bits=3, value=TensorSettings(bits=3)), 3, 3, 8),
+    (replace(PAPER, epoch_frames=4), 3, 6, 3), (replace(PAPER, epoch_frames=1), 3, 3, 3), (replace(PAPER, epoch_frames=6), 3, 6, 3)])
+def test_how_long_a_codebook_serves_at_least_and_what_it_is_trained_on(settings, chunk, life, pool):
+    """Until what is recent settles, where that holds bits to spare; otherwise for a chunk. All that is recent, and the chunk that comes."""
+    assert (budget.shortest_life(settings, chunk), budget.pool_frames(settings, chunk)) == (life, pool)
+
+
+@pytest.mark.parametrize(("window", "cap", "found"), [(0, None, None), (4, None, 4), (0, 5, 5), (4, 5, 4), (5, 4, 4)])
+def test_what_limits_a_history(window, cap, found):
+    assert budget.window_of(replace(BARE, window_frames=window), Limits(None, cap)) == found
+
+
 # Two layers, 10 frames, two sinks in 16 bits (8,192 bytes a frame), a window of 4: what each layer holds after every chunk is
 # 2 * 8192 + 5120, then 3 * 5120 more, then those without the first, then the last frame and the chunk before
 WALKED = replace(EIGHT, sink_frames=2, sink_bits=16, window_frames=4)
