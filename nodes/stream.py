@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -35,28 +36,35 @@ class CoreDecoder:
     def __init__(self, vae, patcher):
         self.vae, self.patcher = vae, patcher
         self.memory = [None] * count_cache_layers(vae.first_stage_model.decoder)
-        self.begun = False
+        self.begun = self.broken = False
         self.waiting: torch.Tensor | None = None
 
-    @torch.no_grad()
-    def __call__(self, latents: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
-        """[1, C, f, H, W] as VAE Decode takes them -> parts [1, 3, n, 8H, 8W] of the video, -1..1."""
-        if self.waiting is not None:
-            latents = torch.cat([self.waiting, latents], 2)
-        parts, self.waiting = [], latents
-        while (left := self.waiting.shape[2]) and (left > 1 or last or not self.begun):
-            count = min(left, 2) if self.begun else 1
-            parts += self._decode(self.waiting[:, :, :count])
-            self.waiting, self.begun = self.waiting[:, :, count:], True
-        return parts
+    def __call__(self, latents: torch.Tensor, last: bool = False) -> Iterator[torch.Tensor]:
+        """[1, C, f, H, W] as VAE Decode takes them -> parts [1, 3, n, 8H, 8W] of the video, -1..1. What an interrupt leaves undecoded
+        comes first the next time; behind a pass that failed nothing comes, because it lacks what was seen last."""
+        self.waiting = latents if self.waiting is None else torch.cat([self.waiting, latents], 2)
+        return self._parts(last)
 
-    def _decode(self, latents: torch.Tensor) -> list[torch.Tensor]:
+    def _parts(self, last: bool) -> Iterator[torch.Tensor]:
+        while not self.broken and (left := self.waiting.shape[2]) and (left > 1 or last or not self.begun):
+            count = min(left, 2) if self.begun else 1
+            part = self._decode(self.waiting[:, :, :count])
+            self.waiting, self.begun = self.waiting[:, :, count:], True
+            yield part
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.vae
         # both are named, so that the network is not sent away to make room for the VAE
         comfy.model_management.load_models_gpu([self.patcher, vae.patcher],
                                                memory_required=vae.memory_used_decode(latents.shape, vae.vae_dtype))
-        z = vae.first_stage_model.conv2(latents.to(vae.device, vae.vae_dtype))
-        return vae.first_stage_model.decoder(z, feat_cache=self.memory, feat_idx=[0])
+        try:
+            z = vae.first_stage_model.conv2(latents.to(vae.device, vae.vae_dtype))
+            return torch.cat(vae.first_stage_model.decoder(z, feat_cache=self.memory, feat_idx=[0]), 2)
+        except BaseException:
+            # half a pass has replaced some of it, and a copy to go back to would take as much memory again
+            self.broken = True
+            raise
 
 
 # node id -> the path that its latest execution announced, so that two nodes of a graph announce two

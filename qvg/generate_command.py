@@ -86,7 +86,7 @@ def check_out(out: Path, session: Path, sources: list[Path], resume: bool, overw
     for source in sources:
         for target in (out, session):
             numbered = target.suffix.lower() == ".png" and source.resolve().parent == target.resolve().parent and re.fullmatch(
-                re.escape(target.stem) + r"_[0-9]{6}" + re.escape(target.suffix), source.name)
+                re.escape(target.stem) + r"_[0-9]{6}\.png", source.name, re.IGNORECASE)
             if same_place(source, target) or numbered:
                 raise PlaceError(f"{source} is read, but {target} would be written in its place. Give --out or --session another name.")
     if resume or overwrite:

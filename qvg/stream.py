@@ -176,11 +176,11 @@ class VideoWriter:
 
     def image_path(self, number: int) -> Path:
         """ball.png -> ball_000000.png, ball_000001.png and so on."""
-        return self.path.with_name(f"{self.path.stem}_{number:06d}{self.path.suffix}")
+        return self.path.with_name(f"{self.path.stem}_{number:06d}.png")
 
     def _images(self) -> str:
         """What the names of the images look like, for `glob`."""
-        return f"{glob.escape(self.path.stem)}_{'[0-9]' * 6}{glob.escape(self.path.suffix)}"
+        return f"{glob.escape(self.path.stem)}_{'[0-9]' * 6}.png"
 
     def _images_there(self) -> list[Path]:
         return sorted(self.path.parent.glob(self._images()))

@@ -257,3 +257,44 @@ def test_the_page_fills_in_tokens(page):
     sent = page.evaluate("async () => (await app.graphToPrompt()).output")
     values = {node["class_type"]: node["inputs"].get("filename_prefix", node["inputs"].get("stream_to")) for node in sent.values()}
     assert set(values.values()) == {time.strftime("%Y/x")} and len(values) == 3
+
+
+def test_an_interrupt_while_frames_are_decoded_loses_none(comfy_modules, monkeypatch):
+    """It comes where ComfyUI looks for it, when models are loaded. What was not decoded comes at the end, equal to an undisturbed decode;
+    behind a pass that failed itself, nothing comes that would be wrong."""
+    import comfy.model_management
+    import comfy.sd
+
+    from comfyui_qvg.nodes.stream import CoreDecoder
+    from comfyui_qvg.qvg.models.wan_vae import WanVAE
+
+    torch.manual_seed(3)
+    vae = comfy.sd.VAE(sd={name: 0.1 * torch.randn_like(tensor) for name, tensor in WanVAE(8).state_dict().items()})
+    latents = torch.randn(1, 16, 9, 4, 6)
+
+    def decode(fails_at, place, name, failure):
+        decoder, calls, made, real = CoreDecoder(vae, vae.patcher), [], [], getattr(place, name)
+
+        def sometimes(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == fails_at:
+                raise failure
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, sometimes)
+            for first in (0, 3, 6, 9):
+                try:
+                    for part in decoder(latents[:, :, first:first + 3], last=first == 9):
+                        made.append(part)
+                except type(failure):
+                    pass
+        return torch.cat(made, 2)
+
+    loading = comfy.model_management, "load_models_gpu", comfy.model_management.InterruptProcessingException()
+    whole = decode(99, *loading)
+    assert whole.shape[2] == 33
+    for fails_at in (1, 2, 3, 5):
+        assert torch.equal(decode(fails_at, *loading), whole)
+    part = decode(3, vae.first_stage_model.decoder.middle[0], "forward", MemoryError())
+    assert torch.equal(part, whole[:, :, :part.shape[2]]) and 9 <= part.shape[2] < 33
