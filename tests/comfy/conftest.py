@@ -1,9 +1,10 @@
 """Fixtures for tests that run inside the real ComfyUI and in a real browser.
 
 `comfy` is a client of one server for the whole session, `comfy_server` the server itself; `start_comfy` starts
-further ones with flags of their own; `page` is the frontend in chromium, opened on the session's server. Where
-ComfyUI or chromium is missing these tests are skipped, and the summary says so in red: a green run without them is
-not a full run. It also says which version ran, and which others are here and did not.
+further ones with flags of their own; `page` is the frontend in chromium, opened on the session's server, and
+`same_page` is one for all tests of a file. Where ComfyUI or chromium is missing these tests are skipped, and the
+summary says so in red: a green run without them is not a full run. It also says which version ran, and which others
+are here and did not.
 """
 
 from __future__ import annotations
@@ -118,6 +119,19 @@ def page(browser, comfy_server):
     """The frontend, ready and without its first-visit dialog; page.console holds what the console said (type, text)."""
     with open_page(browser, comfy_server.url) as page:
         yield page
+
+
+@pytest.fixture(scope="module")
+def _page_of_this_file(browser, comfy_server):
+    with open_page(browser, comfy_server.url) as page:
+        yield page
+
+
+@pytest.fixture
+def same_page(_page_of_this_file):
+    """One page for the tests of a file that load a graph of their own and leave no dialog open: to open one takes six seconds of CPU."""
+    _page_of_this_file.console.clear()
+    return _page_of_this_file
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@
     python tests/comfy/every_version.py [arguments of pytest]
 
 Each run is a pytest of its own, by the Python that has that ComfyUI's requirements, because one process can import
-only one ComfyUI. Ends with the first status that is not 0, after all have run.
+only one ComfyUI. Tests marked `once` are run on the first alone. Ends with the first status that is not 0, after all have run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from install_requirements import environment_python
 
 def main(arguments: list[str]) -> int:
     statuses = []
-    for root in checkouts() or [None]:
+    for number, root in enumerate(checkouts() or [None]):
         environment, python = dict(os.environ), sys.executable
         if root is not None:
             environment["COMFYUI_PATH"], python = str(root), environment_python(root)
             print(f"\nComfyUI {version(root)}, {root}", flush=True)
-        command = [python, "-m", "pytest", "-m", "comfyui", "tests/comfy", *arguments]
+        command = [python, "-m", "pytest", "-m", "comfyui and not once" if number else "comfyui", "tests/comfy", *arguments]
         statuses.append(subprocess.run(command, cwd=REPOSITORY, env=environment).returncode)
     return next(filter(None, statuses), 0)
 

@@ -55,7 +55,8 @@ def report_of(entry):
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
-def test_chart_moves_and_ends_at_the_servers_bytes(page, comfy, tmp_path_factory, modern):
+def test_chart_moves_and_ends_at_the_servers_bytes(same_page, comfy, tmp_path_factory, modern):
+    page = same_page
     page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", modern)
     page.wait_for_timeout(500)
     before = start(page, comfy, workflow(100 + modern, length=93))
@@ -88,14 +89,16 @@ def test_chart_moves_and_ends_at_the_servers_bytes(page, comfy, tmp_path_factory
     page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
 
 
-def test_an_interrupted_run_says_so(page, comfy):
+def test_an_interrupted_run_says_so(same_page, comfy):
+    page = same_page
     start(page, comfy, workflow(200, length=957, block=1))
     page.wait_for_function("Number(document.querySelector('.qvg-monitor')?.dataset.stored) > 0", timeout=120_000)
     comfy.interrupt()
     page.wait_for_function("document.querySelector('.qvg-monitor').dataset.phase === 'stopped'", timeout=60_000)
 
 
-def test_updates_are_few_and_small(page, comfy):
+def test_updates_are_few_and_small(same_page, comfy):
+    page = same_page
     """Every client hears them, at most about four a second and under 20 kB a second."""
     before = start(page, comfy, workflow(300, length=93, block=1))
     finish(comfy, before)
@@ -121,7 +124,8 @@ SENT = """({frames, run}) => {
 }"""
 
 
-def test_keyboard_screen_reader_and_limits(page):
+def test_keyboard_screen_reader_and_limits(same_page):
+    page = same_page
     """What has the focus keeps it while values change; a run's begin and end are read aloud; budget and the card's end are drawn."""
     page.evaluate(LOAD, workflow(1))
     page.wait_for_selector(".qvg-monitor", state="attached")
@@ -170,7 +174,8 @@ def test_settings_and_badge(page, tmp_path_factory):
     page.screenshot(path=shots / "about.png")
 
 
-def test_works_inside_a_subgraph(page, comfy):
+def test_works_inside_a_subgraph(same_page, comfy):
+    page = same_page
     page.evaluate(LOAD, workflow(400))
     page.evaluate("""() => {
       const inside = app.graph.nodes.filter(node => ['QVGMemoryMonitor', 'QVGQuantizeKVCache', 'QVGSettings'].includes(node.type))

@@ -77,13 +77,13 @@ def test_loaders_name_where_their_files_come_from(name):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_opens_in_the_frontend_as_described(page, name):
-    prompt = page.evaluate(OPEN, {"pack": PACK, "name": name})
+def test_opens_in_the_frontend_as_described(same_page, name):
+    prompt = same_page.evaluate(OPEN, {"pack": PACK, "name": name})
     template = TEMPLATES[name]
-    assert page.evaluate("app.rootGraph.nodes.filter(node => !LiteGraph.registered_node_types[node.type]).length") == 0
+    assert same_page.evaluate("app.rootGraph.nodes.filter(node => !LiteGraph.registered_node_types[node.type]).length") == 0
     if template.runs:
-        assert page.evaluate("app.rootGraph.nodes.filter(node => node.has_errors).length") == 0
-    assert page.evaluate(OVERLAPS) == [], "a node hides part of another"
+        assert same_page.evaluate("app.rootGraph.nodes.filter(node => node.has_errors).length") == 0
+    assert same_page.evaluate(OVERLAPS) == [], "a node hides part of another"
     kinds = {key: node["class_type"] for key, node in template.graph.items()}
     assert sorted(node["class_type"] for node in prompt.values()) == sorted(kinds.values())
     # the frontend numbers nodes as they are made, in the graph's order
@@ -97,15 +97,15 @@ def test_opens_in_the_frontend_as_described(page, name):
 
 
 @pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template.runs])
-def test_runs_in_the_frontend(page, comfy, name):
+def test_runs_in_the_frontend(same_page, comfy, name):
     """Opened and started by the frontend, nothing else: a video comes out, and the console is quiet about the pack."""
-    page.evaluate(OPEN, {"pack": PACK, "name": name})
+    same_page.evaluate(OPEN, {"pack": PACK, "name": name})
     known = set(comfy.get(comfy.url + "/history"))
-    page.evaluate("app.queuePrompt(0, 1)")
+    same_page.evaluate("app.queuePrompt(0, 1)")
     # many CPUs imitate bf16, and take minutes
     (prompt,) = comfy.wait_until(lambda: set(comfy.get(comfy.url + "/history")) - known, 900, "the run to end")
     entry = comfy.history(prompt)
     assert entry["status"]["status_str"] == "success", entry["status"]
     saved = [item["filename"] for output in entry["outputs"].values() for item in output.get("images", ())]
     assert any(file.endswith(".mp4") for file in saved)
-    assert [text for kind, text in page.console if kind in ("error", "pageerror") and "qvg" in text.lower()] == []
+    assert [text for kind, text in same_page.console if kind in ("error", "pageerror") and "qvg" in text.lower()] == []
