@@ -336,3 +336,4 @@ TEMPLATES = {template.name: template for template in (
     longcat("text to video"), longcat("image to video", image=True),
     longcat("long video", segments=8, given_frames=33, lora=True),
     long_video("tiny"), long_video("prompt schedule"), long_video("resume"), long_video("continue a video"))}
+FIRST = "Tiny model - text to video"  # what the README lets people run first

@@ -5,9 +5,7 @@ import re
 import pytest
 
 from comfy_server import PACK
-from template_graphs import TEMPLATES
-
-FIRST = "Tiny model - text to video"
+from template_graphs import FIRST, TEMPLATES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,8 +30,11 @@ def test_from_browse_templates_to_a_video(page, comfy, tmp_path_factory):
     page.wait_for_timeout(1000)
     before = set(comfy.get(comfy.url + "/history"))
     page.get_by_role("button", name=re.compile("^Run")).first.click()
-    (prompt,) = comfy.wait_until(lambda: set(comfy.get(comfy.url + "/history")) - before, 300, "the run to end")
-    assert comfy.history(prompt)["status"]["status_str"] == "success"
+    (prompt,) = comfy.wait_until(lambda: set(comfy.get(comfy.url + "/history")) - before, 900, "the run to end")
+    entry = comfy.history(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    saved = [item["filename"] for output in entry["outputs"].values() for item in output.get("images", ())]
+    assert any(file.endswith(".mp4") for file in saved)
     page.wait_for_timeout(1500)
     page.screenshot(path=shots / "first run.png")
     errors = [text for kind, text in page.console if kind in ("error", "pageerror")]

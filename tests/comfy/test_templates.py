@@ -9,7 +9,7 @@ from PIL import Image
 
 from comfy_paths import REPOSITORY
 from comfy_server import PACK
-from template_graphs import TEMPLATES
+from template_graphs import FIRST, TEMPLATES
 
 FOLDER = REPOSITORY / "workflows"
 OPEN = """
@@ -96,7 +96,9 @@ def test_opens_in_the_frontend_as_described(same_page, name):
             assert prompt[numbers[key]]["inputs"][field] == wanted, f"{key}.{field}"
 
 
-@pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template.runs])
+# test_first_run.py runs the first one, in every ComfyUI
+@pytest.mark.once
+@pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template.runs and name != FIRST])
 def test_runs_in_the_frontend(same_page, comfy, name):
     """Opened and started by the frontend, nothing else: a video comes out, and the console is quiet about the pack."""
     same_page.evaluate(OPEN, {"pack": PACK, "name": name})
