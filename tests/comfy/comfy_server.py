@@ -23,7 +23,7 @@ from comfy_client import ComfyClient
 from comfy_paths import REPOSITORY, SHIMS, find_comfyui
 
 PACK = "ComfyUI-QuantVideoGen"
-START_SECONDS = 180
+START_SECONDS = 600  # 15 on two idle cores
 # how ComfyUI's loader words what it does not load
 LOADER_COMPLAINTS = ("Cannot import", "IMPORT FAILED", "Error while calling", "not callable", "did not return", "Skip ")
 
