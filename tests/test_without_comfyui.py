@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import packaging
 import pytest
 
 from comfy_paths import REPOSITORY, checkouts, find_comfyui, unmet
+from install_requirements import environment_python, make_environment
 
 # what ComfyUI brings and the pack's own requirements do not
 FOREIGN = ("aiohttp", "alembic", "comfy_kitchen", "einops", "kornia", "psutil", "pydantic", "requests", "scipy", "sqlalchemy", "torchaudio",
@@ -106,3 +108,27 @@ def test_several_checkouts(monkeypatch, checkout, tmp_path):
             assert checkouts() == [lacking, whole] and find_comfyui() == whole
     finally:
         find_comfyui.cache_clear()
+
+
+def test_each_version_has_its_environment(tmp_path, monkeypatch, checkout):
+    """One that sees this Python's packages, and its own before them."""
+    root = checkout("numpy")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
+    python = make_environment(root)
+    assert environment_python(root) == sys.executable, "what this Python has needs no other"
+    (packages,) = (tmp_path / "environment").glob("comfyui/*/lib/*/site-packages")
+    (packages / "pluggy.py").touch()
+    code = "import pluggy, packaging; print(pluggy.__file__); print(packaging.__file__)"
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], env=plain, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == [str(packages / "pluggy.py"), packaging.__file__]
+
+
+def test_every_version_is_run(checkout):
+    """A pytest for each; what is marked `once` is for the first."""
+    roots = [checkout("a-package-that-nobody-has", name=name) for name in ("old", "new")]
+    for tests, counts in (("test_from_browse_templates", [1, 1]), ("test_it_sends_little", [1])):
+        done = subprocess.run([sys.executable, "tests/comfy/every_version.py", "-q", "-p", "no:cacheprovider", "-k", tests], text=True,
+                              env={**os.environ, "COMFYUI_PATH": os.pathsep.join(map(str, roots))}, cwd=REPOSITORY, capture_output=True)
+        assert done.returncode == 0 and all(f"ComfyUI 0.99.0, {root}" in done.stdout for root in roots)
+        assert [int(line.split()[2]) for line in loud_lines(done.stdout)] == counts

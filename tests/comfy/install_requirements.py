@@ -48,7 +48,7 @@ def environment_python(root: Path) -> str:
 
 
 def environment(root: Path) -> Path:
-    return Path(sys.prefix) / "comfyui" / root.name
+    return Path(sys.prefix) / "comfyui" / f"{root.name} {version(root)}"
 
 
 def make_environment(root: Path) -> str:
