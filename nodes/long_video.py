@@ -33,6 +33,7 @@ from ..qvg.storage import Session, fingerprint
 from . import live, where
 from .adapters.causal import SCHEDULE, CausalWan, cache_shape
 from .adapters.checks import check_size, evaluated
+from .adapters.patches import CAUSAL, check_patches
 from .run_log import ATTACHMENT
 
 SessionType = io.Custom("QVG_SESSION")
@@ -81,6 +82,7 @@ class ARSampler(comfy.samplers.Sampler):
             raise ValueError(f"{type(base.diffusion_model).__name__} with a latent of {noise.ndim} axes is no autoregressive video. Load "
                              "the model with Load AR Video Model (QVG) and connect Empty Long Video Latent (QVG).")
         check_size(noise.shape)
+        check_patches(model_wrap, CAUSAL)
         x = base.model_sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
         session, log = options.session, model_wrap.model_patcher.get_attachment(ATTACHMENT)
         settings = session.settings[0] if session else log.settings if log else PRESETS["off"]

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management
 import torch
 
 from ...qvg.attention import CachedAttention
-from ...qvg.cache import CacheStats, KVCache, shrink
+from ...qvg.cache import CacheStats, KVCache
 from .checks import evaluated
+from .compiled import bare, between, outside
+from .patches import check_pass
 from .wan import _attention, compute_dtype
 
 # in a CONDITIONING entry: [(first latent frame, embedding [1, L, C], name), ...]
@@ -52,7 +55,7 @@ class CausalWan:
 
     def __init__(self, guider, extra_args: dict, make_cache: Callable[[], KVCache], position_limit: int):
         self.guider, self.extra_args, self.position_limit = guider, extra_args, position_limit
-        self.network = guider.inner_model.diffusion_model
+        self.network = bare(guider.inner_model.diffusion_model)
         self.slots = {cond["uuid"]: Slot(make_cache(), cond.get(SCHEDULE) or []) for cond in evaluated(guider)}
         self.caches = [slot.cache for slot in self.slots.values()]
         self._now = (0, 0, False)
@@ -61,8 +64,8 @@ class CausalWan:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The network goes through these caches inside, and is as it was afterwards, whatever happens."""
-        self._forwards = [(self.network, self._forward), *((block.self_attn, self._self_attention(block.self_attn))
-                                                           for block in self.network.blocks)]
+        layers = [bare(block).self_attn for block in self.network.blocks]
+        self._forwards = [(self.network, between(self._forward)), *((layer, self._self_attention(layer)) for layer in layers)]
         try:
             yield
         finally:
@@ -99,7 +102,7 @@ class CausalWan:
 
     def shrink(self) -> str | None:
         comfy.model_management.soft_empty_cache()
-        return shrink(self.caches)
+        return next((said for cache in self.caches if (said := cache.shrink()) is not None), None)
 
     def stats(self) -> CacheStats:
         return CacheStats.total([cache.stats() for cache in self.caches])
@@ -114,25 +117,41 @@ class CausalWan:
             if uuid not in self.slots:
                 raise ValueError("A condition appeared that the run did not begin with. Connect the prompts to the guider alone.")
             part = slice(number * rows, (number + 1) * rows)
-            outs.append(self._pass(self.slots[uuid], x[part], timestep[part], context[part], clip_fea))
+            if self._stored(self.slots[uuid]):
+                outs.append(torch.zeros_like(x[part]))
+                continue
+            outs.append(self._pass(self.slots[uuid], x[part], timestep[part], context[part], clip_fea, transformer_options))
         return torch.cat(outs)
 
-    def _pass(self, slot: Slot, x, timestep, context, clip_fea):
+    def _stored(self, slot: Slot) -> bool:
+        """Whether the pass would store a chunk again: guidance that calls the network twice does so in the storing pass, too, where nobody
+        looks at the result."""
+        first, _, store = self._now
+        return store and slot.cache.frames > first
+
+    @between
+    def _pass(self, slot: Slot, x, timestep, context, clip_fea, transformer_options):
+        context, first, handles = self._begin(slot, x, context, transformer_options)
+        return type(self.network).forward_block(
+            self.network, x, timestep.reshape(-1, 1).expand(-1, x.shape[2]), context, first, handles, slot.cross, clip_fea)
+
+    @outside
+    def _begin(self, slot: Slot, x, context, transformer_options: dict) -> tuple[torch.Tensor, int, list[Handle]]:
+        """The embedding of the prompt that holds now, the first frame, and what the layers attend through."""
+        check_pass(transformer_options)
         first, at, store = self._now
-        frames, layers = x.shape[2], len(self.network.blocks)
         _, embedding, name = slot.entry(at)
         if embedding is not None:
             context = embedding.to(context).expand(x.shape[0], -1, -1)
         if slot.cross is None or slot.cross_name != name:
             slot.cross, slot.cross_name = self.network.init_crossattn_caches(x.shape[0], x.device, x.dtype), name
-        attend = CachedAttention(slot.cache, start_frame=first, frames=frames, store=store, attention=_attention,
-                                 position_limit=self.position_limit)
-        return type(self.network).forward_block(
-            self.network, x, timestep.reshape(-1, 1).expand(-1, frames), context, first, [Handle(attend, layer) for layer in range(layers)],
-            slot.cross, clip_fea)
+        attend = CachedAttention(slot.cache, start_frame=first, frames=x.shape[2], store=store, position_limit=self.position_limit,
+                                 attention=partial(_attention, transformer_options=transformer_options))
+        return context, first, [Handle(attend, layer) for layer in range(len(self.network.blocks))]
 
     @staticmethod
     def _self_attention(module):
+        @outside
         def forward(x, freqs, kv_cache=None, transformer_options={}):  # noqa: B006 (core's signature)
             if not isinstance(kv_cache, Handle):
                 return type(module).forward(module, x, freqs, kv_cache, transformer_options)

@@ -18,7 +18,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ...qvg import dispatch
 from ...qvg.attention import CachedAttention
@@ -30,9 +30,12 @@ from ...qvg.models.longcat import LongCat, LongCatSizes
 from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
 from ...qvg.settings import PRESETS, QVGSettings
 from ..run_log import ATTACHMENT, RunLog
+from .compiled import Outside, bare, between, outside
+from .patches import LONGCAT, OVERRIDE, check_pass, check_patches
 
 KEY = "quantvideogen"
 GIVEN = "quantvideogen_given"
+CHECKS = "quantvideogen_checks"
 
 
 class Network(LongCat):
@@ -46,16 +49,28 @@ class Network(LongCat):
             # where a file keeps such a layer in scaled FP8, core would round its input to FP8, too
             layer._full_precision_mm = True
 
+    @between
     def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006 (core's signature)
-        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
-        return WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute(
+        wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL)
+        if not wrappers:
+            return self._forward(x, timestep, context, transformer_options, **kwargs)
+        return WrapperExecutor.new_class_executor(self._forward, self, [one for some in wrappers.values() for one in some]).execute(
             x, timestep, context, transformer_options, **kwargs)
 
+    @between
     def _forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006
+        attend, attention = self._attentions(x, transformer_options)
+        return super().forward(x, timestep, context, attend=attend, attention=attention).neg_()
+
+    @outside
+    def _attentions(self, x, transformer_options: dict):
+        """What attends to given and new frames, and what to the text."""
+        check_pass(transformer_options)
         attention = partial(_attention, transformer_options=transformer_options)
         given: Given | None = transformer_options.get(GIVEN)
-        attend = given and given.attend(x.shape[2], attention)
-        return super().forward(x, timestep, context, attend=attend, attention=attention).neg_()
+        attend = self._attend_all(x.shape, 0, attention) if given is None else given.attend(x.shape[2], attention)
+        # without an override compiled code needs no options
+        return Outside(attend), Outside(attention) if OVERRIDE in transformer_options else _attention
 
 
 class Model(comfy.model_base.BaseModel):
@@ -97,7 +112,14 @@ def load(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None, disab
         model.to(offload)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.set_model_sampler_cfg_function(lambda args: cfg_zero(args["cond"], args["uncond"], args["cond_scale"]))
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, CHECKS, checked)
     return patcher
+
+
+def checked(executor, *args, **kwargs):
+    """A sampling run. Raises ValueError where another node's patch cannot work with this network."""
+    check_patches(executor.class_obj, LONGCAT)
+    return executor(*args, **kwargs)
 
 
 class Given:
@@ -157,7 +179,7 @@ class Hook:
             latents = model.process_latent_in(self.latents).to(noise.device, model.get_dtype_inference())
             store = CachedAttention(cache, start_frame=0, frames=frames, store=True, newest=cache.settings.recent_frames,
                                     attention=partial(_attention, transformer_options=options))
-            model.diffusion_model.encode(latents, store)
+            model.diffusion_model.encode(latents, Outside(store))
             self.log.note(cache.stats())
             options[GIVEN] = Given(cache, frames)
             result = executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
@@ -210,7 +232,7 @@ def _attention(q, k, v, transformer_options=None):
 
 def is_longcat(model) -> bool:
     """Whether a MODEL is LongCat-Video, loaded by this pack."""
-    return isinstance(model.get_model_object("diffusion_model"), LongCat)
+    return isinstance(bare(model.get_model_object("diffusion_model")), LongCat)
 
 
 def quantize(model, settings: QVGSettings, node_id: str | None = None):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 
 import comfy.model_management
+import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
@@ -23,9 +25,11 @@ from ...qvg.chart import format_bytes
 from ...qvg.settings import QVGSettings
 from ..run_log import ATTACHMENT, RunLog, plain_stats
 from .checks import check_run, evaluated, is_autoregressive
+from .compiled import bare, between, check_compiled, outside
+from .patches import CAUSAL, check_pass, check_patches, check_taken
 
 KEY = "quantvideogen"
-PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward_block", "get_dtype")
+PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward", "get_dtype")
 ATTENTION_PATCH = "diffusion_model.blocks.{}.self_attn.forward"
 # float32 tensors of the whole video that a run holds: noise, the latent that it begins from, their mixture, the result
 WHOLE_LATENTS = 4
@@ -35,6 +39,13 @@ def compute_dtype(model):
     """What the network computes in. Core's sampler makes its cache and casts the start image to what the weights are kept in; where that is
     fp8, it can neither hold what attention computes nor an image."""
     return model.manual_cast_dtype or model.diffusion_model.dtype
+
+
+def block_state(transformer_options: dict) -> tuple[int, list, list] | None:
+    """What core's sampler hands to its causal network: first frame, KV caches, cross-attention caches. None where it is not that sampler's
+    run."""
+    state = transformer_options.get("ar_state")
+    return state and tuple(state[key] for key in ("start_frame", "kv_caches", "crossattn_caches"))
 
 
 class Stand:
@@ -57,12 +68,27 @@ class PlainHook:
         self.model, self.log = model, log
         self.frames = 0
 
+    @property
+    def network(self):
+        return bare(self.model.diffusion_model)
+
     def get_dtype(self):
         return compute_dtype(self.model)
 
+    @between
+    def forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # noqa: B006
+        network, state = self._begin(transformer_options)
+        if state is None:
+            return type(network).forward(network, x, timestep, context, clip_fea=clip_fea, time_dim_concat=time_dim_concat,
+                                         transformer_options=transformer_options, **kwargs)
+        return type(network).forward_block(network, x, timestep[:, None].expand(-1, x.shape[2]), context, *state, clip_fea)
+
+    @outside
+    def _begin(self, transformer_options: dict):
+        return self.network, block_state(transformer_options)
+
     def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
-        network = self.model.diffusion_model
-        caches = type(network).init_kv_caches(network, batch_size, max_seq_len, device, dtype)
+        caches = type(self.network).init_kv_caches(self.network, batch_size, max_seq_len, device, dtype)
         # all of it is there from the first frame to the last
         for frames in (0, self.frames):
             self.log.note(plain_stats(caches, self.frames, frames))
@@ -70,6 +96,7 @@ class PlainHook:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         guider = executor.class_obj
+        check_compiled(guider.model_options)
         if is_autoregressive(sampler):
             check_run(guider, noise, sampler, sigmas, denoise_mask)
         own, self.model = self.model, guider.model_patcher.model
@@ -82,8 +109,8 @@ class PlainHook:
             self.log.end()
 
     def install(self, patched) -> None:
-        patched.add_object_patch("diffusion_model.init_kv_caches", self.init_kv_caches)
-        patched.add_object_patch("get_dtype", self.get_dtype)
+        for name, patch in zip(PATCHES, (self.init_kv_caches, self.forward, self.get_dtype)):
+            patched.add_object_patch(name, patch)
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
 
 
@@ -99,6 +126,7 @@ class Hook:
         self.cache: KVCache | None = None
         self.attend: CachedAttention | None = None
         self.block: tuple[int, int, bool] | None = None
+        self.options: dict | None = None
         self.grid: tuple[int, int] | None = None
         self.frames = 0
         self.chunk_frames = 0
@@ -107,7 +135,7 @@ class Hook:
 
     @property
     def network(self):
-        return self.model.diffusion_model
+        return bare(self.model.diffusion_model)
 
     # patches of the model
 
@@ -118,20 +146,41 @@ class Hook:
         self.free()
         return [Stand() for _ in range(self.network.num_layers)]
 
-    def forward_block(self, x, timestep, context, start_frame, kv_caches, crossattn_caches, clip_fea=None):
-        frames, clean = x.shape[2], not bool(timestep.any())
-        self.block = start_frame, frames, clean
+    @between
+    def forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # noqa: B006
+        network, state, again = self._begin(x, timestep, transformer_options)
+        if state is None:
+            return type(network).forward(network, x, timestep, context, clip_fea=clip_fea, time_dim_concat=time_dim_concat,
+                                         transformer_options=transformer_options, **kwargs)
+        if again:
+            return torch.zeros_like(x)
         try:
-            return type(self.network).forward_block(
-                self.network, x, timestep, context, start_frame, kv_caches, crossattn_caches, clip_fea)
+            return type(network).forward_block(network, x, timestep[:, None].expand(-1, x.shape[2]), context, *state, clip_fea)
         finally:
-            self.attend = None
-            if clean and self.cache is not None:
-                self.log.note(self.cache.stats)
-            else:
-                self.log.tick()
+            self._end()
+
+    @outside
+    def _begin(self, x, timestep, transformer_options: dict):
+        """The network, what core's sampler says of the pass ((first frame, KV caches, cross-attention caches), or None), and whether the
+        chunk is stored already: guidance that calls the network twice does so here, too, where nobody looks at the result."""
+        state = block_state(transformer_options)
+        if state is None:
+            return self.network, None, False
+        check_pass(transformer_options)
+        self.block = state[0], x.shape[2], not bool(timestep.any())
+        self.options = transformer_options
+        return self.network, state, self.block[2] and self.cache is not None and self.cache.frames > state[0]
+
+    @outside
+    def _end(self) -> None:
+        self.attend = self.options = None
+        if self.block[2] and self.cache is not None:
+            self.log.note(self.cache.stats)
+        else:
+            self.log.tick()
 
     def self_attention(self, layer: int):
+        @outside
         def forward(x, freqs, kv_cache=None, transformer_options={}):  # noqa: B006 (core's signature)
             module = self.network.blocks[layer].self_attn
             if kv_cache is None:
@@ -151,7 +200,8 @@ class Hook:
                 self.cache = KVCache(
                     self.settings, layers=self.network.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid,
                     batch=q.shape[0], device=q.device, dtype=q.dtype, max_frames=self.frames, chunk_frames=self.chunk_frames)
-            self.attend = CachedAttention(self.cache, start_frame=start, frames=frames, store=clean, attention=_attention)
+            self.attend = CachedAttention(self.cache, start_frame=start, frames=frames, store=clean,
+                                          attention=partial(_attention, transformer_options=self.options))
         return self.attend
 
     def free(self) -> None:
@@ -164,6 +214,7 @@ class Hook:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         guider = executor.class_obj
+        check_patches(guider, CAUSAL)
         check_run(guider, noise, sampler, sigmas, denoise_mask)
         own, self.model = self.model, guider.model_patcher.model
         try:
@@ -208,7 +259,7 @@ class Hook:
         return executor(model, shape, conds, *args, **kwargs)
 
     def install(self, patched) -> None:
-        for name, patch in zip(PATCHES, (self.init_kv_caches, self.forward_block, self.get_dtype)):
+        for name, patch in zip(PATCHES, (self.init_kv_caches, self.forward, self.get_dtype)):
             patched.add_object_patch(name, patch)
         for layer in range(self.network.num_layers):
             patched.add_object_patch(ATTENTION_PATCH.format(layer), self.self_attention(layer))
@@ -216,15 +267,19 @@ class Hook:
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, self.prepare_sampling)
 
 
-def _attention(q, k, v):
-    """Core's chosen attention on [B, T, H, D]."""
-    out = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=q.shape[2])
+def _attention(q, k, v, transformer_options=None):
+    """Core's chosen attention on [B, T, H, D], or what overrides it."""
+    out = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=q.shape[2], transformer_options=transformer_options)
     return out.view(q.shape)
+
+
+def _patched(layers: int) -> list[str]:
+    return [*PATCHES, *map(ATTENTION_PATCH.format, range(layers))]
 
 
 def _uninstall(patched, layers: int) -> None:
     """Take an earlier hook off, so that of two nodes in a row the last one counts."""
-    for name in (*PATCHES, *map(ATTENTION_PATCH.format, range(layers))):
+    for name in _patched(layers):
         patched.object_patches.pop(name, None)
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):
         patched.remove_wrappers_with_key(kind, KEY)
@@ -234,9 +289,9 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
     """A clone of `model` whose cache is quantized as `settings` say; with the preset Off its own cache is only counted.
 
     node_id: of the node on which a run shows its bytes.
-    Raises ValueError when the model is not a causal Wan, or the settings do not fit its heads.
+    Raises ValueError when the model is not a causal Wan, the settings do not fit its heads, or another node's patch is in the way.
     """
-    network = model.get_model_object("diffusion_model")
+    network = bare(model.get_model_object("diffusion_model"))
     if not hasattr(network, "init_kv_caches"):
         raise ValueError(
             f"{type(network).__name__} is not an autoregressive video model: it has no KV cache to quantize. Load a Self-Forcing or "
@@ -248,6 +303,7 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
     patched.set_attachments(ATTACHMENT, log)
     if model.get_attachment(ATTACHMENT) is not None:
         _uninstall(patched, network.num_layers)
-    hook = PlainHook(model.model, log) if settings.changes_nothing else Hook(model.model, settings, log)
+    check_taken(patched, _patched(network.num_layers))
+    hook = PlainHook(model.model, log) if settings.codec == "plain" else Hook(model.model, settings, log)
     hook.install(patched)
     return patched
