@@ -154,7 +154,8 @@ def may_wait(settings: QVGSettings, geometry: Geometry) -> bool:
 def shortest_life(settings: QVGSettings, chunk_frames: int) -> int:
     """Fewest latent frames between two codebooks of a layer, however poorly they fit; see `lifetime`."""
     if settings.codec != "qvg":
-        return settings.epoch_frames
+        # each serves whole chunks
+        return -(-settings.epoch_frames // chunk_frames) * chunk_frames
     keeps = settings.recent_frames and max(settings.key.bits, settings.value.bits) < settings.recent_bits
     return min(settings.epoch_frames, chunk_frames + settings.recent_frames if keeps else chunk_frames)
 
@@ -236,15 +237,16 @@ def _narrow(span, settings: QVGSettings) -> None:
     span.set_bits(*bits)
 
 
-def narrow_widest(spans: list, settings: QVGSettings) -> bool:
-    """Take a plane from every span that holds the most of them, sinks excepted; False where none has one to lose."""
-    movable = [span for span in spans if not span.sink]
-    most = max((_planes(span, settings) for span in movable), default=1)
-    if most > 1:
-        for span in movable:
-            if _planes(span, settings) == most:
-                _narrow(span, settings)
-    return most > 1
+def most_planes(spans: list, settings: QVGSettings) -> int:
+    """Of the widest span, sinks excepted; 1 where none has one to lose."""
+    return max((_planes(span, settings) for span in spans if not span.sink), default=1)
+
+
+def narrow_widest(spans: list, settings: QVGSettings, most: int) -> None:
+    """Take a plane from every span that holds `most` of them, more than one, sinks excepted."""
+    for span in spans:
+        if not span.sink and _planes(span, settings) == most:
+            _narrow(span, settings)
 
 
 @dataclass(frozen=True)
@@ -298,8 +300,10 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
         # Codebooks that stay are limited together with the spans, which give way. Offloaded spans are limited by themselves, so that all
         # that their codebooks can come to is set apart: with the sink's and one that is only begun
         if settings.offload:
-            return book * (2 + -(-(frames + chunk_frames) // shortest_life(settings, chunk_frames)))
-        return book * (1 + -(-frames // settings.epoch_frames))
+            others = 0 if settings.codec == "qvg" else sink
+            return book * (2 + -(-(others + frames + chunk_frames) // shortest_life(settings, chunk_frames)))
+        # each serves whole chunks
+        return book * (1 + -(-frames // (-(-settings.epoch_frames // chunk_frames) * chunk_frames)))
 
     def apart(frames: int) -> int:
         """Bytes on the device that are not the spans'."""

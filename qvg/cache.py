@@ -10,6 +10,7 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -31,6 +32,8 @@ KINDS = (*SPAN_KINDS[:3], "codebooks", "plain")
 
 # tokens decoded in one go, in float32; a span of the released models has as many
 READ_TOKENS = 4680
+# torch's generators know so many
+SEEDS = 2**64
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class LayerCache:
             Side(TensorCodec(settings.codec, tensor, owner.geometry.head_dim, settings.iterations))
             for tensor in (settings.key, settings.value))
         # a stream of random numbers a layer: the order in which layers append does not matter
-        self.generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % SEEDS)
         self.life, self.rules = Lifetime(), owner.rules
         self.next_frame = 0
 
@@ -236,10 +239,18 @@ class LayerCache:
         # a codebook that nothing uses is trained again, since its bytes are counted with the span that it is trained for
         life.trained &= any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None)
 
-    def narrow(self) -> bool:
-        """Take a plane from every span that holds the most of them; False where none has one to lose."""
+    @property
+    def most_planes(self) -> int:
+        """Of the widest span, sinks excepted; 1 where none has one to lose."""
         # without a codebook there are no planes
-        return (self.life.trained or self.settings.codec == "plain") and budget.narrow_widest(self.spans, self.settings)
+        return budget.most_planes(self.spans, self.settings) if self.life.trained or self.settings.codec == "plain" else 1
+
+    def narrow(self, most: int = 0) -> bool:
+        """Take a plane from every span that holds `most` of them, or as many as the widest; False where none has one to lose."""
+        most = most or self.most_planes
+        if most > 1:
+            budget.narrow_widest(self.spans, self.settings, most)
+        return most > 1
 
     def forget_before(self, frame: int) -> None:
         """Let the spans before a latent frame leave, sinks excepted."""
@@ -386,29 +397,19 @@ class KVCache:
         visiting = 0 if self.host is None else self.host.device_bytes
         self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + self.workspace.nbytes + visiting)
 
+    def recount(self) -> None:
+        """Count all layers when next asked what they hold."""
+        self._held.clear()
+
     def rewind(self, first: int) -> None:
         """Forget what was stored from latent frame `first` on. What older spans lost meanwhile does not come back."""
-        self._held.clear()
+        self.recount()
         for layer in self.layers:
             layer.rewind(first)
 
     def shrink(self) -> str | None:
-        """Give up the next cheapest thing to need less memory and say what it was: half of the heads that are decoded at a time, then a
-        plane of the widest spans, then the older half of the history. None when nothing is left to give."""
-        self._held.clear()
-        if self.host is not None:
-            self.host.shrink()
-        if self.workspace.halve():
-            return f"Memory did not suffice: heads are now decoded {self.workspace.group} at a time."
-        if sum(layer.narrow() for layer in self.layers):
-            return "Memory did not suffice: the widest spans of the KV cache lost a bit plane."
-        # a pass that failed may have let a span leave some layers and not yet others
-        movable = min(([entry for entry in layer.entries if not entry.sink] for layer in self.layers), key=len, default=[])
-        if len(movable) < 2:
-            return None
-        for layer in self.layers:
-            layer.forget_before(movable[len(movable) // 2].first)
-        return "Memory did not suffice: the older half of the history left the KV cache."
+        """See `shrink`."""
+        return shrink([self])
 
     def stats(self) -> CacheStats:
         layers = [layer.bytes_by_kind() for layer in self.layers]
@@ -437,3 +438,29 @@ class KVCache:
         if self.host is not None:
             self.host.close()
             self.host = HostStore(self.host.device, self._staging)
+
+
+def shrink(caches: Sequence[KVCache]) -> str | None:
+    """Give up the next cheapest thing to need less memory and say what it was: half of the heads that are decoded at a time, then a plane
+    of the widest spans, then the older half of the history. None when nothing is left to give.
+
+    All caches of a run, such as those of its conditions, give up the same, because guidance compares what they predict.
+    """
+    layers = [layer for cache in caches for layer in cache.layers]
+    for cache in caches:
+        cache.recount()
+        if cache.host is not None:
+            cache.host.shrink()
+    if sum(cache.workspace.halve() for cache in caches):
+        return f"Memory did not suffice: heads are now decoded {caches[0].workspace.group} at a time."
+    # a pass that failed may have let spans age in some layers and caches and not yet in others
+    if (most := max(layer.most_planes for layer in layers)) > 1:
+        for layer in layers:
+            layer.narrow(most)
+        return "Memory did not suffice: the widest spans of the KV cache lost a bit plane."
+    movable = min(([entry for entry in layer.entries if not entry.sink] for layer in layers), key=len, default=[])
+    if len(movable) < 2:
+        return None
+    for layer in layers:
+        layer.forget_before(movable[len(movable) // 2].first)
+    return "Memory did not suffice: the older half of the history left the KV cache."

@@ -43,12 +43,11 @@ class LevelTables:
 
 class ByRow(NamedTuple):
     """A span's parts as they lie in memory, made once because it is read often: views of planes [R, T, D / 8], scales [R, T, G] and
-    ids [S, R, T], and the power of two that multiplies the scales, float32 [R, 1, 1]."""
+    ids [S, R, T], which take no memory of their own."""
 
     planes: list[Tensor]
     scales: Tensor
     ids: Tensor
-    factor: Tensor
 
 
 @dataclass
@@ -113,9 +112,8 @@ class PlaneSpan:
     @property
     def by_row(self) -> ByRow:
         if self._by_row is None:
-            factor = torch.ldexp(torch.ones_like(self.exponents, dtype=torch.float32), self.exponents.int())[:, None, None]
             parts = [plane.transpose(0, 1) for plane in self.planes]
-            self._by_row = ByRow(parts, self.scales.transpose(0, 1), self.ids.transpose(1, 2), factor)
+            self._by_row = ByRow(parts, self.scales.transpose(0, 1), self.ids.transpose(1, 2))
         return self._by_row
 
     def decode(self, rows: slice, tables: LevelTables) -> Tensor:
@@ -224,9 +222,13 @@ class Misfit:
 
 def _mean_square(span: PlaneSpan) -> Tensor:
     """Of a span's scales, float32 []."""
-    part = span.by_row
     # of tokens that are no numbers nothing is known
-    return (e4m3.decode(part.scales) * part.factor).square().nanmean()
+    return (e4m3.decode_scales(span.scales) * _powers_of_two(span.exponents)[:, None]).square().nanmean()
+
+
+def _powers_of_two(exponents: Tensor) -> Tensor:
+    """int8 -> float32, exactly."""
+    return exponents.int().add_(127).bitwise_left_shift_(23).view(torch.float32)
 
 
 def like(a: Span, b: Span) -> bool:
@@ -281,7 +283,8 @@ def _decode_planes(sides: list[list[PlaneSpan]], rows: slice, tables: LevelTable
     widths = [(bits, tokens * len(list(run))) for bits, run in groupby(span.bits for span in sides[0])]
     x = tables(first.gain)(held.unflatten(1, (most, len(sides), -1)), widths)
     scale = e4m3.decode_scales(joined([part.scales for part in parts])).unflatten(1, (len(spans), -1))
-    scale = scale.mul_(torch.stack([part.factor for part in parts], dim=1)[rows]).unflatten(1, (len(sides), -1)).flatten(2, 3)
+    powers = _powers_of_two(torch.stack([span.exponents for span in spans], dim=1)[rows])
+    scale = scale.mul_(powers[..., None, None]).unflatten(1, (len(sides), -1)).flatten(2, 3)
     x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
     ids = joined([part.ids for part in parts], axis=1).unflatten(2, (len(sides), -1))
     return smoothing.restore([side[0].codebook for side in sides], x, ids, rows).permute(1, 2, 0, 3)

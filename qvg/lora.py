@@ -126,7 +126,7 @@ class Spellings:
         for name in parameters:
             other, place, count = official_name(f"{name}.") if published else (self._diffusers(name), 0, 1)
             parts = self.table.setdefault(flat(other.rstrip(".")), [])
-            if (name, place, count) not in parts and (not parts or parts[0][2] > 1):
+            if (name, place, count) not in parts:
                 parts.append((name, place, count))
 
     @staticmethod

@@ -202,7 +202,7 @@ class HostStore:
         page = mmap.PAGESIZE
         try:
             memory = torch.empty(aligned(size) + 2 * page, dtype=torch.uint8)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise torch.OutOfMemoryError(f"There is no host memory for an offloaded span ({error}).") from None
         start = -memory.data_ptr() % page
         data = memory[start:start + size]

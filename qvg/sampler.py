@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from . import budget
 from .attention import Attention, CachedAttention, sdpa
-from .cache import CacheStats, KVCache
+from .cache import SEEDS, CacheStats, KVCache, shrink
+from .memory import ran_out
 from .settings import QVGSettings
 
 # four steps at shift 5, what Self-Forcing was distilled to
@@ -255,7 +256,9 @@ class Sampler:
         while True:
             try:
                 return self.model.denoise(x, sigma, first, at=at, store=store)
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not ran_out(error):
+                    raise
                 if store:
                     # the layers that the pass reached have stored their part
                     self.model.rewind(first)
@@ -271,7 +274,7 @@ class Sampler:
         """Standard noise [B, C, length, H, W] float32 for a step of the present chunk."""
         shape = (*self.shape[:2], length, *self.shape[2:])
         if self.run.noise == "core" and isinstance(step, int):
-            generator = torch.Generator(self.device).manual_seed(self.run.seed + self.chunk * 1000 + step)
+            generator = torch.Generator(self.device).manual_seed((self.run.seed + self.chunk * 1000 + step) % SEEDS)
             return torch.randn(shape, generator=generator, device=self.device)
         digest = hashlib.blake2b(f"{self.run.seed}/{self.chunk}/{step}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -348,10 +351,7 @@ class CachedNetwork:
             cache.rewind(first)
 
     def shrink(self) -> str | None:
-        for cache in self.caches:
-            if (given_up := cache.shrink()) is not None:
-                return given_up
-        return None
+        return shrink(self.caches)
 
     def stats(self) -> CacheStats:
         return CacheStats.total([cache.stats() for cache in self.caches])

@@ -136,6 +136,10 @@ class QVGSettings:
             _require(type(value) in (int, float) and 0 <= value < 100_000, f"{name} is {value!r}; give GiB, or 0 for no limit.")
         _require(isinstance(self.offload, bool), f"offload is {self.offload!r}; it must be true or false.")
         _require(self.offload or not self.host_gib, "host_gib limits offloaded spans, but offload is off. Turn it on, or set it to 0.")
+        for name, tensor in (("key", self.key), ("value", self.value)) if self.codec == "plain" else ():
+            _require(tensor.bits in PLAIN_BITS,
+                     f"{name} is to hold {tensor.bits} bits, but the plain codec (the preset Off) has no planes; "
+                     "choose 8 or 16 bits, or another preset.")
         if self.codec == "paper":
             for tensor in (self.key, self.value):
                 _require(tensor.bits in (2, 4), f"The paper codec stores 2 or 4 bits, not {tensor.bits}; "
@@ -147,6 +151,12 @@ class QVGSettings:
                      "to 8 or 16.")
             _require(not self.sink_frames or self.sink_bits in (2, 4, *PLAIN_BITS),
                      f"The paper codec cannot hold a sink in {self.sink_bits} bits; choose 2, 4, 8 or 16.")
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether all keys and values stay as the model made them, for good and on the device: what a cache without settings does."""
+        forgets = self.window_frames or self.budget_gib or self.offload
+        return self.codec == "plain" and self.key.bits == self.value.bits == 16 and not forgets
 
     @staticmethod
     def preset(name: str) -> QVGSettings:

@@ -67,6 +67,14 @@ def test_a_packed_shape_is_not_believed():
     assert fingerprint(packed_network()) == fingerprint(packed_network(shape=(COLUMNS, ROWS)))
 
 
+def test_weights_that_are_nowhere_yet():
+    """Such as those of a network that a loader has only laid out: names and shapes are all there is."""
+    with torch.device("meta"):
+        networks = [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 9)]
+    first, same, other = map(fingerprint, networks)
+    assert first == same != other
+
+
 def test_plain_networks_keep_the_name_that_sessions_hold():
     network = nn.Sequential(nn.Linear(300, 70), nn.BatchNorm1d(70)).bfloat16()
     digest = hashlib.sha256()

@@ -121,6 +121,20 @@ def test_lengths_of_columns_cannot_be_cut(longcat, columns):
     assert convert(wide, longcat).left == list(wide)
 
 
+def test_peft_keeps_lengths_without_a_second_dimension(wan):
+    file = pair("blocks.0.ffn.0", 64, 128) | {"blocks.0.ffn.0.lora_magnitude_vector": torch.arange(64.0)}
+    lengths = convert(file, wan).weights["blocks.0.ffn.0.dora_scale"]
+    assert lengths.shape == (64, 1) and torch.equal(lengths[:, 0], torch.arange(64.0))
+
+
+def test_a_field_under_two_names_counts_once(wan):
+    file = pair("blocks.0.ffn.0", 64, 128)
+    again = {"blocks.0.ffn.0.lora_down.weight": torch.ones(RANK, 128)}
+    mapped = convert(file | again, wan)
+    assert mapped.taken == 2 and mapped.left == list(again)
+    assert torch.equal(mapped.weights["blocks.0.ffn.0.lora_down.weight"], file["blocks.0.ffn.0.lora_A.weight"])
+
+
 def test_other_sizes_are_named(wan):
     wrong, right = pair("blocks.0.ffn.0", 640, 1280), pair("blocks.0.ffn.2", 128, 64)
     mapped = convert(wrong | right, wan)

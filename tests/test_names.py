@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from comfyui_qvg.qvg.checkpoint import open_checkpoint
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.names import DEPTH, find_network, official_name, split_layout
+from comfyui_qvg.qvg.names import DEPTH, find_network, official_name, split_layout, tensors_in
 
 CONTAINERS = ((), ("generator_ema",), ("generator",), ("model",), ("state_dict",), ("module",), ("ema_model",), ("weights",),
               ("state_dict", "generator"), ("checkpoint", "generator_ema", "model"), ("a", "b", "c", "d"))
@@ -84,6 +84,13 @@ def test_the_network_that_samples_is_taken(wan, best, other, flat):
         assert equal(find_network(content).state, wan)
 
 
+def test_a_whole_network_goes_before_blocks_of_another(wan):
+    """Blocks without an embedding are an adapter, or part of a network, whatever they are called."""
+    part = {f"generator.{name}": tensor + 1 for name, tensor in wan.items() if name.startswith("blocks.")}
+    assert equal(find_network(part | {f"model.{name}": tensor for name, tensor in wan.items()}).state, wan)
+    assert equal(find_network({"generator": part, "net": wan}).state, wan)
+
+
 def test_two_networks_without_a_telling_name_are_refused(tmp_path, wan):
     path = tmp_path / "two.pt"
     torch.save({"first": wan, "second": dict(wan)}, path)
@@ -106,6 +113,13 @@ def test_a_base_model_with_its_lora_beside_it(tmp_path, wan):
     torch.save({"generator_lora": {f"base_model.model.{name}": t for name, t in wan.items()}}, path)
     with pytest.raises(ValueError, match="is a LoRA"):
         open_checkpoint(path)
+
+
+def test_a_dict_that_is_met_often_is_read_once():
+    shared = {"weight": torch.zeros(1)}
+    for _ in range(5):
+        shared = {str(number): shared for number in range(4)}
+    assert len(list(tensors_in(shared))) == 1
 
 
 def test_dicts_within_each_other_end(tmp_path, wan):

@@ -183,6 +183,60 @@ OTHERS = {
 }
 
 
+# A frame of 256 tokens makes 7 centroids of 36 tokens each, which is too few where 256 are asked for: what comes first waits in 8 bits,
+# sinks until the last of them, others until the first of them settles. What is to be held plainly anyhow has nothing to wait for.
+MANY = TensorSettings(stages=1, centroids=256)
+WAITING = {
+    "sinks": ({}, [1, 1, 1, 1, 1, 1, 1], [
+        "0+1=8/8",
+        "0+1=8/8 1+1=8/8",
+        "0+1=4/4 1+1=4/4 2+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=4/4 3+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=4/4 3+1=4/4 4+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=4/4 3+1=4/4 4+1=4/4 5+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=4/4 3+1=2/2 4+1=4/4 5+1=4/4 6+1=4/4"]),
+    "a start image before chunks": ({}, [1, 3, 3], [
+        "0+1=8/8",
+        "0+1=4/4 1+2=4/4 3+1=4/4",
+        "0+1=4/4 1+2=4/4 3+1=2/2 4+3=4/4"]),
+    "a sink of one chunk": ({}, [3, 3, 3], ["0+3=4/4", "0+3=4/4 3+3=4/4", "0+3=4/4 3+3=2/2 6+3=4/4"]),
+    "no sinks": ({"sink_frames": 0}, [1, 1, 1, 1, 1], [
+        "0+1=8/8",
+        "0+1=8/8 1+1=8/8",
+        "0+1=8/8 1+1=8/8 2+1=8/8",
+        "0+1=2/2 1+1=4/4 2+1=4/4 3+1=4/4",
+        "0+1=2/2 1+1=2/2 2+1=4/4 3+1=4/4 4+1=4/4"]),
+    "no sinks, chunks of three": ({"sink_frames": 0}, [3, 3], ["0+3=8/8", "0+3=2/2 3+3=4/4"]),
+    "sinks in 16 bits, which need no codebook": ({"sink_frames": 1, "sink_bits": 16, "recent_frames": 2}, [1, 1, 1, 1], [
+        "0+1=16/16",
+        "0+1=16/16 1+1=8/8",
+        "0+1=16/16 1+1=8/8 2+1=8/8",
+        "0+1=16/16 1+1=2/2 2+1=4/4 3+1=4/4"]),
+    "recent frames in 16 bits": ({"sink_frames": 0, "recent_frames": 1, "recent_bits": 16}, [1, 1], ["0+1=16/16", "0+1=2/2 1+1=16/16"]),
+    "no recent frames": ({"sink_frames": 0, "recent_frames": 0}, [1, 1], ["0+1=2/2", "0+1=2/2 1+1=2/2"]),
+    "sinks without recent frames": ({"sink_frames": 2, "recent_frames": 0}, [1, 1, 1], [
+        "0+1=8/8",
+        "0+1=4/4 1+1=4/4",
+        "0+1=4/4 1+1=4/4 2+1=2/2"]),
+    "V in 8 bits": ({"sink_frames": 2, "recent_frames": 0, "value": TensorSettings(bits=8)}, [1, 1, 1], [
+        "0+1=8/8",
+        "0+1=4/8 1+1=4/8",
+        "0+1=4/8 1+1=4/8 2+1=2/8"]),
+    "no centroids": ({"key": NO_CENTROIDS, "value": NO_CENTROIDS}, [1, 1], ["0+1=4/4", "0+1=4/4 1+1=4/4"]),
+    "behind a window": ({"sink_frames": 0, "window_frames": 2}, [1, 1, 1, 1], [
+        "0+1=8/8",
+        "0+1=8/8 1+1=8/8",
+        "1+1=8/8 2+1=8/8",
+        "2+1=8/8 3+1=8/8"]),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_waits_for_a_codebook(name):
+    changes, chunks, expected = WAITING[name]
+    check(replace(QVGSettings(key=MANY, value=MANY, iterations=1), **changes), chunks, expected)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_ages_in_other_codecs(name):
     check(*OTHERS[name])
