@@ -16,7 +16,7 @@ import comfy.model_management
 import torch
 
 from ...qvg.attention import CachedAttention
-from ...qvg.cache import CacheStats, KVCache
+from ...qvg.cache import CacheStats, KVCache, shrink
 from .checks import evaluated
 from .compiled import bare, between, outside
 from .patches import check_pass
@@ -102,7 +102,7 @@ class CausalWan:
 
     def shrink(self) -> str | None:
         comfy.model_management.soft_empty_cache()
-        return next((said for cache in self.caches if (said := cache.shrink()) is not None), None)
+        return shrink(self.caches)
 
     def stats(self) -> CacheStats:
         return CacheStats.total([cache.stats() for cache in self.caches])

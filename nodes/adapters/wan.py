@@ -304,6 +304,6 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
     if model.get_attachment(ATTACHMENT) is not None:
         _uninstall(patched, network.num_layers)
     check_taken(patched, _patched(network.num_layers))
-    hook = PlainHook(model.model, log) if settings.codec == "plain" else Hook(model.model, settings, log)
+    hook = PlainHook(model.model, log) if settings.changes_nothing else Hook(model.model, settings, log)
     hook.install(patched)
     return patched
