@@ -26,6 +26,7 @@ from ...qvg.settings import QVGSettings
 from ..run_log import ATTACHMENT, RunLog, plain_stats
 from .checks import check_run, evaluated, is_autoregressive
 from .compiled import bare, between, check_compiled, outside
+from .passes import Passes
 from .patches import CAUSAL, check_pass, check_patches, check_taken
 
 KEY = "quantvideogen"
@@ -130,8 +131,9 @@ class Hook:
         self.grid: tuple[int, int] | None = None
         self.frames = 0
         self.chunk_frames = 0
-        self.pass_frames = 0
+        self.pass_frames = self.given = 0
         self.reserved = 0
+        self.passes = Passes()
 
     @property
     def network(self):
@@ -167,7 +169,7 @@ class Hook:
         if state is None:
             return self.network, None, False
         check_pass(transformer_options)
-        self.block = state[0], x.shape[2], not bool(timestep.any())
+        self.block = state[0], x.shape[2], self.passes.is_clean(timestep)
         self.options = transformer_options
         return self.network, state, self.block[2] and self.cache is not None and self.cache.frames > state[0]
 
@@ -219,6 +221,7 @@ class Hook:
         own, self.model = self.model, guider.model_patcher.model
         try:
             self._plan(guider, noise.shape, sampler)
+            self.passes.expect(sampler, sigmas, bool(self.given))
             with dispatch.on_compile(self.log.say):
                 return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
@@ -239,6 +242,7 @@ class Hook:
         own_caches = getattr(sampler, "keeps_own_caches", False)
         # core stores the frames that are given in one pass; what another pack's sampler passes at once is not known
         given = 0 if own_caches or start is None else start.shape[2]
+        self.given = given
         self.pass_frames = max(self.chunk_frames, given) if own_caches or is_autoregressive(sampler) else self.frames
         # a sampler with caches of its own has one for each condition
         self.reserved = forecast.peak_bytes * (len(evaluated(guider)) if own_caches else 1)
@@ -265,6 +269,7 @@ class Hook:
             patched.add_object_patch(ATTENTION_PATCH.format(layer), self.self_attention(layer))
         patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
         patched.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, self.prepare_sampling)
+        self.passes.install(patched, KEY)
 
 
 def _attention(q, k, v, transformer_options=None):
@@ -281,7 +286,7 @@ def _uninstall(patched, layers: int) -> None:
     """Take an earlier hook off, so that of two nodes in a row the last one counts."""
     for name in _patched(layers):
         patched.object_patches.pop(name, None)
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING):
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE):
         patched.remove_wrappers_with_key(kind, KEY)
 
 
