@@ -73,13 +73,8 @@ class Knobs {
     if (now.sink_frames) lines.push(say("settingsFirst", now))
     if (now.recent_frames) lines.push(say("settingsRecent", now))
     lines.push(now.window_frames ? say("settingsWindow", now) : say("settingsAll"))
-    if (this.own.size) lines.push(say("settingsOwn", { names: [...this.own].map((name) => this.label(name)).join(", ") }))
+    if (this.own.size) lines.push(say("settingsOwn", { names: this.knobs.filter(({ name }) => this.own.has(name)).map(({ label, name }) => label || name).join(", ") }))
     return lines.join("\n")
-  }
-
-  label(name) {
-    const widget = this.node.widgets.find((widget) => widget.name === name)
-    return widget.label || name
   }
 }
 
