@@ -36,7 +36,9 @@ PACK_ID = "quantvideogen"
 
 BUILD = """
 async ({graph, columns, files, heights, modern, core, pack}) => {
-  const GAP = 30, TITLE = 30, HEAD = 60, MARGIN = 20
+  // SAYS: room for what a node says while it runs
+  const GAP = 30, TITLE = 30, HEAD = 60, MARGIN = 20, SAYS = 60
+  const speaking = ['QVGARVideoSampler', 'QVGLongCatContinue', 'QVGLoadARVideoModel']
   await app.loadGraphData({nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4}, true, false)
   const nodes = {}
   const make = (name, type) => {
@@ -80,7 +82,7 @@ async ({graph, columns, files, heights, modern, core, pack}) => {
         const height = isNote ? item[2] : heights[item] ?? 0
         node.pos = [x + MARGIN, y + TITLE]
         node.setSize([width, Math.max(height, height ? 0 : node.computeSize()[1])])
-        y += 10 * Math.ceil(Math.max(TITLE + node.size[1], modern[item] ?? 0) / 10) + GAP
+        y += 10 * Math.ceil(Math.max(TITLE + node.size[1], modern[item] ?? 0) / 10) + GAP + (speaking.includes(node.type) ? SAYS : 0)
       }
       const box = new LiteGraph.LGraphGroup(group.title)
       box.pos = [x, top]
