@@ -54,7 +54,7 @@ def interrupted(comfy, graph, steps):
 def test_a_shorter_run_is_made_longer(comfy, settings):
     """Each saved run goes on from the one before, and ends like the whole."""
     whole = made(comfy, **settings)
-    name = "grown " + " ".join(map(str, settings.values()))
+    name = " ".join(["grown", *map(str, settings.values())])
     for segments, load in ((1, None), (3, name)):
         part = made(comfy, segments=segments, save=name, load=load, **settings)
         assert equal(part, (whole[0][:, :, :part[0].shape[2]], whole[1][:len(part[1])]))
