@@ -9,6 +9,7 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +33,10 @@ KINDS = (*SPAN_KINDS[:3], "codebooks", "plain")
 
 # tokens decoded in one go, in float32; a span of the released models has as many
 READ_TOKENS = 4680
+# newest spans of a layer that are looked at for tokens that are no numbers: those of two chunks, which a sink may cut
+WATCHED = 4
+BROKEN = ("QVG: keys or values of the model were no numbers (NaN or infinite), or beyond all bounds, when latent frame %d was stored. They "
+          "read back as NaN and spoil no others in the cache. A model that overflows in float16 is the usual cause; use bf16 or fp32.")
 # torch's generators know so many
 SEEDS = 2**64
 
@@ -119,6 +124,11 @@ class Entry:
         """Whether its codebooks fit it poorly; of a span that is held plainly nobody knows. See `lifetime`."""
         waits = budget.holds_to_encode(self._owner.settings, self.key_bits, self.value_bits)
         return waits or self._misfit.value > lifetime.LARGEST_MISFIT
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is known to hold what is no number."""
+        return bool(self._misfit.broken)
 
     def present(self) -> list[Span]:
         """The spans with their tensors on the device."""
@@ -376,6 +386,7 @@ class KVCache:
         self.layers = [LayerCache(self, number) for number in range(layers)]
         self.peak_bytes = 0
         self.calls: dispatch.Calls = {}
+        self.said: set[str] = set()  # warnings of this run
         self._held: dict[int, int] = {}  # bytes of each layer as counted last
 
     @property
@@ -411,7 +422,16 @@ class KVCache:
         """See `shrink`."""
         return shrink([self])
 
+    def _warn_of_broken(self) -> None:
+        """Once a run, as soon as a device has told of the newest spans, for which nobody waits: mostly a chunk later."""
+        if BROKEN not in self.said:
+            found = [entry.first for layer in self.layers for entry in layer.entries[-WATCHED:] if entry.broken]
+            if found:
+                self.said.add(BROKEN)
+                logging.warning(BROKEN, min(found))
+
     def stats(self) -> CacheStats:
+        self._warn_of_broken()
         layers = [layer.bytes_by_kind() for layer in self.layers]
         self._held = {layer.number: sum(counts.values()) if self.host is None else counts["codebooks"]
                       for layer, counts in zip(self.layers, layers)}
@@ -434,6 +454,7 @@ class KVCache:
         self.workspace.free()
         self._held.clear()
         self.calls.clear()
+        self.said.clear()
         self.layers = [LayerCache(self, number) for number in range(self.geometry.layers)]
         if self.host is not None:
             self.host.close()

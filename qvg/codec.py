@@ -13,6 +13,7 @@ large the values are (keys and values to 1500 occur).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -200,30 +201,42 @@ Span = PlaneSpan | PlainSpan | PaperSpan
 class Misfit:
     """What the codebooks of a span of K and of V leave of it, in units of what they left of the tokens they were trained on.
 
-    value: mean square of the token scales, the larger of both; 1 of spans without planes. On a GPU it is on its way to the host until
-    it is asked for.
+    value: mean square of the token scales, the larger of both; 1 of spans without planes. broken: whether a token of a span that has scales
+    was no number; None while nobody knows. On a GPU both are on their way to the host until the value is asked for.
     """
 
     def __init__(self, spans: list[Span]):
-        found = [_mean_square(span) for span in spans if isinstance(span, PlaneSpan)]
-        self._value, self._event = torch.stack(found).amax() if found else None, None
-        if found and self._value.device.type == "cuda":
-            host = torch.empty((), pin_memory=True)
-            host.copy_(self._value, non_blocking=True)
-            self._value, self._event = host, torch.cuda.current_stream(self._value.device).record_event()
+        found = [_mean_squares(span) for span in spans if isinstance(span, PlaneSpan) or span.bits < 16]
+        self._found, self._event = torch.stack(found).amax(0) if found else None, None
+        if found and self._found.device.type == "cuda":
+            host = torch.empty(2, pin_memory=True)
+            host.copy_(self._found, non_blocking=True)
+            self._found, self._event = host, torch.cuda.current_stream(self._found.device).record_event()
 
     @property
     def value(self) -> float:
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-        return 1.0 if self._value is None else float(self._value)
+        return 1.0 if self._found is None else float(self._found[0])
+
+    @property
+    def broken(self) -> bool | None:
+        if self._found is None:
+            return False
+        if self._found.device.type != "cpu" or (self._event is not None and not self._event.query()):
+            return None
+        return not math.isfinite(self._found[1])
 
 
-def _mean_square(span: PlaneSpan) -> Tensor:
-    """Of a span's scales, float32 []."""
-    # of tokens that are no numbers nothing is known
-    return (e4m3.decode_scales(span.scales) * _powers_of_two(span.exponents)[:, None]).square().nanmean()
+def _mean_squares(span: Span) -> Tensor:
+    """float32 [2]: of a span's scales without those that are no numbers, of which nothing is known, 1 where there are no planes; and of all
+    of its scales."""
+    if isinstance(span, PlaneSpan):
+        squares = (e4m3.decode_scales(span.scales) * _powers_of_two(span.exponents)[:, None]).square()
+        return torch.stack([squares.nanmean(), squares.mean()])
+    scales = e4m3.decode_scales(span.codes.scales) if isinstance(span, PaperSpan) else span.scales.float()
+    return torch.stack([torch.ones_like(scales[0, 0, 0]), scales.mean()])
 
 
 def _powers_of_two(exponents: Tensor) -> Tensor:

@@ -325,6 +325,8 @@ class CachedNetwork:
         self.network, self.conditions = network, list(conditions)
         self.caches = [condition.cache for condition in self.conditions]
         self.attention, self.position_limit = attention, position_limit
+        for cache in self.caches:
+            cache.said = self.caches[0].said  # one warning a run
         if len({id(cache) for cache in self.caches}) < len(self.caches):
             raise ValueError("Two conditions share a KV cache, but keys and values depend on the prompt; give each its own.")
         total = sum(condition.weight for condition in self.conditions)

@@ -13,6 +13,7 @@ from comfyui_qvg.qvg import dispatch, e4m3, smoothing
 from comfyui_qvg.qvg.cache import KVCache
 from comfyui_qvg.qvg.codec import LevelTables, PlaneSpan, TensorCodec
 from comfyui_qvg.qvg.finite import LARGEST, saturated, tame
+from comfyui_qvg.qvg.sampler import CachedNetwork, guided
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
 
 ON_GPU = torch.cuda.is_available()
@@ -226,3 +227,41 @@ def test_few_tokens_do_not_explode(fast_backend, name, grid):
             parts.append((values - x).square().mean() / (x - centre).square().mean())
         errors.append(torch.stack(parts).mean())
     assert errors[0] <= 2.5 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["balanced", "int8", "paper", "off"])
+def test_one_warning_a_run(fast_backend, name, caplog):
+    """Of the conditions of a run together, at the chunk or, on a GPU, the one after, for which nothing waits; and anew in another run."""
+    caches = [KVCache(CASES[name], layers=2, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=torch.float32) for _ in range(2)]
+    CachedNetwork(torch.nn.Identity(), guided(None, caches[0], None, caches[1], 2.0))
+    for _ in range(2):
+        caplog.clear()
+        for frame in range(4):
+            for cache in caches:
+                for layer in cache.layers:
+                    x = draw(frame, 1, FRAME, HEADS, DIM)
+                    x[0, 3, 1, 5] = float("nan") if frame in (1, 2) and layer.number == 1 else 0
+                    layer.append(x, x, 1)
+                if ON_GPU:
+                    torch.cuda.synchronize()
+                cache.stats()
+            assert len(caplog.records) == (frame > 0 and name != "off")
+        assert name == "off" or "when latent frame 1 was stored" in caplog.text
+        for cache in caches:
+            cache.free()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no GPU")
+def test_nobody_waits_for_the_warning():
+    """A chunk is stored and counted while the device still has to compute it."""
+    cache = KVCache(CASES["balanced"], layers=1, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=torch.bfloat16)
+    x = draw(1, 1, FRAME, HEADS, DIM).bfloat16()
+    cache.layers[0].append(x, x, 1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.layers[0].append(x, x, 1)
+        cache.stats()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

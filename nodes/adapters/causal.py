@@ -58,6 +58,8 @@ class CausalWan:
         self.network = bare(guider.inner_model.diffusion_model)
         self.slots = {cond["uuid"]: Slot(make_cache(), cond.get(SCHEDULE) or []) for cond in evaluated(guider)}
         self.caches = [slot.cache for slot in self.slots.values()]
+        for cache in self.caches:
+            cache.said = self.caches[0].said  # one warning a run
         self._now = (0, 0, False)
         self._forwards, self._before = [], {}
 

@@ -1,6 +1,7 @@
 """Nothing of a cache outlives its run: finished, interrupted or failed. In the test process itself, where tensors can be counted."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,20 @@ def sample(model, at_call=lambda call: None, frames=FRAMES, sampler=None):
     sampler = sampler or comfy.samplers.ksampler("ar_video", {"num_frame_per_block": CHUNK})
     return comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, condition, condition, latent, callback=callback,
                                       disable_pbar=True, seed=0)
+
+
+def test_off_with_a_window_has_a_window(loaded):
+    """Core's own cache knows none, so that another does the work as soon as Off is told to forget or to hold fewer bits."""
+    from comfyui_qvg.nodes.adapters.wan import quantize
+    from comfyui_qvg.nodes.run_log import ATTACHMENT
+
+    off, found = QVGSettings.preset("off"), []
+    for settings in (off, replace(off, window_frames=3), off.both(bits=8)):
+        patched = quantize(loaded, settings)
+        sample(patched)
+        found.append(patched.get_attachment(ATTACHMENT).history[-1])
+    assert [stats.held_frames for stats in found] == [9, 3, 9]
+    assert list(found[2].by_bits) == [8] and found[2].stored_bytes < 0.6 * found[0].stored_bytes
 
 
 def held_bytes():
