@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,14 +37,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
-            _check_count(path.name, len(names))
-            _check_names(path.name, names)
-            return {name: file.get_tensor(name) for name in names}, metadata
-    except (*PLACE, _Refused):
+            fault = _fault(names)
+            content = {} if fault else {name: file.get_tensor(name) for name in names}
+    except PLACE:
         raise
     # the library has an error of its own for most damage, and lets those of torch, of the system and of Python through for the rest
     except Exception as error:
         raise ValueError(f"{path.name} is not a whole safetensors file ({first_line(error)}); download it again.") from error
+    if fault:
+        raise ValueError(f"{path.name} {fault}")
+    return content, metadata
 
 
 def read_pickled(path: Path) -> dict:
@@ -66,12 +68,13 @@ def read_pickled(path: Path) -> dict:
         raise ValueError(f"{path.name} holds a {type(content).__name__}, not a state dict.")
     seen: set[int] = set()
     tree = _tree(content, seen, DEEPEST)
-    _check_count(path.name, len(seen))
-    waiting = [tree]
+    waiting, names = [tree], []
     while waiting:
         inside = waiting.pop()
-        _check_names(path.name, inside)
+        names += inside
         waiting += [value for value in inside.values() if isinstance(value, dict)]
+    if fault := _fault(names):
+        raise ValueError(f"{path.name} {fault}")
     return tree
 
 
@@ -95,20 +98,12 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0][:120].rstrip(" .:")
 
 
-class _Refused(ValueError):
-    """A refusal of this module's own."""
-
-
-def _check_count(name: str, count: int) -> None:
-    if count > MOST_TENSORS:
-        raise _Refused(f"{name} holds {count:,} tensors; no video model has more than {MOST_TENSORS:,}. Choose another file.")
-
-
-def _check_names(name: str, keys: Iterable[str]) -> None:
-    """Names of weights are shown to people, and taken apart."""
-    for key in keys:
-        if not key.isprintable() or len(key) > LONGEST_NAME:
-            raise _Refused(f"{name} holds a tensor with the name {shown(key)}, which no weight has; download it again.")
+def _fault(names: list[str]) -> str:
+    """What is wrong with the names of a file's tensors, as the end of a sentence: they are shown to people, and taken apart."""
+    if len(names) > MOST_TENSORS:
+        return f"holds {len(names):,} tensors; no video model has more than {MOST_TENSORS:,}. Choose another file."
+    strange = next((name for name in names if not name.isprintable() or len(name) > LONGEST_NAME), None)
+    return "" if strange is None else f"holds a tensor with the name {shown(strange)}, which no weight has; download it again."
 
 
 def _is_whole_zip(path: Path) -> bool:
@@ -127,7 +122,6 @@ def _is_whole_zip(path: Path) -> bool:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise ValueError(f"{path.name} is compressed ({entry.filename[:80]}), which torch never does. Get the file that its authors "
                              "published.")
-    _check_count(path.name, len(entries))
     return True
 
 

@@ -43,7 +43,7 @@ def forget_peak() -> None:
 
 def refusal(error: Exception) -> str:
     """What is wrong with a refusal, "" for a good one: an error of the pack's own kind, with one sentence or two."""
-    if type(error).__name__ not in ("SessionError", "ValueError"):
+    if type(error).__name__ not in ("SessionError", "ValueError", "PlaceError", "Taken", "InUse"):
         return f"{type(error).__name__}: {error}"
     return "" if SENTENCE.fullmatch(str(error)) else f"no sentence: {error}"
 

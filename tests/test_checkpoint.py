@@ -232,8 +232,9 @@ def test_names_that_no_weight_has(tmp_path, name, ending):
     path = tmp_path / f"names.{ending}"
     content = wan_state() | {name: torch.zeros(1)}
     save_file(content, path) if ending == "safetensors" else torch.save({"generator": content}, path)
-    with pytest.raises(ValueError, match=r"names\.\w+ holds a tensor with the name .*, which no weight has"):
+    with pytest.raises(ValueError, match=r"names\.\w+ holds a tensor with the name .*, which no weight has") as error:
         open_checkpoint(path)
+    assert type(error.value) is ValueError
 
 
 def longcat_state():
