@@ -1,6 +1,7 @@
 """What a run says reaches the nodes of the graph that is executed, whatever core kept of an earlier one; and pages ask while it runs."""
 
 import json
+import sys
 import threading
 import urllib.request
 
@@ -167,6 +168,9 @@ def test_pages_may_ask_while_runs_begin(comfy_modules):
               "sample": {"class_type": "S", "inputs": {"m": ["quantize", 0]}}}
     old, live.PromptServer.instance = getattr(live.PromptServer, "instance", None), Server()
     failures, stop = [], threading.Event()
+    # threads take turns as often as they can
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
 
     def run():
         number = 0
@@ -190,6 +194,7 @@ def test_pages_may_ask_while_runs_begin(comfy_modules):
     finally:
         stop.set()
         thread.join()
+        sys.setswitchinterval(interval)
         live.PromptServer.instance = old
         live._runs.clear()
         live._texts.clear()
