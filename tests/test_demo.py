@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from comfyui_qvg.qvg import dispatch
+from comfyui_qvg.qvg.cache import CacheStats
 from comfyui_qvg.qvg.cli import main
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH, load_tiny, run
 from comfyui_qvg.qvg.demo.prompts import COLOURS, parse_prompt
@@ -81,8 +82,20 @@ def test_demo_report(report):
         assert runs[name]["stored_bytes"] < runs["bf16"]["stored_bytes"] < runs[name]["stored_bytes"] * runs[name]["stored_ratio"] * 1.001
         assert runs[name]["peak_bytes"] > runs[name]["stored_bytes"]
     assert runs["smallest"]["stored_bytes"] < runs["balanced"]["stored_bytes"] < runs["quality"]["stored_bytes"]
+    # three chunks are too few to read a settled one
+    assert all(figures["psnr_settled"] == figures["psnr"] for figures in runs.values())
     first = {name: figures["psnr_first_chunk"] for name, figures in runs.items()}
     assert first["quality"] > first["balanced"] > first["paper-int2"] + 6 and first["bf16-noise"] > first["paper-int2"]
+
+
+def test_settled_windows_are_those_behind_sinks_and_recent_frames(monkeypatch):
+    """Of five chunks the second reads sinks, the third reads recent frames, too, and the fourth and fifth read settled ones."""
+    db = torch.cat([torch.full((9,), 90.0), *(torch.full((12,), value) for value in (80.0, 70.0, 60.0, 50.0))])
+    monkeypatch.setattr(run.metrics, "psnr", lambda *_: db)
+    monkeypatch.setattr(run.metrics, "ssim", lambda *_: db / 100)
+    stats = CacheStats(15, 15, 1, 1, 1, 0, 1, 2, {}, (), {})
+    found = run.figures("balanced", run.Made(torch.zeros(1), stats, 0.0), torch.zeros(1), torch.zeros(1), 3)
+    assert (found["psnr_first_chunk"], found["psnr_settled"], found["ssim_settled"]) == (80, 55, pytest.approx(0.55))
 
 
 def test_demo_files(report):
