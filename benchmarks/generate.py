@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..qvg import lifetime
 from ..qvg.arguments import MOST_GIB, whole
 from ..qvg.arguments import number as real
 from ..qvg.budget import GIB, Geometry
@@ -33,7 +34,7 @@ from ..qvg.sampler import SELF_FORCING_SIGMAS
 from ..qvg.settings import PRESETS
 from . import longcat, methods, peers
 from .kernels import Case, tokens
-from .measure import add_places, claim, command_line, environment, progress, table, write
+from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
 
 FULL = WanSizes(dim=1536, ffn_dim=8960, layers=30, text_dim=4096)
 SMALL = WanSizes(dim=256, ffn_dim=128, layers=2, text_dim=16)
@@ -239,11 +240,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--limits", type=real(above=0, most=MOST_GIB), nargs="*", default=[], metavar="GIB")
     parser.add_argument("--rounds", type=whole(1, 10_000), default=3, help="chunks of each method by itself")
     parser.add_argument("--turns", type=whole(1, 10_000), default=5, help="chunks of each method in turn with bf16")
+    parser.add_argument("--misfit", action="store_true", help="no codebook fits, so that one is trained as often as can be")
     add_places(parser)
     options = parser.parse_args(arguments)
     if any(context % 3 for context in options.contexts or ()):
         parser.error(f"--contexts are {', '.join(map(str, options.contexts))}, but chunks are of 3 frames; give multiples of 3")
     claim(options, "generate")
+    with largest_misfit(0.0 if options.misfit else lifetime.LARGEST_MISFIT):
+        everything(options, arguments)
+
+
+def everything(options: argparse.Namespace, arguments: list[str]) -> None:
+    """All contexts and limits, each on the disk once it is done."""
     device = torch.device(options.device)
     scene = make(device, options.small)
     missing = peers.quant_videogen()

@@ -8,14 +8,15 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from ..qvg import arguments
+from ..qvg import arguments, lifetime
 from ..qvg.files import PlaceError, Taken, check_place, write_atomically
 
 FLUSH_BYTES = 256 << 20
@@ -133,3 +134,13 @@ def command_line(name: str, arguments: Sequence[str]) -> str:
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def largest_misfit(value: float) -> Iterator[None]:
+    """Inside, codebooks serve until what they leave exceeds this, in units of what their training left; see `qvg.lifetime`."""
+    before, lifetime.LARGEST_MISFIT = lifetime.LARGEST_MISFIT, value
+    try:
+        yield
+    finally:
+        lifetime.LARGEST_MISFIT = before

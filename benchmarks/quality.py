@@ -22,12 +22,12 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..qvg import lifetime
+from ..qvg.arguments import whole
 from ..qvg.cache import KVCache
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
 from ..qvg.generate import cache_of
@@ -36,7 +36,7 @@ from ..qvg.models.wan_vae import denormalize
 from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..qvg.settings import PRESETS, QVGSettings
 from . import baselines, scatter
-from .measure import command_line, environment, progress, table, write
+from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
 from .patterns import PATTERNS, PatternLoop
 
 BARE = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
@@ -155,12 +155,8 @@ def in_patterns(device: torch.device, names: list[str], videos: int, only: list[
             # the released method is what the others stand beside
             if only and name not in only and name != "paper int2":
                 continue
-            kept = lifetime.LARGEST_MISFIT
-            try:
-                lifetime.LARGEST_MISFIT = math.inf if name.endswith("kept") else kept
+            with largest_misfit(math.inf if name.endswith("kept") else lifetime.LARGEST_MISFIT):
                 latents, cache = loop.make(settings, released, noise="noise" in name)
-            finally:
-                lifetime.LARGEST_MISFIT = kept
             found, stats = loop.closeness(latents), cache.stats()
             rows.append({
                 "pattern": pattern.name, "method": name, "bits": stats.bits_per_number, "stored_bytes": stats.stored_bytes,
@@ -199,6 +195,7 @@ def patterns(parser: argparse.ArgumentParser, options: argparse.Namespace, comma
     for given, known in ((options.patterns, [pattern.name for pattern in PATTERNS]), (options.only or (), list(PATTERN_METHODS))):
         if unknown := set(given) - set(known):
             parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    claim(options, "quality_patterns")
     device = torch.device(options.device)
     rows = in_patterns(device, options.patterns, options.videos or (1 if options.small else 4), options.only)
     result = {"environment": environment(device, command), "videos": len(rows[0]["later"]), "rows": rows}
@@ -208,22 +205,22 @@ def patterns(parser: argparse.ArgumentParser, options: argparse.Namespace, comma
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="qvg bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a few chunks of two videos and few methods, to see that it runs")
-    parser.add_argument("--frames", type=int, help="latent frames of a video")
-    parser.add_argument("--videos", type=int)
+    parser.add_argument("--frames", type=whole(1, 9999), help="latent frames of a video")
+    parser.add_argument("--videos", type=whole(1, 999))
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="rows by name, such as balanced 'paper int2'")
     parser.add_argument("--patterns", nargs="*", metavar="NAME", help="presets in these patterns, or in all: "
                         + "; ".join(pattern.name for pattern in PATTERNS))
-    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_places(parser)
     options = parser.parse_args(arguments)
     if options.patterns is not None:
         patterns(parser, options, command_line("quality", arguments))
         return
-    loop = Loop(torch.device(options.device), options.frames or (9 if options.small else 30), options.videos or (1 if options.small else 8))
     found = ways(options.small)
     unknown = set(options.only or ()) - {way.label for way in found}
     if unknown:
         parser.error(f"there is no method {', '.join(sorted(unknown))}; choose from {', '.join(way.label for way in found)}")
+    claim(options, "quality")
+    loop = Loop(torch.device(options.device), options.frames or (9 if options.small else 30), options.videos or (1 if options.small else 8))
     rows = []
     for way in found:
         if options.only and way.label not in options.only:

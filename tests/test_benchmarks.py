@@ -18,11 +18,11 @@ from comfyui_qvg.qvg.settings import PRESETS
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def bench(name, out, *options):
+def bench(name, out, *options, written=""):
     assert cli.main(["bench", name, "--small", "--out", str(out), "--device", "cpu", *options]) == 0
-    result = json.loads((out / f"{name}.json").read_text())
+    result = json.loads((out / f"{written or name}.json").read_text())
     assert {"device", "torch", "command", "date"} <= set(result["environment"])
-    assert (out / f"{name}.md").read_text().count("|") > 20
+    assert (out / f"{written or name}.md").read_text().count("|") > 20
     return result
 
 
@@ -48,6 +48,17 @@ def test_generate_one_method(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "generate", "--help"])
     assert "balanced,one-stream,offload,released,package" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not NETWORK_PATH.is_file(), reason="the tiny model's weights are not in this checkout")
+def test_quality_in_patterns(tmp_path):
+    """A start image in front, one video: what broke once."""
+    found = bench("quality", tmp_path, "--patterns", "1,3,3", "--only", "balanced", "balanced, codebooks kept", written="quality_patterns")
+    rows = {row["method"]: row for row in found["rows"]}
+    assert set(rows) == {"paper int2", "balanced", "balanced, codebooks kept"}
+    assert rows["balanced"]["later"][0] > rows["paper int2"]["later"][0] + 4
+    assert rows["balanced"]["stored_bytes"] <= 1.05 * rows["paper int2"]["stored_bytes"]
+    assert "| 1,3,3 | balanced |" in (tmp_path / "quality_patterns.md").read_text()
 
 
 @pytest.mark.skipif(not NETWORK_PATH.is_file(), reason="the tiny model's weights are not in this checkout")
