@@ -10,6 +10,7 @@ Every byte that is reported is counted from tensors that are held. A cache belon
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -167,6 +168,25 @@ class Entry:
         self._take(spans)
 
 
+class Before:
+    """The codebooks of a layer before a chunk was stored, for a pass that fails. It does not keep them: what no span uses is gone."""
+
+    def __init__(self, layer: LayerCache):
+        self.frame, self._life, self._random = layer.next_frame, replace(layer.life), layer.generator.get_state()
+        self._books = [side.book and weakref.ref(side.book) for side in layer.sides]
+
+    def restore(self, layer: LayerCache) -> bool:
+        """Whether the codebooks are still there, and are the layer's again."""
+        books = [book and book() for book in self._books]
+        if any(reference and book is None for reference, book in zip(self._books, books)):
+            return False
+        for side, book in zip(layer.sides, books):
+            side.book = book
+        layer.life = self._life
+        layer.generator.set_state(self._random)
+        return True
+
+
 class LayerCache:
     """The history of one layer. K comes after its norm and before RoPE, V as it is; both [B, T, H, D]."""
 
@@ -183,6 +203,7 @@ class LayerCache:
         self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % SEEDS)
         self.life, self.rules = Lifetime(), owner.rules
         self.next_frame = 0
+        self._before: Before | None = None
 
     @property
     def share(self) -> Limits:
@@ -215,6 +236,7 @@ class LayerCache:
         dtype = self.owner.workspace.dtype
         pair = [saturated(x, dtype).to(dtype).transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
         start, whole = 0, (self.next_frame, frames)
+        self._before = Before(self)
         for first, count in budget.split(self.next_frame, frames, settings.sink_frames, newest):
             stop = start + count * geometry.frame_tokens
             sink, part = first < settings.sink_frames, [x[start:stop] for x in pair]
@@ -244,10 +266,17 @@ class LayerCache:
         books = [side.book for side in self.sides]
         gone = sum(entry.frames for entry in self.entries[len(kept):] if any(budget.needs_codebooks(self.settings, entry.sink)))
         self.spans, self.next_frame = kept, min(first, self.next_frame)
-        life = self.life
-        life.frames, life.until = max(0, life.frames - gone), min(life.until, first)
-        # a codebook that nothing uses is trained again, since its bytes are counted with the span that it is trained for
-        life.trained &= any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None)
+        self.life.frames, self.life.until = max(0, self.life.frames - gone), min(self.life.until, first)
+        if any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None):
+            return
+        # what was trained for the chunk that is gone is trained again when it comes again, from where it was begun
+        before, self._before = self._before, None
+        if before is None or before.frame != first or not before.restore(self):
+            last = next((entry for entry in reversed(kept) if any(book is not None for book in entry.books)), None)
+            for side, book in zip(self.sides, (None, None) if last is None else last.books):
+                side.book = book
+            size = max((book.centroids.shape[2] for side in self.sides if (book := side.book) is not None), default=0)
+            self.life = Lifetime(trained=last is not None, size=size)
 
     @property
     def most_planes(self) -> int:

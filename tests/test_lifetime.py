@@ -240,3 +240,37 @@ def test_a_poor_fit_is_found_after_a_resume_too():
         assert (mine.first, mine.key_bits) == (theirs.first, theirs.key_bits)
         for a, b in zip(mine.spans, theirs.spans):
             assert torch.equal(a.decode(slice(None), whole.tables), b.decode(slice(None), whole.tables))
+
+
+@pytest.mark.parametrize("misfit", [0.0, math.inf], ids=["none fits", "all fit"])
+def test_a_pass_that_failed_leaves_no_codebook_behind(misfit, monkeypatch):
+    """A chunk that is stored, taken back and stored again gives the spans, the bits and the codebooks that it gives at once.
+
+    What older spans lost meanwhile does not come back, so codebooks that are trained on them may differ in their numbers.
+    """
+    monkeypatch.setattr(lifetime, "LARGEST_MISFIT", misfit)
+    once, twice = (KVCache(replace(SHARED, epoch_frames=3), layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32).layers[0]
+                   for _ in range(2))
+    for number in range(5):
+        piece = scene(3, seed=number)
+        once.append(*piece, 3)
+        twice.append(*piece, 3)
+        twice.rewind(3 * number)
+        assert twice.life.trained == (number > 0)
+        twice.append(*piece, 3)
+        assert torch.equal(once.generator.get_state(), twice.generator.get_state())
+        if number < 2:
+            assert all(torch.equal(a.spans[0].scales, b.spans[0].scales) for a, b in zip(once.spans, twice.spans))
+        shared = [[[a.books[0] is b.books[0] for a in layer.spans] for b in layer.spans] for layer in (once, twice)]
+        assert shared[0] == shared[1] and once.nbytes == twice.nbytes
+        assert [(a.first, a.key_bits) for a in once.spans] == [(b.first, b.key_bits) for b in twice.spans]
+
+
+def test_what_is_taken_back_further_goes_on_with_a_codebook_that_is_in_use():
+    layer = KVCache(replace(SHARED, epoch_frames=3), layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32).layers[0]
+    for seed in range(4):
+        layer.append(*scene(3, seed=seed), 3)
+    layer.rewind(3)
+    assert layer.life.trained and layer.sides[0].book is layer.spans[0].books[0] and layer.life.size == 16
+    layer.rewind(0)
+    assert not layer.life.trained and layer.sides[0].book is None and layer.nbytes == 0
