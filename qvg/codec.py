@@ -206,7 +206,8 @@ class Misfit:
     """
 
     def __init__(self, spans: list[Span]):
-        found = [_mean_squares(span) for span in spans if isinstance(span, PlaneSpan) or span.bits < 16]
+        # other codecs, such as those of a benchmark, have no scales that are known here
+        found = [_mean_squares(span) for span in spans if isinstance(span, Span) and span.bits < 16]
         self._found, self._event = torch.stack(found).amax(0) if found else None, None
         if found and self._found.device.type == "cuda":
             host = torch.empty(2, pin_memory=True)
