@@ -192,7 +192,8 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
     # the kernels make no [tokens, centroids] matrix, and fewer slices are fewer launches
     kernels = not dispatch.refusal("kmeans", device)
     scratch = (2 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
-    for part in row_slices(rows, sides * 4 * tokens * scratch[0], scratch[1]):
+
+    def train_rows(part: slice) -> None:
         residual = tame(torch.cat([x[:, part].transpose(0, 1) for x in xs]))
         if warm:
             starts = torch.cat([book.values(slice(None), part) for book in previous], 1)
@@ -201,6 +202,18 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
             code, scale, residual = store(residual, kmeans(residual, start, iterations))
             codes[:, stage, part], scales[:, stage, part] = by_side(code), by_side(scale)
         rms[:, part] = by_side(residual.float().square().mean(1).sqrt())
+
+    waiting = row_slices(rows, sides * 4 * tokens * scratch[0], scratch[1])[::-1]
+    while waiting:
+        part = waiting.pop()
+        try:
+            train_rows(part)
+        except torch.OutOfMemoryError:
+            # fewer rows at a time give the same and take less
+            middle = (part.start + part.stop) // 2
+            if middle == part.start:
+                raise
+            waiting += [slice(middle, part.stop), slice(part.start, middle)]
     # few tokens say little of a channel, and a centroid may have learned them by heart: those that are missing count as the row's mean
     missing = max(0, TOKENS_PER_CENTROID - tokens)
     power = rms.square()

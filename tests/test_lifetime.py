@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import lifetime
+from comfyui_qvg.qvg import lifetime, smoothing
 from comfyui_qvg.qvg.budget import Geometry, Limits
 from comfyui_qvg.qvg.cache import KVCache
 from comfyui_qvg.qvg.forecast import PlannedLayer, PlannedSpan, forecast
@@ -274,3 +274,26 @@ def test_what_is_taken_back_further_goes_on_with_a_codebook_that_is_in_use():
     assert layer.life.trained and layer.sides[0].book is layer.spans[0].books[0] and layer.life.size == 16
     layer.rewind(0)
     assert not layer.life.trained and layer.sides[0].book is None and layer.nbytes == 0
+
+
+def test_training_without_room_takes_fewer_rows_at_a_time(monkeypatch):
+    """And finds the same; with no room for one row it says so."""
+    x, room = torch.randn(80, 5, 16, generator=torch.Generator().manual_seed(1)), {}
+    real = smoothing.kmeans
+
+    def cramped(rows, *more):
+        if len(rows) > room["rows"]:
+            raise torch.OutOfMemoryError("no room")
+        return real(rows, *more)
+
+    def trained(rows):
+        room["rows"] = rows
+        return smoothing.train([x, 2 * x], 2, 2, 3, torch.Generator().manual_seed(0), [None, None])
+
+    monkeypatch.setattr(smoothing, "kmeans", cramped)
+    found = [trained(rows) for rows in (10, 4, 2)]
+    for others in found[1:]:
+        for mine, theirs in zip(found[0], others):
+            assert all(torch.equal(getattr(mine, name), part) for name, part in vars(theirs).items())
+    with pytest.raises(torch.OutOfMemoryError):
+        trained(1)
