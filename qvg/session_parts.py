@@ -214,7 +214,7 @@ def check_span(name: str, tensors: Mapping[str, Tensor], book: Codebook | PaperC
         factors = torch.ldexp(book.channel_scale.float().amax(-1), tensors[f"{name}.exponents"].int())
         centroids = book.centroid_scale.float().abs().sum(0).max().item() if book.stages else 0.0
         most = E4M3_LARGEST * (4 * factors.max().item() + centroids)
-        require(most <= E4M3_LARGEST * LARGEST, f"the numbers that {name} stands for", most, f"at most {LARGEST:g}")
+        require(most <= LARGEST, f"the numbers that {name} stands for", most, f"at most {LARGEST:g}")
 
 
 def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
