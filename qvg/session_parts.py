@@ -35,6 +35,8 @@ LARGEST = 2.0 ** 40
 SMALLEST_SCALE = 2.0 ** -50
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 E4M3_LARGEST, E4M3_NAN = 448.0, 0x7F
+# powers of two that are normal numbers of float32
+EXPONENTS = (-126, 127)
 STATE_BYTES = torch.Generator().get_state().numel()
 SIDES = ("key", "value")
 CARRIES = ("pixels", "latents")
@@ -185,7 +187,7 @@ def _span_parts(codec: str, tensor: TensorSettings, bits: int, tokens: int, geom
         raise Wrong(str(error).rstrip(".")) from None
     codes = ("scales", "zeros") if bits not in PLAIN_BITS else ()
     # an id is of a centroid: `check_span` knows how many there are
-    return {part: Part((kind,), shape, e4m3=part in codes) for part, (kind, shape) in layout.items()}
+    return {part: Part((kind,), shape, EXPONENTS if part == "exponents" else None, part in codes) for part, (kind, shape) in layout.items()}
 
 
 def _book_parts(name: str, codec: str, tensor: TensorSettings, geometry: Geometry, known: Mapping[str, Part]) -> dict[str, Part]:
