@@ -134,7 +134,8 @@ def brief(result: dict, vram_gib: float) -> str:
         if name == "off":
             continue
         most = row["longest_latent_frames"]
-        lines.append(f"{name.capitalize()}: peak {row['peak_bytes'] / GIB:.1f} GiB, {row['peak_ratio']:.1f}x less, "
+        worst = f" (at worst {row['worst_peak_bytes'] / GIB:.1f})" if row["worst_peak_bytes"] > row["peak_bytes"] else ""
+        lines.append(f"{name.capitalize()}: peak {row['peak_bytes'] / GIB:.1f} GiB{worst}, {row['peak_ratio']:.1f}x less, "
                      + ("fits" if row["fits"] else "does not fit")
                      + (f"; longest {shape.seconds(most):.0f} s." if most and not shape.segment_frames else "."))
     return "\n".join(lines)
