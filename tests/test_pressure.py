@@ -74,7 +74,7 @@ def test_conditions_of_a_run_give_up_the_same():
 
 
 # of the six passes of a chunk, three for each condition, one that reads and the second one that stores
-@pytest.mark.parametrize("full", [(14,), (18,), (17, 20, 22, 23, 24, 25)], ids=str)
+@pytest.mark.parametrize("full", [(14,), (18,), (24, 26), (17, 20, 22, 23, 24, 25)], ids=str)
 def test_a_cpu_without_memory_gives_up_something_too(full):
     """torch's own error on a CPU is no torch.OutOfMemoryError. The video is finished, and both conditions hold the same."""
     events = run_of(Attends(full))[1]
