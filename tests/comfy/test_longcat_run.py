@@ -270,5 +270,5 @@ def test_a_cache_that_exceeds_the_device_is_refused(loaded, recorded, monkeypatc
 def test_a_model_on_several_gpus_is_refused(loaded, recorded):
     spread = loaded.clone()
     spread.set_additional_models("multigpu", [loaded.clone()])
-    with pytest.raises(ValueError, match="before MultiGPU CFG Split"):
+    with pytest.raises(ValueError, match="spreads the model over several GPUs"):
         sample(spread, recorded)

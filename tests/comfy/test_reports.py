@@ -1,9 +1,11 @@
 """What a run says reaches the nodes of the graph that is executed, whatever core kept of an earlier one; and pages ask while it runs."""
 
+import asyncio
 import json
 import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -181,19 +183,20 @@ def test_pages_may_ask_while_runs_begin(comfy_modules):
             live.write(place, f"n{number}", "text")
 
     thread = threading.Thread(target=run)
+    # the page asks in a thread of its own, since the tests in a browser leave an event loop running in this one
+    asks = ThreadPoolExecutor(1)
     try:
         thread.start()
-        import asyncio
-
         for _ in range(400):
             try:
-                answer = json.loads(asyncio.run(live.answer(Request())).body)
+                answer = json.loads(asks.submit(asyncio.run, live.answer(Request())).result().body)
             except RuntimeError as error:
                 failures.append(str(error))
         assert failures == [] and len(answer["runs"]) == live.RUNS_KEPT
     finally:
         stop.set()
         thread.join()
+        asks.shutdown()
         sys.setswitchinterval(interval)
         live.PromptServer.instance = old
         live._runs.clear()

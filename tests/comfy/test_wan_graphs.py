@@ -128,7 +128,7 @@ def test_off_is_bit_identical(comfy, extra):
 
 
 @pytest.mark.parametrize(("settings", "held"), [
-    ({"budget_gib": 0.0012}, 24), ({"budget_gib": 0.0006}, None), ({"preset": "Paper", "budget_gib": 0.0008}, None),
+    ({"budget_gib": 0.0012}, 24), ({"budget_gib": 0.0006}, None), ({"preset": "Paper", "budget_gib": 0.0006}, None),
     ({"window_frames": 6}, 9), ({"preset": "Quality", "sink_frames": 0, "window_frames": 6, "budget_gib": 0.01}, 6)])
 def test_budget_and_window_hold(comfy, settings, held):
     """held: latent frames still in the cache at the end, None where the budget decides and some must have left."""
