@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import comfy.model_management
+import comfy.ops
 import folder_paths
 import torch
 from comfy.ldm.wan.vae import WanVAE, count_cache_layers
@@ -24,6 +26,17 @@ from .session import own
 
 AT_A_TIME = 12  # latent frames between cuts, of a video that is there already
 FORMATS = {"MP4 (H.264)": ".mp4", "WebM (VP9)": ".webm", "PNG images": ".png"}
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Core looks for an interrupt in every layer. Inside, it waits: one in the middle of a pass of the decoder would lose what its
+    convolutions saw last, and with that all frames behind it."""
+    check, comfy.ops.run_every_op = comfy.ops.run_every_op, lambda: None
+    try:
+        yield
+    finally:
+        comfy.ops.run_every_op = check
 
 
 class CoreDecoder:
@@ -59,8 +72,9 @@ class CoreDecoder:
         comfy.model_management.load_models_gpu([self.patcher, vae.patcher],
                                                memory_required=vae.memory_used_decode(latents.shape, vae.vae_dtype))
         try:
-            z = vae.first_stage_model.conv2(latents.to(vae.device, vae.vae_dtype))
-            return torch.cat(vae.first_stage_model.decoder(z, feat_cache=self.memory, feat_idx=[0]), 2)
+            with _undisturbed():
+                z = vae.first_stage_model.conv2(latents.to(vae.device, vae.vae_dtype))
+                return torch.cat(vae.first_stage_model.decoder(z, feat_cache=self.memory, feat_idx=[0]), 2)
         except BaseException:
             # half a pass has replaced some of it, and a copy to go back to would take as much memory again
             self.broken = True

@@ -259,6 +259,37 @@ def test_the_page_fills_in_tokens(page):
     assert set(values.values()) == {time.strftime("%Y/x")} and len(values) == 3
 
 
+def test_an_interrupt_within_a_pass_of_the_decoder_waits_for_its_end(comfy_modules):
+    """Core looks for it in every layer, and half a pass could not be gone on with: it comes before the next pass, and no frame is lost."""
+    import comfy.model_management
+    import comfy.ops
+    import comfy.sd
+
+    from comfyui_qvg.nodes.stream import CoreDecoder
+    from comfyui_qvg.qvg.models.wan_vae import WanVAE
+
+    torch.manual_seed(3)
+    vae = comfy.sd.VAE(sd={name: 0.1 * torch.randn_like(tensor) for name, tensor in WanVAE(8).state_dict().items()})
+    latents, check = torch.randn(1, 16, 9, 4, 6), comfy.ops.run_every_op
+    whole = torch.cat(list(CoreDecoder(vae, vae.patcher)(latents, last=True)), 2)
+    decoder, made, stops = CoreDecoder(vae, vae.patcher), [], 0
+    hook = vae.first_stage_model.decoder.middle[0].register_forward_hook(
+        lambda *_: comfy.model_management.interrupt_current_processing() if not stops else None)
+    try:
+        for first in (0, 3, 6, 9):
+            try:
+                for part in decoder(latents[:, :, first:first + 3], last=first == 9):
+                    made.append(part)
+                    comfy.ops.run_every_op()
+            except comfy.model_management.InterruptProcessingException:
+                stops += 1
+    finally:
+        hook.remove()
+        comfy.model_management.interrupt_current_processing(False)
+    assert stops == 1 and comfy.ops.run_every_op is check
+    assert torch.equal(torch.cat(made, 2), whole)
+
+
 def test_an_interrupt_while_frames_are_decoded_loses_none(comfy_modules, monkeypatch):
     """It comes where ComfyUI looks for it, when models are loaded. What was not decoded comes at the end, equal to an undisturbed decode;
     behind a pass that failed itself, nothing comes that would be wrong."""
