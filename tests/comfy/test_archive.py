@@ -58,7 +58,7 @@ def test_the_page_loads_without_an_error_of_ours(server, browser):
 
     with open_page(browser, server.url) as page:
         assert page.evaluate("app.extensions.some(extension => extension.name === 'QuantVideoGen.Monitor')")
-        page.evaluate("app.graph.add(LiteGraph.createNode('QVGMemoryMonitor'))")
+        page.evaluate("void app.graph.add(LiteGraph.createNode('QVGMemoryMonitor'))")
         page.wait_for_selector(".qvg-monitor", state="attached")
         assert [text for kind, text in page.console if kind in ("error", "pageerror") and "quantvideogen" in text.lower()] == []
 
