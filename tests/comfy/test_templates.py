@@ -105,7 +105,9 @@ SHORTER = """() => {
 }"""
 
 
-@pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if template.runs and name != FIRST])
+# the longest of them on one version alone: of its nodes the others and tests of their own run on every version
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.once] * ("long video" in name), id=name)
+                                  for name, template in TEMPLATES.items() if template.runs and name != FIRST])
 def test_runs_in_the_frontend(same_page, comfy, name):
     """Opened and started by the frontend: a video comes out, and the console is quiet about the pack. (test_first_run.py runs the first
     one, at its whole length.)"""
