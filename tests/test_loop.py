@@ -424,3 +424,10 @@ def test_how_many_chunks_there_are():
     for chunk, alone, first, stop in product((1, 3, 4), (False, True), range(9), range(9)):
         run = Run(frames=9, chunk_frames=chunk, first_alone=alone)
         assert run.count(first, stop) == len(list(run.pieces(first, stop)))
+
+
+@pytest.mark.parametrize("level", [-0.1, 1.0, 1.5, float("nan")])
+def test_context_noise_is_a_part(level):
+    with pytest.raises(ValueError, match="context_noise"):
+        Run(frames=3, context_noise=level)
+    assert Run(frames=3, context_noise=0.99).context_noise == 0.99

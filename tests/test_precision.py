@@ -8,7 +8,7 @@ import torch
 
 from comfyui_qvg.qvg import codec, e4m3, planes, smoothing
 from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.codec import LevelTables, PlainSpan, PlaneSpan, TensorCodec
+from comfyui_qvg.qvg.codec import LevelTables, Misfit, PlainSpan, PlaneSpan, TensorCodec
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 
 ALL = slice(None)
@@ -433,3 +433,24 @@ def test_the_released_codec(stages, bits, symmetric):
 def test_heads_that_cannot_be_packed_are_refused():
     with pytest.raises(ValueError, match="head dim of 12 cannot be packed"):
         TensorCodec("qvg", TensorSettings(), 12, 1)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("qvg", 1), ("qvg", 3), ("qvg", 8), ("qvg", 16), ("paper", 2), ("paper", 4)])
+def test_a_span_knows_its_shape(kind, bits):
+    """Tokens, rows and channels, however they are packed."""
+    one = TensorCodec(kind, TensorSettings(stages=1, centroids=2, bits=bits), 64, 1)
+    x = torch.randn(40, 3, 64, generator=generator())
+    assert one.encode(x, bits, one.train(x, generator()) if bits < 8 else None).shape == (40, 3, 64)
+
+
+def test_a_misfit_is_the_larger_of_k_and_v():
+    """Scales of one half and of two in units of the training's: 4 for both orders, and a NaN in one of them is seen."""
+    one = TensorCodec("qvg", TensorSettings(stages=0, group=64), 64, 1)
+    x = torch.randn(400, 3, 64, generator=generator())
+    book = one.train(x, generator())
+    seventh = torch.arange(400)[:, None, None] == 7
+    small, large, spoilt = (one.encode(y, 2, book) for y in (x / 2, 2 * x, torch.where(seventh, torch.nan, x)))
+    for pair, value, broken in (([small, large], 4, False), ([large, small], 4, False), ([small, small], 0.25, False),
+                                ([small, spoilt], 1, True), ([spoilt, small], 1, True)):
+        found = Misfit(pair)
+        assert found.value == pytest.approx(value, rel=0.02) and found.broken == broken
