@@ -151,13 +151,17 @@ def may_wait(settings: QVGSettings, geometry: Geometry) -> bool:
                                            < tensor.centroids for tensor in (settings.key, settings.value))
 
 
+def keeps_spare_bits(settings: QVGSettings) -> bool:
+    """Whether both K and V of a span hold more bits while it is recent than when it settles."""
+    return bool(settings.recent_frames) and max(settings.key.bits, settings.value.bits) < settings.recent_bits
+
+
 def shortest_life(settings: QVGSettings, chunk_frames: int) -> int:
     """Fewest latent frames between two codebooks of a layer, however poorly they fit; see `lifetime`."""
     if settings.codec != "qvg":
         # each serves whole chunks
         return -(-settings.epoch_frames // chunk_frames) * chunk_frames
-    keeps = settings.recent_frames and max(settings.key.bits, settings.value.bits) < settings.recent_bits
-    return min(settings.epoch_frames, chunk_frames + settings.recent_frames if keeps else chunk_frames)
+    return min(settings.epoch_frames, chunk_frames + settings.recent_frames if keeps_spare_bits(settings) else chunk_frames)
 
 
 def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int],
@@ -175,11 +179,7 @@ def relax(spans: list, newest: int, settings: QVGSettings, share: Limits, new: i
     begin = sinks_in(spans, settings)
     if (window := window_of(settings, share)) is not None:
         leave(begin, end_of(spans, newest - window, begin))
-    old = end_of(spans, newest - settings.recent_frames, begin)
-    start = old
-    while start > begin and settled(spans[start - 1], settings) is not None:
-        start -= 1
-    for span in spans[start:old]:
+    for span in settling(spans, newest, settings, begin):
         span.set_bits(*settled(span, settings))
     while share.layer_bytes is not None and held() + new > share.layer_bytes:
         if begin == len(spans):
@@ -208,6 +208,14 @@ def end_of(spans: list, frame: int, begin: int) -> int:
 def sinks_in(spans: list, settings: QVGSettings) -> int:
     """How many of the spans, which begin with them, are sinks."""
     return bisect_left(spans, settings.sink_frames, key=FIRST)
+
+
+def settling(spans: list, newest: int, settings: QVGSettings, begin: int) -> list:
+    """Spans from place `begin` on that are no longer recent once latent frame `newest` is stored, and still hold bits to spare."""
+    start = old = end_of(spans, newest - settings.recent_frames, begin)
+    while start > begin and settled(spans[start - 1], settings) is not None:
+        start -= 1
+    return spans[start:old]
 
 
 def settled(span, settings: QVGSettings) -> tuple[int, int] | None:

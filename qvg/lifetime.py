@@ -62,8 +62,7 @@ class Rules:
                                   for pair in zip(self.bits, self.needs))
         self.may_wait = budget.may_wait(settings, geometry)
         self.largest = max((tensor.centroids for tensor in (settings.key, settings.value) if tensor.bits not in PLAIN_BITS), default=0)
-        # whether a span holds bits to spare until it settles
-        self.keeps = settings.recent_frames and max(settings.key.bits, settings.value.bits) < settings.recent_bits
+        self.keeps = budget.keeps_spare_bits(settings)
         self._sizes: dict[tuple[int, bool], int] = {}
         self._settings = settings
 
@@ -120,7 +119,7 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
     if (window := budget.window_of(settings, layer.share)) is not None:
         layer.leave(begin, budget.end_of(layer.spans, newest - window, begin))
     if needs:
-        helpers, leaving = _helpers(layer, whole[0]), settling(layer, newest, begin)
+        helpers, leaving = _helpers(layer, whole[0]), budget.settling(layer.spans, newest, settings, begin)
         tokens = (whole[1] + sum([span.frames for span in helpers])) * layer.geometry.frame_tokens
         size = rules.size(tokens, sink)
         if waiting and _waits(layer, sum(whole), size, leaving, sink):
@@ -155,14 +154,6 @@ def _helpers(layer: Layer, first: int) -> list[Span]:
     while start and layer.spans[start - 1].last >= oldest:
         start -= 1
     return layer.spans[start:]
-
-
-def settling(layer: Layer, newest: int, begin: int) -> list[Span]:
-    """Spans from place `begin` on that are no longer recent once latent frame `newest` is stored, and still hold bits to spare."""
-    start = old = budget.end_of(layer.spans, newest - layer.settings.recent_frames, begin)
-    while start > begin and budget.settled(layer.spans[start - 1], layer.settings) is not None:
-        start -= 1
-    return layer.spans[start:old]
 
 
 def _waits(layer: Layer, stop: int, size: int, leaving: list[Span], sink: bool) -> bool:
