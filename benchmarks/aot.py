@@ -26,8 +26,8 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ..kernels import assign, decode, encode, hopper, rotate, store, update
 from ..kernels.tiles import Product
-from ..qvg import e4m3
-from ..qvg.dispatch import Unsupported
+from ..qvg.backends.dispatch import Unsupported
+from ..qvg.codec import e4m3
 
 # bytes of shared memory that one program may take
 TARGETS = {

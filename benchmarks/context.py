@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..qvg.cache import KVCache
+from ..qvg.cache.kv_cache import KVCache
 from ..qvg.demo import GRID
-from ..qvg.generate import cache_of
-from ..qvg.sampler import SELF_FORCING_SIGMAS, CachedNetwork, Condition, Run
 from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.video.generate import cache_of
+from ..qvg.video.sampler import SELF_FORCING_SIGMAS, CachedNetwork, Condition, Run
 from .measure import environment, progress, table, write
 from .quality import BARE, Loop
 
 GIVEN, CHUNK = 18, 3
-COLUMNS = ("stored", "bits a number", "chunk dB", "+-", "first frame dB", "+-")
+COLUMNS = ("stored", "bits per element", "chunk dB", "+-", "first frame dB", "+-")
 
 
 def ways() -> list[tuple[str, QVGSettings, int]]:
@@ -78,7 +78,7 @@ class Next:
         cache = self.cache(settings)
         for layer, (key, value) in zip(cache.layers, self.pairs):
             layer.append(key, value, GIVEN, newest)
-        bits, made = cache.stats().bits_per_number, self.chunk(cache)
+        bits, made = cache.stats().bits_per_element, self.chunk(cache)
         figures = []
         for part in (slice(None), slice(1)):
             exact, error = self.exact[:, :, part], (made - self.exact)[:, :, part]

@@ -23,15 +23,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..qvg import lifetime
-from ..qvg.arguments import MOST_GIB, whole
-from ..qvg.arguments import number as real
-from ..qvg.budget import GIB, Geometry
+from ..qvg.cache import lifetime
+from ..qvg.cache.budget import Geometry
+from ..qvg.commands.arguments import MOST_GIB, whole
+from ..qvg.commands.arguments import number as real
 from ..qvg.models.catalogue import MODELS
 from ..qvg.models.wan import CausalWan, WanSizes, bidirectional
-from ..qvg.plan import longest
-from ..qvg.sampler import SELF_FORCING_SIGMAS
+from ..qvg.report.plan import longest
 from ..qvg.settings import PRESETS
+from ..qvg.units import GIB
+from ..qvg.video.sampler import SELF_FORCING_SIGMAS
 from . import longcat, methods, peers
 from .kernels import Case, tokens
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write

@@ -3,9 +3,9 @@
     qvg bench kernels [--small] [--out DIR] [--only decode encode released tune]
 
 For every op: microseconds (median, L2 cache cold), bytes that it cannot avoid moving, and the share of the measured copy bandwidth that
-these bytes a second are. Beside it, on the same tensors, `quant-videogen` 0.1.0, `flash-kmeans` and torch.compile of the twin, where they
-can run; what cannot says why. Data: clusters of tokens with channels of unequal size. Random data changes no timing but that of k-means
-with a convergence test, which is switched off.
+these bytes a second are. Beside it, on the same tensors, `quant-videogen` 0.1.0, `flash-kmeans` and torch.compile of the reference, where
+they can run; what cannot says why. Data: clusters of tokens with channels of unequal size. Random data changes no timing but that of
+k-means with a convergence test, which is switched off.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..qvg import codec, dispatch, smoothing
-from ..qvg.cache import KVCache
+from ..qvg.attention.rope import Rope, rotate
+from ..qvg.backends import dispatch
+from ..qvg.cache.kv_cache import KVCache
+from ..qvg.codec import smoothing
+from ..qvg.codec import spans as codec
 from ..qvg.models.catalogue import MODELS
-from ..qvg.rope import rotate
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
 from .measure import add_places, claim, command_line, copy_bandwidth, environment, kernel_microseconds, microseconds, progress, table, write
@@ -77,8 +79,8 @@ def tokens(case: Case, frames: int, device: torch.device, seed: int) -> Tensor:
 def filled(case: Case, settings: QVGSettings, device: torch.device) -> KVCache:
     """One layer with its context encoded."""
     pair = tokens(case, case.chunk, device, 0), tokens(case, case.chunk, device, 1)
-    cache = KVCache(settings, layers=1, heads=case.heads, head_dim=case.head_dim, grid=case.grid, device=device, dtype=pair[0].dtype,
-                    max_frames=case.frames + case.chunk, chunk_frames=case.chunk)
+    cache = KVCache(settings, layers=1, heads=case.heads, head_dim=case.head_dim, grid=case.grid, rope=Rope, device=device,
+                    dtype=pair[0].dtype, max_frames=case.frames + case.chunk, chunk_frames=case.chunk)
     for start in range(0, case.frames, case.chunk):
         frames = min(case.chunk, case.frames - start)
         cache.layers[0].append(*(x[:, :frames * case.frame_tokens] for x in pair), frames)
@@ -135,19 +137,19 @@ def decode(bench: Bench, found: list[Case]) -> None:
 
 
 def compiled_twin(bench: Bench, case: Case) -> None:
-    """torch.compile of what the twin does to one span, for every head at once, scaled to the context."""
+    """torch.compile of what the reference does to one span, for every head at once, scaled to the context."""
     cache = filled(replace(case, frames=case.chunk), BARE, bench.device)
     entry = cache.layers[0].entries[0]
     cos, sin = cache.rope.tables(0, entry.frames, bench.device)
 
-    def twin():
+    def reference():
         key, value = (span.decode(slice(None), cache.tables) for span in entry.spans)
         return rotate(key.bfloat16(), cos[:, None], sin[:, None]), value.bfloat16()
 
     spans, note = case.frames // case.chunk, f"one span of {case.chunk} frames, times {case.frames // case.chunk}"
-    bench.rows.append(("decode", "torch", case.label, spans * microseconds(twin, bench.device), None, None, note))
+    bench.rows.append(("decode", "torch", case.label, spans * microseconds(reference, bench.device), None, None, note))
     try:
-        compiled = torch.compile(twin)
+        compiled = torch.compile(reference)
         bench.rows.append(("decode", "torch.compile", case.label, spans * microseconds(compiled, bench.device), None, None, note))
     except Exception as error:
         bench.absent("decode", "torch.compile", f"{type(error).__name__}: {str(error).splitlines()[0]}")

@@ -21,14 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..qvg.arguments import whole
-from ..qvg.attention import CachedAttention, sdpa
-from ..qvg.budget import GIB, Geometry
-from ..qvg.cache import KVCache
-from ..qvg.context import context_settings
+from ..qvg.attention.cached import CachedAttention, sdpa
+from ..qvg.attention.rope import Rope, rotate
+from ..qvg.cache.budget import Geometry
+from ..qvg.cache.context import context_settings
+from ..qvg.cache.kv_cache import KVCache
+from ..qvg.commands.arguments import whole
 from ..qvg.models.longcat import LongCat, LongCatSizes
-from ..qvg.rope import Rope, rotate
 from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.units import GIB
 from .measure import add_places, claim, command_line, environment, progress, table, write
 
 FULL = LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096)
@@ -109,7 +110,8 @@ class Encoded:
         self.name = name or f"qvg {settings.name}"
         self.cache = KVCache(
             context_settings(settings, geometry, self.given, self.new), layers=geometry.layers, heads=geometry.heads,
-            head_dim=geometry.head_dim, grid=geometry.grid, device=scene.device, dtype=scene.new.dtype, max_frames=self.given + self.new)
+            head_dim=geometry.head_dim, grid=geometry.grid, rope=Rope, device=scene.device, dtype=scene.new.dtype,
+            max_frames=self.given + self.new)
         self.store = CachedAttention(self.cache, start_frame=0, frames=self.given, store=True, newest=self.cache.settings.recent_frames)
 
     @property
@@ -159,7 +161,7 @@ def make(device: torch.device, small: bool, given: int, new: int, batch: int) ->
         scene.weights = torch.cuda.memory_allocated()
         # what the passes need by themselves: attention without history, and nothing stored
         alone = CachedAttention(KVCache(PRESETS["off"], layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=grid,
-                                        device=device), start_frame=0, frames=new, store=False)
+                                        rope=Rope, device=device), start_frame=0, frames=new, store=False)
         scene.step_bytes = peak(scene, lambda: scene.step(alone))
         whole = CachedAttention(alone.cache, start_frame=0, frames=given, store=False)
         scene.pass_bytes = peak(scene, lambda: scene.encode(whole))

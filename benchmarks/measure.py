@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from ..qvg import arguments, lifetime
-from ..qvg.files import PlaceError, Taken, check_place, write_atomically
+from ..qvg.cache import lifetime
+from ..qvg.commands import arguments
+from ..qvg.files.places import PlaceError, Taken, check_place, write_atomically
 
 FLUSH_BYTES = 256 << 20
 # long enough for the host to queue what is timed, so that the device never waits for it

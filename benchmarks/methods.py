@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..qvg import dispatch
-from ..qvg.attention import CachedAttention, sdpa
-from ..qvg.budget import Geometry
-from ..qvg.cache import KVCache
-from ..qvg.codec import LevelTables
-from ..qvg.rope import Rope, rotate
+from ..qvg.attention.cached import CachedAttention, sdpa
+from ..qvg.attention.rope import Rope, rotate
+from ..qvg.backends import dispatch
+from ..qvg.cache.budget import Geometry
+from ..qvg.cache.kv_cache import KVCache
+from ..qvg.codec.spans import LevelTables
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
 
@@ -107,7 +107,7 @@ class Ours(Method):
         super().__init__(*arguments)
         geometry = self.geometry
         self.cache = KVCache(self.settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid,
-                             device=self.device, dtype=self.dtype, max_frames=self.max_frames, chunk_frames=self.chunk)
+                             rope=Rope, device=self.device, dtype=self.dtype, max_frames=self.max_frames, chunk_frames=self.chunk)
         if not self.overlap:
             self.cache.workspace.side = None
 
@@ -154,8 +154,8 @@ class Released(Method):
 
     def open(self) -> None:
         settings, geometry = PRESETS["paper"], self.geometry
-        self.codec = KVCache(settings, layers=1, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid, device=self.device,
-                             dtype=self.dtype).layers[0].sides[0].codec
+        self.codec = KVCache(settings, layers=1, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid, rope=Rope,
+                             device=self.device, dtype=self.dtype).layers[0].sides[0].codec
         self.generator = torch.Generator().manual_seed(0)
         self.readers = [None] * geometry.layers
 
@@ -210,7 +210,7 @@ class Released(Method):
 
 
 def _unturned_reader(method: Released):
-    from ..kernels.decode import Angles, Reader
+    from ..kernels.reader import Angles, Reader
 
     class Still(Angles):
         """No token is turned: every cosine is 1."""

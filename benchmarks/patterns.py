@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..qvg import codec
-from ..qvg.cache import Entry, KVCache, LayerCache
+from ..qvg.cache.kv_cache import Entry, KVCache, LayerCache
+from ..qvg.codec import spans as codec
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt
-from ..qvg.generate import cache_of
-from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.video.generate import cache_of
+from ..qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from .baselines import Noise
 
 

@@ -1,4 +1,4 @@
-"""The closed loop on the tiny model: how far a video drifts from the one with an exact cache, against true bits a number.
+"""The closed loop on the tiny model: how far a video drifts from the one with an exact cache, against true bits per element.
 
     qvg bench quality [--small] [--frames N] [--videos N] [--only METHOD ...] [--out DIR]
     qvg bench quality --patterns [NAME ...] [--videos N] [--only METHOD ...]
@@ -26,21 +26,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..qvg import lifetime
-from ..qvg.arguments import whole
-from ..qvg.cache import KVCache
+from ..qvg.cache import lifetime
+from ..qvg.cache.kv_cache import KVCache
+from ..qvg.commands.arguments import whole
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
-from ..qvg.generate import cache_of
-from ..qvg.metrics import similarity
 from ..qvg.models.wan_vae import denormalize
-from ..qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
+from ..qvg.report.metrics import similarity
 from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.video.generate import cache_of
+from ..qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from . import baselines, scatter
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
 from .patterns import PATTERNS, PatternLoop
 
 BARE = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
-COLUMNS = ("method", "bits a number", "first chunk dB", "free dB", "+-", "forced dB", "+-", "free SSIM")
+COLUMNS = ("method", "bits per element", "first chunk dB", "free dB", "+-", "forced dB", "+-", "free SSIM")
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ class Loop:
         return cache
 
     def make(self, way: Way, truth: Tensor | None = None) -> tuple[Tensor, float]:
-        """Latents [B, 16, F, h, w] and bits a number at the end."""
+        """Latents [B, 16, F, h, w] and bits per element at the end."""
         cache = self.cache(way)
         model = CachedNetwork(self.network, [Condition(self.context, cache)])
         make = Sampler if truth is None else Forced
         sampler = make(model, self.run, self.shape, device=self.device, **({} if truth is None else {"truth": truth}))
         chunks = [event.latents for event in sampler if isinstance(event, ChunkDone)]
-        return torch.cat(chunks, dim=2), cache.stats().bits_per_number
+        return torch.cat(chunks, dim=2), cache.stats().bits_per_element
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -159,10 +159,10 @@ def in_patterns(device: torch.device, names: list[str], videos: int, only: list[
                 latents, cache = loop.make(settings, released, noise="noise" in name)
             found, stats = loop.closeness(latents), cache.stats()
             rows.append({
-                "pattern": pattern.name, "method": name, "bits": stats.bits_per_number, "stored_bytes": stats.stored_bytes,
+                "pattern": pattern.name, "method": name, "bits": stats.bits_per_element, "stored_bytes": stats.stored_bytes,
                 "peak_bytes": stats.peak_bytes, "later": found[:, pattern.later:].mean(1).tolist(),
                 "last_quarter": found[:, -(pattern.frames // 4):].mean(1).tolist(), "frames": found.mean(0).tolist()})
-            progress(f"{pattern.name}, {name}: {stats.bits_per_number:.2f} bits, {statistics.mean(rows[-1]['later']):.1f} dB")
+            progress(f"{pattern.name}, {name}: {stats.bits_per_element:.2f} bits, {statistics.mean(rows[-1]['later']):.1f} dB")
     return rows
 
 
@@ -241,4 +241,4 @@ def main(arguments: list[str]) -> None:
         points = [(row["family"], row["method"], row["bits"], statistics.mean(row[kind]["later"]))
                   for row in rows if row["family"] != "control"]
         title = f"Tiny model, {kind}: PSNR against the exact cache, third chunk on"
-        scatter.draw(options.out / f"quality_{kind}.png", title, ("bits a number", "dB"), points)
+        scatter.draw(options.out / f"quality_{kind}.png", title, ("bits per element", "dB"), points)

@@ -1,4 +1,4 @@
-"""A scatter plot with Pillow alone: bits a number against dB, with the line of those that nothing beats."""
+"""A scatter plot with Pillow alone: bits per element against dB, with the line of those that nothing beats."""
 
 from __future__ import annotations
 

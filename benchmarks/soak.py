@@ -27,14 +27,14 @@ from pathlib import Path
 import av
 import torch
 
-from ..qvg import storage
-from ..qvg.budget import GIB
-from ..qvg.generate import Job, generate, resumed
 from ..qvg.models.wan import CausalWan, WanSizes
 from ..qvg.models.wan_vae import WanVAE
-from ..qvg.sampler import ChunkDone, Run
-from ..qvg.schedule import Schedule
 from ..qvg.settings import QVGSettings
+from ..qvg.units import GIB
+from ..qvg.video import session as storage
+from ..qvg.video.generate import Job, generate, resumed
+from ..qvg.video.sampler import ChunkDone, Run
+from ..qvg.video.schedule import Schedule
 from .measure import progress
 
 MEBI = 1 << 20

@@ -1,4 +1,4 @@
-"""Triton kernels: one op a file, each with the meaning of its torch twin in `qvg`, which stays the definition.
+"""Triton kernels: one op a file, each with the meaning of its reference implementation in `qvg`, which stays the definition.
 
-The only place that imports triton. `qvg.dispatch` imports it on first use and keeps the reason where that fails.
+The only place that imports triton. `qvg.backends.dispatch` imports it on first use and keeps the reason where that fails.
 """

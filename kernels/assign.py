@@ -1,4 +1,4 @@
-"""Nearest centroid of every token, for all rows in one launch. Twin: `qvg.smoothing.assign`.
+"""Nearest centroid of every token, for all rows in one launch. Reference: `qvg.codec.smoothing.assign`.
 
 Centroids are first written as the matrix units take them, with half their norms; a program then multiplies its tokens with one block of
 centroids at a time and keeps the best in registers, so the [tokens, centroids] matrix never exists in memory. Operands are rounded to
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.dispatch import Unsupported, before_launch
+from ..qvg.backends.dispatch import Unsupported, before_launch
 from .tiles import Product, require_channels_last
 
 # centroids of a program that prepares them

@@ -1,4 +1,4 @@
-"""Encode tokens to bit planes: centroids taken off, channel and group scales, planes, packed bytes. Twin: `qvg.codec`.
+"""Encode tokens to bit planes: centroids taken off, channel and group scales, planes, packed bytes. Reference: `qvg.codec.spans`.
 
 K and V go together through three launches. The first writes the centroids as the matrix units take them. The second reads the tokens and
 does everything but the scales' bytes: these share a power of two, which depends on the largest scale of the row. The third, small, finds
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg import planes
-from ..qvg.codec import PlaneSpan
-from ..qvg.dispatch import GIVE_UP, before_launch, note
-from ..qvg.memory import ran_out
-from ..qvg.smoothing import Codebook
+from ..qvg.backends.dispatch import GIVE_UP, before_launch, note
+from ..qvg.backends.memory import ran_out
+from ..qvg.codec import planes
+from ..qvg.codec.smoothing import Codebook
+from ..qvg.codec.spans import PlaneSpan
 from .assign import PREPARED, nearest, prepare, prepared
 from .octets import e4m3_octet, float32_octet, octets, tile_of
 from .tiles import (

@@ -1,4 +1,4 @@
-"""`encode` for NVIDIA's Hopper in one launch. Twin: `qvg.codec`.
+"""`encode` for NVIDIA's Hopper in one launch. Reference: `qvg.codec.spans`.
 
 Four threads have a token from first to last, 16 channels of every 64 each, as pairs of bf16. The registers that they load are an operand of
 the matrix units as it is, because a product does not mind the order of its channels; the ids come out where the channels are; what the
@@ -25,7 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from ..qvg.codec import PlaneSpan
+from ..qvg.codec.spans import PlaneSpan
 from . import tiles
 from .encode import borders_and_planes, power, scale_to_e4m3, shared_exponent, signs
 from .octets import octets

@@ -1,4 +1,4 @@
-"""k-means steps for all rows, three launches each. Twin: `qvg.smoothing.kmeans`.
+"""k-means steps for all rows, three launches each. Reference: `qvg.codec.smoothing.kmeans`.
 
 A step begins where the one before ended: means are also written as `assign` takes centroids.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..qvg.dispatch import before_launch
+from ..qvg.backends.dispatch import before_launch
 from .assign import Search
 from .tiles import Product
 from .update import Means

@@ -1,13 +1,13 @@
-"""The kernels by the names that `qvg.dispatch` knows them by."""
+"""The kernels by the names that `qvg.backends.dispatch` knows them by."""
 
 from __future__ import annotations
 
 from triton.runtime import JITFunction
 
 from .assign import assign, assign_kernel
-from .decode import read, recover
 from .encode import encode
 from .kmeans import kmeans
+from .reader import read, recover
 from .rotate import rotate, turn_chunk
 from .store import store
 from .update import update

@@ -1,4 +1,4 @@
-"""RoPE on a chunk's own tokens, in one pass over them. Twins: `qvg.rope.rotate` and `qvg.rope.turn_chunk`."""
+"""RoPE on a chunk's own tokens, in one pass over them. Twins: `qvg.attention.rope.rotate` and `qvg.attention.rope.turn_chunk`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.dispatch import Unsupported, before_launch
+from ..qvg.backends.dispatch import Unsupported, before_launch
 from .tiles import require_channels_last
 
 
@@ -48,7 +48,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    """See `qvg.rope.turn_chunk`; both turned tensors are contiguous."""
+    """See `qvg.attention.rope.turn_chunk`; both turned tensors are contiguous."""
     if q.shape != k.shape or q.stride() != k.stride() or q.dtype != k.dtype:
         raise Unsupported("queries and keys that differ in shape, layout or type are not turned together")
     if room is None:

@@ -1,4 +1,6 @@
-"""What k-means found as a codebook holds it, and what that leaves of the tokens, for all rows in two launches. Twin: `qvg.smoothing.store`.
+"""What k-means found as a codebook holds it, and what that leaves of the tokens, for all rows in two launches.
+
+Reference: `qvg.codec.smoothing.store`.
 
 The first launch writes the bytes and, beside them, the values that they stand for as `assign` takes them. The second finds each token's
 nearest value and writes the difference, so that neither ids nor what was chosen exist in memory.
@@ -11,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg import e4m3
-from ..qvg.dispatch import before_launch
+from ..qvg.backends.dispatch import before_launch
+from ..qvg.codec import e4m3
 from .assign import nearest, prepare, prepared
 from .tiles import Product, converts_e4m3, e4m3_to_float32, float32_to_e4m3, require_channels_last
 

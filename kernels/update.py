@@ -1,4 +1,4 @@
-"""Means of the tokens that chose each centroid, for all rows in two launches. Twin: `qvg.smoothing.update`.
+"""Means of the tokens that chose each centroid, for all rows in two launches. Reference: `qvg.codec.smoothing.update`.
 
 Sums are a matrix product with the one-hot assignment, built in registers, and partial sums are added in a fixed order:
 no float atomics, so two runs give the same bits.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.dispatch import before_launch
+from ..qvg.backends.dispatch import before_launch
 from .assign import prepare
 from .tiles import Product, require_channels_last
 

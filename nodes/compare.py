@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..qvg.chart import draw_comparison
-from ..qvg.metrics import heat, psnr, ssim
+from ..qvg.report.chart import draw_comparison
+from ..qvg.report.metrics import heat, psnr, ssim
 from .live import TEXT
 
 

@@ -61,11 +61,11 @@ class QVGSettingsNode(io.ComfyNode):
                                tooltip="Off: the model's own cache. Quality: 4 bits. Balanced: 2 bits, about 6x less memory. Smallest: "
                                        "1 bit. Paper: QVG as released, for comparison."),
                 knob("key_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits a number that old keys keep. More are closer to bf16, fewer leave room for longer video."),
+                     "Bits per element that old keys keep. More are closer to bf16, fewer leave room for longer video."),
                 knob("value_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits a number that old values keep. More are closer to bf16, fewer leave room for longer video."),
+                     "Bits per element that old values keep. More are closer to bf16, fewer leave room for longer video."),
                 count("stages", 4,
-                      "Codebooks subtracted one after the other (0 to 4), each 1/16 bit a number. More are closer to bf16, and slower."),
+                      "Codebooks subtracted one after the other (0 to 4), each 1/16 bit per element. More are closer to bf16, and slower."),
                 count("centroids", 256, "Entries of a codebook (1 to 256). More are closer to bf16, and slower."),
                 knob("group_size", [16, 32, 64, 128], "Channels that share a scale; fewer are more exact and cost more."),
                 count("sink_frames", 1000,
@@ -112,7 +112,7 @@ class QVGQuantizeKVCache(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGQuantizeKVCache", display_name="Quantize KV Cache (QVG)", category="QuantVideoGen",
-            description="Keeps the KV cache of an autoregressive video model in about two bits a number while it samples.",
+            description="Keeps the KV cache of an autoregressive video model in about two bits per element while it samples.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg", "self forcing", "causal forcing"],
             inputs=[
                 io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), or LongCat-Video."),

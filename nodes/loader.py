@@ -3,7 +3,7 @@
     QVGLoadARVideoModel  file in models/diffusion_models -> MODEL
 
 Core builds its causal network only when the file's metadata asks for it, and published files do not. This node reads what
-is in the file (`qvg.checkpoint`) and hands core the metadata. LongCat-Video, which core does not know, is built by the pack.
+is in the file (`qvg.models.checkpoint`) and hands core the metadata. LongCat-Video, which core does not know, is built by the pack.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..qvg.checkpoint import SUFFIXES, open_checkpoint
-from ..qvg.tensor_files import first_line
+from ..qvg.files.tensor_files import first_line
+from ..qvg.models.checkpoint import SUFFIXES, open_checkpoint
 from .adapters import longcat
 from .live import TEXT
 

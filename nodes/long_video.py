@@ -20,16 +20,17 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..qvg import dispatch
-from ..qvg.budget import GIB, Geometry, buffers_on
-from ..qvg.cache import KVCache
-from ..qvg.chart import format_bytes
-from ..qvg.forecast import forecast
-from ..qvg.generate import MARGIN, Meter
-from ..qvg.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
-from ..qvg.schedule import Schedule, first_frame, latent_frames
+from ..qvg.attention.rope import Rope
+from ..qvg.backends import dispatch
+from ..qvg.cache.budget import Geometry, buffers_on
+from ..qvg.cache.forecast import forecast
+from ..qvg.cache.kv_cache import KVCache
 from ..qvg.settings import PRESETS, QVGSettings
-from ..qvg.storage import Session, fingerprint
+from ..qvg.units import GIB, format_bytes
+from ..qvg.video.generate import MARGIN, Meter
+from ..qvg.video.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
+from ..qvg.video.schedule import Schedule, first_frame, latent_frames
+from ..qvg.video.session import Session, fingerprint
 from . import live, where
 from .adapters.causal import SCHEDULE, CausalWan, cache_shape
 from .adapters.checks import check_size, evaluated
@@ -104,7 +105,7 @@ class ARSampler(comfy.samplers.Sampler):
         shape = cache_shape(base, x.shape)
         _check_memory(settings, shape, run, x.device, free, free_host)
         model = CausalWan(model_wrap, extra_args, lambda: KVCache(
-            settings, **shape, device=x.device, max_frames=run.frames, chunk_frames=run.chunk_frames), options.position_limit)
+            settings, **shape, rope=Rope, device=x.device, max_frames=run.frames, chunk_frames=run.chunk_frames), options.position_limit)
         # the frames that the graph drew are taken where they mean something: core's own noise, or latents that another pass began
         given = options.noise == "core" or not noise.any() or not self.max_denoise(model_wrap, sigmas)
         sampler = Sampler(model, run, (*x.shape[:2], *x.shape[3:]), device=x.device, noise=x if given else None,

@@ -24,10 +24,10 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..qvg import dispatch
-from ..qvg.files import InUse, Taken
+from ..qvg.backends import dispatch
+from ..qvg.files.places import InUse, Taken
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
-from ..qvg.segments import SegmentFile, Segments, SegmentSession, digest
+from ..qvg.video.segments import SegmentFile, Segments, SegmentSession, digest
 from . import live, where
 from .adapters import longcat
 from .adapters.checks import is_autoregressive

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..qvg.chart import draw_chart
+from ..qvg.report.chart import draw_chart
 from . import where
 from .live import REPORT
 from .run_log import ATTACHMENT, RunLog

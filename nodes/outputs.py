@@ -13,8 +13,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..qvg.file_names import fault
-from ..qvg.files import PlaceError
+from ..qvg.files.file_names import fault
+from ..qvg.files.places import PlaceError
 
 TOKEN = re.compile(r"%[^%]+%")
 SIZES = ("%width%", "%height%")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..qvg import plan
-from ..qvg.budget import GIB
 from ..qvg.models.catalogue import MODELS
 from ..qvg.models.weights import WEIGHTS
+from ..qvg.report import plan
+from ..qvg.units import GIB
 from .kv_cache import LABELS
 from .live import TEXT
 

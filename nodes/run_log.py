@@ -18,11 +18,10 @@ from dataclasses import asdict
 import comfy.model_management
 import torch
 
-from ..qvg.budget import GIB
-from ..qvg.cache import KINDS, CacheStats
-from ..qvg.chart import format_bytes
-from ..qvg.forecast import Forecast
+from ..qvg.cache.forecast import Forecast
+from ..qvg.cache.kv_cache import KINDS, CacheStats
 from ..qvg.settings import QVGSettings
+from ..qvg.units import GIB, format_bytes
 from . import live, where
 
 ATTACHMENT = "quantvideogen"

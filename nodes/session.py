@@ -16,11 +16,12 @@ import folder_paths
 from comfy.latent_formats import Wan21
 from comfy_api.latest import io
 
-from ..qvg import segments, storage
-from ..qvg.file_names import relative
-from ..qvg.files import Lock, check_place, remove_parts
+from ..qvg.files.file_names import relative
+from ..qvg.files.places import Lock, check_place, remove_parts
 from ..qvg.models.wan_vae import CHANNELS
-from ..qvg.recorder import session_bytes
+from ..qvg.video import segments
+from ..qvg.video import session as storage
+from ..qvg.video.recorder import session_bytes
 from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType, model_name
 from .outputs import TOKEN

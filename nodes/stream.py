@@ -19,8 +19,8 @@ import torch
 from comfy.ldm.wan.vae import WanVAE, count_cache_layers
 from comfy_api.latest import io
 
-from ..qvg.files import InUse, Taken
-from ..qvg.stream import VideoWriter, to_bytes
+from ..qvg.files.places import InUse, Taken
+from ..qvg.video.stream import VideoWriter, to_bytes
 from .outputs import SIZES, check_prefix, places
 from .session import own
 

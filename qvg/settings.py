@@ -16,6 +16,8 @@ PLANE_BITS = (1, 2, 3, 4)
 PLAIN_BITS = (8, 16)
 MAX_STAGES = 4
 MAX_CENTROIDS = 256
+# fields of settings that older sessions hold under another name
+RENAMED = {"epoch_frames": "codebook_frames"}
 
 # a codebook with fewer tokens a centroid memorizes its tokens instead of finding what they share
 TOKENS_PER_CENTROID = 36
@@ -96,7 +98,7 @@ class QVGSettings:
     offload: spans wait in host memory (pinned, where the device is a GPU) and visit the device a layer at a time. The budget then is of
         what stays on the device: codebooks, the workspace and two layers.
     host_gib: bytes that offloaded spans may take in host memory, in GiB, under the same rule. 0 sets no limit.
-    epoch_frames: latent frames that share one codebook at most; one that no longer fits is replaced earlier (see `lifetime`).
+    codebook_frames: latent frames that share one codebook at most; one that no longer fits is replaced earlier (see `lifetime`).
     iterations: k-means steps a codebook.
     seed: of the private generator that k-means draws from.
     """
@@ -111,7 +113,7 @@ class QVGSettings:
     recent_bits: int = 4
     window_frames: int = 0
     budget_gib: float = 0.0
-    epoch_frames: int = 24
+    codebook_frames: int = 24
     iterations: int = 8
     seed: int = 0
     offload: bool = False
@@ -128,7 +130,7 @@ class QVGSettings:
             _require(type(value) is int and value in PLANE_BITS + PLAIN_BITS, f"{name} is {value!r}; choose 1, 2, 3, 4, 8 or 16.")
         for name in ("sink_frames", "recent_frames", "window_frames"):
             _require_int(name, getattr(self, name), 0, 100_000)
-        _require_int("epoch_frames", self.epoch_frames, 1, 100_000)
+        _require_int("codebook_frames", self.codebook_frames, 1, 100_000)
         _require_int("iterations", self.iterations, 1, 100)
         _require_int("seed", self.seed, 0, 2**63 - 1)
         for name in ("budget_gib", "host_gib"):
@@ -178,6 +180,9 @@ class QVGSettings:
         _require(isinstance(fields, dict), "These settings are no object of fields.")
         version = fields.pop("version", None)
         _require(version == VERSION, f"These settings have version {version!r}; this release reads version {VERSION}.")
+        for old, new in RENAMED.items():
+            if old in fields:
+                fields[new] = fields.pop(old)
         _refuse_unknown(fields, QVGSettings)
         tensors = {}
         for name in ("key", "value"):
@@ -201,8 +206,8 @@ PRESETS = {
         value=TensorSettings(stages=2, centroids=128, group=128)),
     "smallest": QVGSettings(
         name="smallest", key=TensorSettings(bits=1, stages=2, centroids=128, group=128),
-        value=TensorSettings(bits=1, stages=2, centroids=128, group=128), epoch_frames=48),
+        value=TensorSettings(bits=1, stages=2, centroids=128, group=128), codebook_frames=48),
     "paper": QVGSettings(
         name="paper", codec="paper", key=TensorSettings(group=64), value=TensorSettings(group=64),
-        sink_frames=0, recent_frames=0, iterations=2, epoch_frames=1),
+        sink_frames=0, recent_frames=0, iterations=2, codebook_frames=1),
 }

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg.checkpoint import open_checkpoint
+from comfyui_qvg.qvg.models.checkpoint import open_checkpoint
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.names import official_name
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.names import official_name
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int64, torch.bool, torch.complex64,
          torch.float8_e4m3fn]

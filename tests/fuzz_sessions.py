@@ -16,12 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfyui_qvg.benchmarks import soak
-from comfyui_qvg.qvg import segments, storage
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.generate import generate, resumed
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 from comfyui_qvg.qvg.settings import PRESETS
+from comfyui_qvg.qvg.video import segments
+from comfyui_qvg.qvg.video import session as storage
+from comfyui_qvg.qvg.video.generate import generate, resumed
+from comfyui_qvg.qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 
 SHAPE = (1, 16, 2, 4)
 RUN = Run(frames=12, sigmas=(1, 0.5, 0), recache_frames=3)
@@ -144,14 +146,14 @@ class Sessions:
 
     def sampler(self, settings, run=RUN, shape=SHAPE, conditions=1) -> Sampler:
         prompts = [self.network.project_context(torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
-        caches = [KVCache(settings, layers=2, heads=2, head_dim=128, grid=(1, 2), dtype=torch.float32, max_frames=run.frames,
+        caches = [KVCache(settings, layers=2, heads=2, head_dim=128, grid=(1, 2), rope=Rope, dtype=torch.float32, max_frames=run.frames,
                           chunk_frames=run.chunk_frames) for _ in range(conditions)]
         parts = [Condition(prompts[0], caches[0])] if conditions == 1 else guided(prompts[0], caches[0], prompts[1], caches[1], 2.0)
         return Sampler(CachedNetwork(self.network, parts), run, shape)
 
     def _causal(self):
         made = {name: PRESETS[name].both(centroids=4) for name in PRESETS} | {
-            "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, epoch_frames=3),
+            "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, codebook_frames=3),
             "plain": replace(PRESETS["balanced"].both(centroids=4), recent_bits=16, sink_bits=8, sink_frames=3),
             "asymmetric": PRESETS["paper"].both(centroids=4, symmetric=False)}
         for number, settings in enumerate(made.values()):

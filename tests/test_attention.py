@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg.attention import CachedAttention, sdpa, widened
-from comfyui_qvg.qvg.cache import KVCache, _runs
+from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa, widened
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import KVCache, _runs
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 ALL = slice(None)
@@ -29,7 +30,7 @@ def noise(*shape, seed=0):
 
 
 def cache_of(settings, heads=HEADS, batch=1, layers=1):
-    return KVCache(settings, layers=layers, heads=heads, head_dim=DIM, grid=GRID, batch=batch, dtype=torch.float32)
+    return KVCache(settings, layers=layers, heads=heads, head_dim=DIM, grid=GRID, rope=Rope, batch=batch, dtype=torch.float32)
 
 
 def filled(settings, chunks, batch=1, scale=(1.0, 1.0)):
@@ -128,7 +129,7 @@ def test_a_window_behind_three_sinks():
 
 def test_a_long_history_is_decoded_in_parts(monkeypatch):
     whole = read(filled(TWO_BITS, [1] * 12)[0])
-    monkeypatch.setattr("comfyui_qvg.qvg.cache.READ_TOKENS", 3 * 24)
+    monkeypatch.setattr("comfyui_qvg.qvg.cache.kv_cache.READ_TOKENS", 3 * 24)
     cache = filled(TWO_BITS, [1] * 12)[0]
     assert max(sum(entry.frames for _, entry in group) for group in cache.layers[0]._alike()) == 3
     torch.testing.assert_close(read(cache), whole, rtol=1e-5, atol=1e-5)

@@ -10,8 +10,8 @@ import torch
 
 from comfyui_qvg.benchmarks import baselines, context, generate, longcat, methods, scatter
 from comfyui_qvg.benchmarks.kernels import Case, tokens
-from comfyui_qvg.qvg import cli
-from comfyui_qvg.qvg.budget import Geometry
+from comfyui_qvg.qvg.cache.budget import Geometry
+from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.demo import NETWORK_PATH
 from comfyui_qvg.qvg.settings import PRESETS
 
@@ -171,7 +171,7 @@ def test_without_the_folder(tmp_path):
     (pack / "__init__.py").touch()
     for name in ("qvg", "kernels"):
         (pack / name).symlink_to(ROOT / name)
-    code = "import sys; from pack.qvg.cli import main; sys.exit(main(['bench', 'kernels', '--small']))"
+    code = "import sys; from pack.qvg.commands.cli import main; sys.exit(main(['bench', 'kernels', '--small']))"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "clone the repository" in result.stderr
 

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import budget
-from comfyui_qvg.qvg.budget import GIB, Geometry, Limits
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.codec import TensorCodec
-from comfyui_qvg.qvg.forecast import Forecast, PlannedLayer, forecast
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache import budget
+from comfyui_qvg.qvg.cache.budget import Geometry, Limits
+from comfyui_qvg.qvg.cache.forecast import Forecast, PlannedLayer, forecast
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.codec.spans import TensorCodec
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
+from comfyui_qvg.qvg.units import GIB
 
 # three frames: 105 tokens of 4 rows of 64 channels, 26,880 numbers
 ODD = Geometry(layers=2, heads=4, head_dim=64, grid=(5, 7))
@@ -111,13 +113,13 @@ def test_a_workspace():
     assert budget.workspace_bytes(ODD, 6) == 2 * 210 * 64 * 2
     assert budget.workspace_bytes(replace(ODD, batch=3, buffers=2), 6, itemsize=4) == 2 * 210 * 64 * 4 * 6
     assert budget.workspace_bytes(replace(ODD, heads=12), 6) == 3 * 2 * 210 * 64 * 2
-    cache = KVCache(BARE, layers=1, heads=12, head_dim=64, grid=(5, 7), dtype=torch.bfloat16, max_frames=6)
+    cache = KVCache(BARE, layers=1, heads=12, head_dim=64, grid=(5, 7), rope=Rope, dtype=torch.bfloat16, max_frames=6)
     assert [tuple(part.shape) for part in cache.workspace.views(70)] == [(1, 70, 3, 64)] * 2
     assert cache.workspace.nbytes == 3 * 2 * 210 * 64 * 2
 
 
 def test_a_workspace_without_an_end_grows_by_more_than_it_must():
-    cache = KVCache(BARE, layers=1, heads=4, head_dim=64, grid=(5, 7), dtype=torch.float32, batch=2)
+    cache = KVCache(BARE, layers=1, heads=4, head_dim=64, grid=(5, 7), rope=Rope, dtype=torch.float32, batch=2)
     sizes = []
     for tokens in (70, 80, 87, 88):
         keys, values = cache.workspace.views(tokens)
@@ -266,16 +268,16 @@ def test_two_bytes_a_number_where_nothing_else_is_said():
 
 
 def test_what_holds_nothing_has_a_ratio():
-    stats = KVCache(BARE, layers=2, heads=1, head_dim=8, grid=(16, 16)).stats()
-    assert (stats.ratio, stats.peak_ratio, stats.bits_per_number) == (0, 0, 0)
+    stats = KVCache(BARE, layers=2, heads=1, head_dim=8, grid=(16, 16), rope=Rope).stats()
+    assert (stats.ratio, stats.peak_ratio, stats.bits_per_element) == (0, 0, 0)
     assert stats.as_dict()["ratio"] == 0 and stats.by_bits == {}
     empty = Forecast(1, 0, 0, 0, 0, 0, 0)
-    assert (empty.stored_ratio, empty.peak_ratio, empty.bits_per_number) == (0, 0, 0)
+    assert (empty.stored_ratio, empty.peak_ratio, empty.bits_per_element) == (0, 0, 0)
 
 
 def test_chunks_of_three_where_nothing_else_is_said():
     """Frames of the window, and two chunks less one frame."""
-    cache = KVCache(replace(EIGHT, window_frames=2), layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.bfloat16)
+    cache = KVCache(replace(EIGHT, window_frames=2), layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.bfloat16)
     cache.workspace.views(1)
     assert cache.workspace.nbytes == 7 * 8192
     assert forecast(replace(EIGHT, window_frames=2), EVEN, 12).workspace_bytes == 7 * 8192
@@ -284,7 +286,7 @@ def test_chunks_of_three_where_nothing_else_is_said():
 # 8 tokens of 128 channels a frame, so that codebooks weigh: 512 bytes for those of K and V, without centroids. A frame of both takes 290
 # bytes in one plane and 546 in two, three in one span 866 and 1,634, and 4,096 of workspace.
 THIN = Geometry(layers=1, heads=1, head_dim=128, grid=(1, 8))
-SHORT = replace(BARE, epoch_frames=4)
+SHORT = replace(BARE, codebook_frames=4)
 LARGE = QVGSettings().both(stages=1, centroids=256)
 
 
@@ -334,10 +336,11 @@ PAPER = QVGSettings(codec="paper", sink_frames=0, recent_frames=0)
 
 
 @pytest.mark.parametrize(("settings", "chunk", "life", "pool"), [
-    (QVGSettings(), 3, 6, 8), (QVGSettings(), 1, 4, 4), (QVGSettings(epoch_frames=5), 3, 5, 8), (QVGSettings(sink_frames=9), 3, 6, 12),
+    (QVGSettings(), 3, 6, 8), (QVGSettings(), 1, 4, 4), (QVGSettings(codebook_frames=5), 3, 5, 8), (QVGSettings(sink_frames=9), 3, 6, 12),
     (QVGSettings(recent_frames=0), 3, 3, 6), (QVGSettings(sink_frames=0, recent_frames=0), 2, 2, 3), (QVGSettings(recent_bits=2), 3, 3, 8),
     (QVGSettings(recent_bits=3, value=TensorSettings(bits=3)), 3, 3, 8),
-    (replace(PAPER, epoch_frames=4), 3, 6, 3), (replace(PAPER, epoch_frames=1), 3, 3, 3), (replace(PAPER, epoch_frames=6), 3, 6, 3)])
+    (replace(PAPER, codebook_frames=4), 3, 6, 3), (replace(PAPER, codebook_frames=1), 3, 3, 3),
+    (replace(PAPER, codebook_frames=6), 3, 6, 3)])
 def test_how_long_a_codebook_serves_at_least_and_what_it_is_trained_on(settings, chunk, life, pool):
     """Until what is recent settles, where that holds bits to spare; otherwise for a chunk. All that is recent, and the chunk that comes."""
     assert (budget.shortest_life(settings, chunk), budget.pool_frames(settings, chunk)) == (life, pool)
@@ -356,7 +359,8 @@ PAIR = replace(EVEN, layers=2)
 
 def fill(settings, chunks, **options):
     """A real cache of `PAIR` in bf16 after passes over chunks; where each pass reads what is behind it."""
-    cache = KVCache(settings, layers=2, heads=1, head_dim=8, grid=(16, 16), dtype=torch.bfloat16, max_frames=sum(chunks), **options)
+    cache = KVCache(settings, layers=2, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.bfloat16, max_frames=sum(chunks),
+                    **options)
     for frames in chunks:
         for layer in cache.layers:
             if layer.tokens:
@@ -373,14 +377,14 @@ def test_a_forecast():
     assert found.peak_bytes == 2 * most + 10 * 8192
     assert found.bf16_bytes == 2 * 10 * 8192 and found.numbers == 2 * 6 * 4096 and found.host_bytes == 0
     assert found.stored_ratio == pytest.approx(163840 / 73728) and found.peak_ratio == pytest.approx(163840 / 176128)
-    assert found.bits_per_number == pytest.approx(12)
+    assert found.bits_per_element == pytest.approx(12)
     stats = fill(WALKED, [3, 3, 3, 1])
     assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames, stats.numbers) == (2 * last, 2 * most + 10 * 8192, 6, 49152)
     assert all(isinstance(count, int) for count in (stats.numbers, stats.stored_bytes, stats.peak_bytes, found.numbers, found.peak_bytes))
     assert stats.by_kind == {"planes": 0, "scales": 0, "ids": 0, "codebooks": 0, "plain": 2 * last}
     assert stats.by_layer == (last, last) and stats.by_bits == {8: 2 * 4 * 5120, 16: 2 * 2 * 8192}
     assert (stats.frames, stats.tokens, stats.bf16_bytes) == (10, 6 * 256, 2 * 10 * 8192)
-    assert stats.ratio == pytest.approx(163840 / 73728) and stats.bits_per_number == pytest.approx(12)
+    assert stats.ratio == pytest.approx(163840 / 73728) and stats.bits_per_element == pytest.approx(12)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -388,7 +392,7 @@ def test_counting_changes_nothing(offload):
     """Whoever asks for statistics after every chunk finds the peak that comes out without."""
     settings, peaks = replace(QVGSettings().both(stages=1, centroids=2), iterations=1, offload=offload, window_frames=3), []
     for asked in (False, True):
-        cache = KVCache(settings, layers=3, heads=2, head_dim=8, grid=(16, 16), dtype=torch.float32, max_frames=9)
+        cache = KVCache(settings, layers=3, heads=2, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32, max_frames=9)
         for number in range(3):
             for layer in cache.layers:
                 layer.append(*torch.randn(2, 1, 768, 2, 8, generator=torch.Generator().manual_seed(number)), 3)

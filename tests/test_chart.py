@@ -6,19 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from comfyui_qvg.qvg.chart import (
-    BACKGROUND,
-    BF16,
-    BUDGET,
-    KINDS,
-    PEAK,
-    PSNR,
-    SSIM,
-    draw_chart,
-    draw_comparison,
-    format_bytes,
-    round_steps,
-)
+from comfyui_qvg.qvg.report.chart import BACKGROUND, BF16, BUDGET, KINDS, PEAK, PSNR, SSIM, draw_chart, draw_comparison, round_steps
+from comfyui_qvg.qvg.units import format_bytes
 
 
 def stats(frames, layers=4, codebooks=500, workspace=3000, bits=None):
@@ -27,7 +16,7 @@ def stats(frames, layers=4, codebooks=500, workspace=3000, bits=None):
     return SimpleNamespace(
         frames=frames, stored_bytes=stored, workspace_bytes=workspace, peak_bytes=stored + workspace, bf16_bytes=frames * 8000,
         by_bits=by_bits, by_kind={"codebooks": codebooks},
-        by_layer=(stored // layers,) * layers, ratio=7.0, peak_ratio=6.0, bits_per_number=2.3)
+        by_layer=(stored // layers,) * layers, ratio=7.0, peak_ratio=6.0, bits_per_element=2.3)
 
 
 def has(image, colour):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg.checkpoint import Description, open_checkpoint
+from comfyui_qvg.qvg.models.checkpoint import Description, open_checkpoint
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.names import official_name
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.names import official_name
 
 
 def wan_state(layers=2, dim=256, channels=16, text_dim=64):

@@ -10,13 +10,17 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from comfyui_qvg.qvg import dispatch, lifetime, planes, smoothing
-from comfyui_qvg.qvg.attention import CachedAttention, sdpa
-from comfyui_qvg.qvg.budget import GIB, Geometry
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.codec import LevelTables, TensorCodec, train
-from comfyui_qvg.qvg.forecast import forecast
+from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.cache import lifetime
+from comfyui_qvg.qvg.cache.budget import Geometry
+from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.codec import planes, smoothing
+from comfyui_qvg.qvg.codec.spans import LevelTables, TensorCodec, train
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
+from comfyui_qvg.qvg.units import GIB
 
 
 def generator(seed=0):
@@ -122,7 +126,7 @@ def test_codebooks_of_both_are_those_of_each(case, backend, monkeypatch):
 
 
 def run(settings, frames=15, chunk=3, store=True, seed=0, **kwargs):
-    cache = KVCache(settings, layers=2, heads=4, head_dim=64, grid=(5, 7), dtype=torch.float32, max_frames=frames,
+    cache = KVCache(settings, layers=2, heads=4, head_dim=64, grid=(5, 7), rope=Rope, dtype=torch.float32, max_frames=frames,
                     chunk_frames=chunk, **kwargs)
     draw, outs = generator(seed), []
     for start in range(0, frames, chunk):
@@ -139,7 +143,7 @@ CASES = {name: PRESETS[name] for name in PRESETS} | {
     "sink inside a chunk": replace(PRESETS["balanced"], sink_frames=1, sink_bits=16),
     "recent plain": replace(PRESETS["balanced"], recent_bits=16),
     "window": replace(PRESETS["balanced"], window_frames=4),
-    "short epochs": replace(PRESETS["smallest"], epoch_frames=3),
+    "short epochs": replace(PRESETS["smallest"], codebook_frames=3),
     "budget": replace(PRESETS["quality"], budget_gib=1_300_000 / GIB, sink_frames=0),
     "value plain": replace(PRESETS["balanced"], value=TensorSettings(bits=8)),
 }
@@ -216,7 +220,7 @@ def test_free_gives_everything_back():
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"sink_bits": 5}, "choose 1, 2, 3, 4, 8 or 16"), ({"epoch_frames": 0}, "whole number from 1"), ({"budget_gib": -1}, "GiB"),
+    ({"sink_bits": 5}, "choose 1, 2, 3, 4, 8 or 16"), ({"codebook_frames": 0}, "whole number from 1"), ({"budget_gib": -1}, "GiB"),
     ({"codec": "zip"}, "choose one of")])
 def test_impossible_settings_are_refused(change, words):
     with pytest.raises(ValueError, match=words):

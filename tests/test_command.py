@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_qvg.qvg import dispatch, generate_command, storage
-from comfyui_qvg.qvg.cli import main
+from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.commands import generate as generate_command
+from comfyui_qvg.qvg.commands.cli import main
 from comfyui_qvg.qvg.demo import NETWORK_PATH, PROMPTS, VAE_PATH
+from comfyui_qvg.qvg.video import session as storage
 
 trained = pytest.mark.skipif(not (NETWORK_PATH.is_file() and VAE_PATH.is_file()), reason="the tiny model's weights are not here")
 GENERATE = ("generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--device", "cpu", "--out")
@@ -219,8 +221,8 @@ def test_drawn_command_lines(tmp_path, monkeypatch, capsys):
 
 
 def start(folder, *options):
-    command = [sys.executable, "-m", "comfyui_qvg.qvg.cli", "generate", "--prompt", PROMPTS[0], "--out", "a.mp4", "--device", "cpu",
-               "--checkpoint", "1", *options]
+    command = [sys.executable, "-m", "comfyui_qvg.qvg.commands.cli", "generate", "--prompt", PROMPTS[0], "--out", "a.mp4",
+               "--device", "cpu", "--checkpoint", "1", *options]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -264,7 +266,7 @@ def test_a_process_that_is_stopped_is_resumed_and_leaves_nothing_else(tmp_path, 
 @trained
 def test_pipes_that_are_closed(tmp_path):
     """`qvg plan ... | head -1` says nothing about it."""
-    with subprocess.Popen([sys.executable, "-m", "comfyui_qvg.qvg.cli", "plan", "--model", "self-forcing", "--cards"],
+    with subprocess.Popen([sys.executable, "-m", "comfyui_qvg.qvg.commands.cli", "plan", "--model", "self-forcing", "--cards"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.wait(timeout=120) == 1 and process.stderr.read() == ""

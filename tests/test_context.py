@@ -5,19 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg.attention import CachedAttention
-from comfyui_qvg.qvg.budget import GIB, Geometry
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.context import context_settings, forecast_context
+from comfyui_qvg.qvg.attention.cached import CachedAttention
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.budget import Geometry
+from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
+from comfyui_qvg.qvg.units import GIB
 
 GEOMETRY = Geometry(layers=2, heads=4, head_dim=32, grid=(4, 6))
 
 
 def filled(settings, given, new):
     """A cache that a context pass stored and a pass over new frames has read."""
-    cache = KVCache(settings, layers=GEOMETRY.layers, heads=GEOMETRY.heads, head_dim=GEOMETRY.head_dim, grid=GEOMETRY.grid,
+    cache = KVCache(settings, layers=GEOMETRY.layers, heads=GEOMETRY.heads, head_dim=GEOMETRY.head_dim, grid=GEOMETRY.grid, rope=Rope,
                     dtype=torch.bfloat16, max_frames=given + new)
     draw = torch.Generator().manual_seed(0)
     for frames, start, store in ((given, 0, True), (new, given, False)):
@@ -89,7 +91,8 @@ def test_old_given_frames_are_what_they_were_without_recent_ones(given):
     pair = [torch.randn(shape, generator=draw) for _ in range(2)]
     read, bits = [], []
     for chosen in (settings, plain):
-        cache = KVCache(chosen, layers=1, heads=GEOMETRY.heads, head_dim=GEOMETRY.head_dim, grid=GEOMETRY.grid, dtype=torch.float32)
+        cache = KVCache(chosen, layers=1, heads=GEOMETRY.heads, head_dim=GEOMETRY.head_dim, grid=GEOMETRY.grid, rope=Rope,
+                        dtype=torch.float32)
         cache.layers[0].append(*pair, given, chosen.recent_frames)
         out = [torch.empty(shape) for _ in range(2)]
         cache.layers[0].read(slice(0, GEOMETRY.heads), *out)

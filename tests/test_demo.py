@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_qvg.qvg import dispatch
-from comfyui_qvg.qvg.cache import CacheStats
-from comfyui_qvg.qvg.cli import main
+from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.cache.kv_cache import CacheStats
+from comfyui_qvg.qvg.commands.cli import main
+from comfyui_qvg.qvg.commands.demo import prepare_folder
+from comfyui_qvg.qvg.commands.progress import bar
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH, load_tiny, run
 from comfyui_qvg.qvg.demo.prompts import COLOURS, parse_prompt
 from comfyui_qvg.qvg.demo.scenes import place, random_scene, render
-from comfyui_qvg.qvg.progress import bar
-from comfyui_qvg.qvg.sampler import Run
+from comfyui_qvg.qvg.video.sampler import Run
 
 RUNS = {"bf16", "bf16-repeat", "bf16-noise", "balanced", "paper-int2", "quality", "smallest"}
 
@@ -77,7 +78,7 @@ def test_demo_report(report):
     runs = said["runs"]
     assert set(runs) == RUNS and said["frames"] == 33 and said["hardware"]
     assert runs["bf16-repeat"]["psnr"] == 100 and runs["bf16"]["ssim"] == pytest.approx(1)
-    assert runs["bf16"]["bits_per_number"] == 16 and runs["bf16"]["stored_bytes"] == 4 * 6 * 9 * 96 * 256
+    assert runs["bf16"]["bits_per_element"] == 16 and runs["bf16"]["stored_bytes"] == 4 * 6 * 9 * 96 * 256
     for name in ("balanced", "quality", "smallest", "paper-int2"):
         assert runs[name]["stored_bytes"] < runs["bf16"]["stored_bytes"] < runs[name]["stored_bytes"] * runs[name]["stored_ratio"] * 1.001
         assert runs[name]["peak_bytes"] > runs[name]["stored_bytes"]
@@ -135,8 +136,8 @@ def test_a_second_demo_replaces_the_first_only_when_asked_to(report, capsys, tmp
     assert main(["demo", "--out", str(out)]) == 2
     assert "bf16.mp4 is there already. Choose another --out, or --overwrite" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    run.prepare_folder(out, overwrite=True)
-    run.prepare_folder(tmp_path / "new" / "one", overwrite=False)
+    prepare_folder(out, overwrite=True)
+    prepare_folder(tmp_path / "new" / "one", overwrite=False)
 
 
 @pytest.mark.parametrize("arguments, sentence", [

@@ -8,16 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import cli, dispatch, smoothing
-from comfyui_qvg.qvg.attention import CachedAttention
-from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.attention.cached import CachedAttention
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.codec import smoothing
+from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.settings import PRESETS
 
 X, TABLE = torch.randn(2, 30, 64), torch.randn(2, 5, 64)
 
 
 def test_importing_compiles_and_imports_nothing():
-    code = ("import sys, comfyui_qvg.qvg.cache, comfyui_qvg.qvg.dispatch as d; "
+    code = ("import sys, comfyui_qvg.qvg.cache.kv_cache, comfyui_qvg.qvg.backends.dispatch as d; "
             "assert 'triton' not in sys.modules and not any('comfyui_qvg.kernels' in name for name in sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -104,7 +107,7 @@ def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel):
 
 
 class Kernel:
-    """Assigns as the twin does, for one variant a number of channels. fails: whether it does at these tokens."""
+    """Assigns as the reference does, for one variant a number of channels. fails: whether it does at these tokens."""
 
     def __init__(self, fails):
         self.fails, self.tried = fails, []
@@ -182,11 +185,11 @@ def test_what_a_listener_raises_is_no_failure_of_the_kernel(monkeypatch, error):
 def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
     """Of several launches of a read the one that failed counts, not the one prepared last; reads of other kinds go on with the kernel."""
     ops = pytest.importorskip("comfyui_qvg.kernels.ops")
-    from comfyui_qvg.kernels import decode
+    from comfyui_qvg.kernels import reader
 
     monkeypatch.setattr(dispatch, "_failures", {})
     monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
-    real = decode.decode_kernel
+    real = reader.decode_kernel
 
     class Broken:
         def __getitem__(self, grid):
@@ -196,12 +199,12 @@ def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
                 return real[grid](*arguments, **meta)
             return launch
 
-    monkeypatch.setattr(decode, "decode_kernel", Broken())
-    assert ops.OPS["decode"] is decode.read
+    monkeypatch.setattr(reader, "decode_kernel", Broken())
+    assert ops.OPS["decode"] is reader.read
     settings = replace(PRESETS["balanced"], sink_frames=1, sink_bits=4, recent_frames=0)
     found = []
     for chosen in (settings, replace(settings, sink_frames=0)):
-        cache = KVCache(chosen, layers=1, heads=1, head_dim=64, grid=(2, 2), device=DEVICE, dtype=torch.float32, chunk_frames=1)
+        cache = KVCache(chosen, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
         for frame in range(3 + dispatch.GIVE_UP):
             q, k, v = torch.randn(3, 1, 4, 1, 64, device=DEVICE)
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
@@ -218,7 +221,7 @@ def test_the_bytes_of_a_cache_come_with_its_backends_and_their_reasons():
     for dim in (48, 64):
         # of one centroid, for which nothing waits
         settings = PRESETS["balanced"].both(group=16, centroids=1)
-        cache = KVCache(settings, layers=1, heads=1, head_dim=dim, grid=(2, 2), device=DEVICE, dtype=torch.float32)
+        cache = KVCache(settings, layers=1, heads=1, head_dim=dim, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32)
         for frame in range(2):
             q, k, v = torch.randn(3, 1, 4, 1, dim, device=DEVICE)
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
@@ -264,7 +267,7 @@ def test_a_kernel_is_told_of_before_it_is_compiled(fresh):
 def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
     """Frames that grow old are decoded by another kernel, in the middle of a run."""
     settings = replace(PRESETS["balanced"], sink_frames=1, recent_frames=1)
-    cache = KVCache(settings, layers=1, heads=1, head_dim=64, grid=(2, 2), device=DEVICE, dtype=torch.float32, chunk_frames=1)
+    cache = KVCache(settings, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
     said = []
     with dispatch.force("triton"), dispatch.on_compile(said.append):
         for frame in range(4):
@@ -301,8 +304,6 @@ def test_info_prints_backends_and_reasons(capsys):
 
 
 def test_gradients_take_the_twin():
-    from comfyui_qvg.qvg.rope import Rope
-
     x = torch.randn(1, 4, 2, 128, requires_grad=True)
     Rope(128, (2, 2)).apply(x, 0, 1).square().sum().backward()
     assert torch.allclose(x.grad, 2 * x.detach(), atol=1e-5)

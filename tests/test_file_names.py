@@ -2,7 +2,7 @@
 
 import pytest
 
-from comfyui_qvg.qvg.file_names import BESIDE, LONGEST, relative
+from comfyui_qvg.qvg.files.file_names import BESIDE, LONGEST, relative
 
 OUTSIDE = ["", " ", ".", "..", "...", "a/..", "../a", "a/../../b", "/etc/passwd", "a//b", "a/", "./a", "~/a", "a\0b", "a\nb", "a/ /b",
            "\ud800"]

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from comfyui_qvg.qvg import files
-from comfyui_qvg.qvg.files import InUse, Lock, PlaceError, check_place, remove_parts, write_atomically
+from comfyui_qvg.qvg.files import places as files
+from comfyui_qvg.qvg.files.places import InUse, Lock, PlaceError, check_place, remove_parts, write_atomically
 
-HOLD = "import sys, time; from comfyui_qvg.qvg.files import Lock; lock = Lock(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+HOLD = ("import sys, time; from comfyui_qvg.qvg.files.places import Lock\n"
+        "lock = Lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -79,7 +80,8 @@ def test_a_lock_holds_against_other_processes_and_ends_with_them(tmp_path):
 
 def test_many_processes_take_turns(tmp_path):
     """Each holds the lock for a moment and adds a line; removing and taking it again must let no two in."""
-    code = ("import sys, time\nfrom comfyui_qvg.qvg.files import InUse, Lock\nfor turn in range(25):\n    while True:\n        try:\n"
+    code = ("import sys, time\nfrom comfyui_qvg.qvg.files.places import InUse, Lock\n"
+            "for turn in range(25):\n    while True:\n        try:\n"
             "            lock = Lock(sys.argv[1]); break\n        except InUse: time.sleep(0.001)\n"
             "    text = open(sys.argv[1]).read(); time.sleep(0.001); open(sys.argv[1], 'w').write(text + 'x'); lock.release()")
     (tmp_path / "a").write_text("")
@@ -110,7 +112,7 @@ def test_parts_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     for name in ("a[1].mp4.part", "a[1].mp4.0123456.part", "a1.mp4.01234567.part", "a[1].mp4.0123456g.part", "a[1].mp4.01234567.party"):
         (tmp_path / name).write_text("")
     kept = sorted(entry.name for entry in tmp_path.iterdir())
-    code = ("import sys, time; from comfyui_qvg.qvg.files import write_atomically\n"
+    code = ("import sys, time; from comfyui_qvg.qvg.files.places import write_atomically\n"
             "write_atomically(sys.argv[1], lambda place: (place.write_text('x'), print('half', flush=True), time.sleep(60)))")
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "half\n"

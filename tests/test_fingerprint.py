@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from comfyui_qvg.qvg.fingerprint import fingerprint
+from comfyui_qvg.qvg.models.fingerprint import fingerprint
 
 ROWS, COLUMNS, BLOCK, BLOCK_BYTES = 8, 64, 32, 34
 

@@ -1,6 +1,6 @@
 """Tokens that are no numbers stay where they came from, numbers beyond float16 saturate, and few tokens do not explode.
 
-Every test runs with the twin, and with the kernels on a GPU or in Triton's interpreter.
+Every test runs with the reference, and with the kernels on a GPU or in Triton's interpreter.
 """
 
 from dataclasses import replace
@@ -9,12 +9,14 @@ from itertools import product
 import pytest
 import torch
 
-from comfyui_qvg.qvg import dispatch, e4m3, smoothing
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.codec import LevelTables, PlaneSpan, TensorCodec
-from comfyui_qvg.qvg.finite import LARGEST, saturated, tame
-from comfyui_qvg.qvg.sampler import CachedNetwork, guided
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.codec import e4m3, smoothing
+from comfyui_qvg.qvg.codec.finite import LARGEST, saturated, tame
+from comfyui_qvg.qvg.codec.spans import LevelTables, PlaneSpan, TensorCodec
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
+from comfyui_qvg.qvg.video.sampler import CachedNetwork, guided
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -80,7 +82,7 @@ def test_a_broken_token_spoils_no_other(fast_backend, name, value, dtype):
     places = [(5, 1, 3), (tokens + 8, 2, 40)]  # token, head, channel
     errors, found = [], []
     for broken in (False, True):
-        cache = KVCache(settings, layers=1, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=dtype)
+        cache = KVCache(settings, layers=1, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope, device=DEVICE, dtype=dtype)
         pair = [x.to(dtype) for x in whole]
         for token, head, channel in places if broken else ():
             for x in pair:
@@ -116,9 +118,9 @@ def test_a_broken_token_spoils_no_other(fast_backend, name, value, dtype):
 @pytest.mark.parametrize("name", ["two groups", "int8", "paper asymmetric"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_read_nan_where_it_came_from(name, dtype):
-    """The kernel that decodes and its twin, from the same spans: the same numbers are none."""
+    """The kernel that decodes and its reference, from the same spans: the same numbers are none."""
     pytest.importorskip("triton")
-    cache = KVCache(CASES[name], layers=1, heads=2, head_dim=DIM, grid=(2, 3), device=DEVICE, dtype=dtype)
+    cache = KVCache(CASES[name], layers=1, heads=2, head_dim=DIM, grid=(2, 3), rope=Rope, device=DEVICE, dtype=dtype)
     x = draw(8, 1, 12, 2, DIM).to(dtype)
     x[0, 4, 1, 40], x[0, 9, 0, 3] = float("nan"), float("inf")
     with dispatch.force("torch"):
@@ -187,7 +189,7 @@ def test_float16_saturates(backend, name):
     """Keys and values near 65504: what decoding or turning carries beyond it becomes the largest number, not infinite."""
     settings = CASES.get(name, BARE.get(name))
     x = 64000.0 * (1 + 0.02 * draw(6, 1, 4 * FRAME, HEADS, DIM)).clamp(max=65504 / 64000) * draw(7, 1, 4 * FRAME, HEADS, DIM).sign()
-    cache = KVCache(settings, layers=1, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=torch.float16)
+    cache = KVCache(settings, layers=1, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope, device=DEVICE, dtype=torch.float16)
     cache.layers[0].append(x.half(), x.half(), 4)
     keys, values = torch.empty(2, 1, 4 * FRAME, HEADS, DIM, device=DEVICE, dtype=torch.float16)
     cache.layers[0].read(slice(0, HEADS), keys, values)
@@ -196,7 +198,7 @@ def test_float16_saturates(backend, name):
 
 
 def test_a_wider_network_saturates_a_float16_cache(backend):
-    cache = KVCache(PRESETS["off"], layers=1, heads=1, head_dim=DIM, grid=(1, 2), device=DEVICE, dtype=torch.float16)
+    cache = KVCache(PRESETS["off"], layers=1, heads=1, head_dim=DIM, grid=(1, 2), rope=Rope, device=DEVICE, dtype=torch.float16)
     x = torch.zeros(1, 2, 1, DIM, device=DEVICE)
     x[0, 0, 0, :3] = torch.tensor([70000.0, -1e30, float("inf")])
     cache.layers[0].append(x, x, 1)
@@ -217,7 +219,7 @@ def test_few_tokens_do_not_explode(fast_backend, name, grid):
     for size in (grid, (4, 5)):
         tokens, parts = size[0] * size[1], []
         for seed in range(4):
-            cache = KVCache(BARE[name], layers=1, heads=HEADS, head_dim=DIM, grid=size, device=DEVICE, dtype=torch.float32)
+            cache = KVCache(BARE[name], layers=1, heads=HEADS, head_dim=DIM, grid=size, rope=Rope, device=DEVICE, dtype=torch.float32)
             centre = 2 * draw(100 + seed, 1, 1, HEADS, DIM)
             x = centre + draw(seed, 1, 8 * tokens, HEADS, DIM)
             for chunk in x.split(tokens, dim=1):
@@ -232,7 +234,8 @@ def test_few_tokens_do_not_explode(fast_backend, name, grid):
 @pytest.mark.parametrize("name", ["balanced", "int8", "paper", "off"])
 def test_one_warning_a_run(fast_backend, name, caplog):
     """Of the conditions of a run together, at the chunk or, on a GPU, the one after, for which nothing waits; and anew in another run."""
-    caches = [KVCache(CASES[name], layers=2, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=torch.float32) for _ in range(2)]
+    caches = [KVCache(CASES[name], layers=2, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope, device=DEVICE,
+                      dtype=torch.float32) for _ in range(2)]
     CachedNetwork(torch.nn.Identity(), guided(None, caches[0], None, caches[1], 2.0))
     for _ in range(2):
         caplog.clear()
@@ -255,7 +258,7 @@ def test_one_warning_a_run(fast_backend, name, caplog):
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")
 def test_nobody_waits_for_the_warning():
     """A chunk is stored and counted while the device still has to compute it."""
-    cache = KVCache(CASES["balanced"], layers=1, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=torch.bfloat16)
+    cache = KVCache(CASES["balanced"], layers=1, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope, device=DEVICE, dtype=torch.bfloat16)
     x = draw(1, 1, FRAME, HEADS, DIM).bfloat16()
     cache.layers[0].append(x, x, 1)
     torch.cuda.synchronize()

@@ -7,11 +7,12 @@ from itertools import product
 
 import pytest
 
-from comfyui_qvg.qvg import budget
-from comfyui_qvg.qvg.budget import GIB, Geometry, limits
-from comfyui_qvg.qvg.forecast import PlannedLayer, forecast
-from comfyui_qvg.qvg.plan import plan
+from comfyui_qvg.qvg.cache import budget
+from comfyui_qvg.qvg.cache.budget import Geometry, limits
+from comfyui_qvg.qvg.cache.forecast import PlannedLayer, forecast
+from comfyui_qvg.qvg.report.plan import plan
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
+from comfyui_qvg.qvg.units import GIB
 
 GEOMETRY = Geometry(2, 4, 64, (5, 7))
 CASES = PRESETS | {
@@ -19,12 +20,12 @@ CASES = PRESETS | {
     "recent below value": replace(PRESETS["quality"], key=TensorSettings(bits=1), recent_bits=2, recent_frames=7),
     "value plain": replace(PRESETS["balanced"], value=TensorSettings(bits=8)),
     "recent plain": replace(PRESETS["balanced"], recent_bits=16, recent_frames=7),
-    "long sink": replace(PRESETS["balanced"], sink_frames=10, epoch_frames=5),
+    "long sink": replace(PRESETS["balanced"], sink_frames=10, codebook_frames=5),
 }
 
 
 def walked(spans, newest, settings, share, new, held, leave):
-    """`budget.relax` as its text says it, span by span."""
+    """`budget.enforce_limits` as its text says it, span by span."""
     def planes(span):
         return budget._planes(span, settings)
 
@@ -59,9 +60,9 @@ def test_searching_ages_as_walking_does(name, monkeypatch):
         layers = [PlannedLayer(settings, GEOMETRY, share) for _ in range(2)]
         starts = [0, *range(first or chunk, 80, chunk)]
         for start, stop in zip(starts, [*starts[1:], 80]):
-            for layer, rule in zip(layers, (budget.relax, walked)):
+            for layer, rule in zip(layers, (budget.enforce_limits, walked)):
                 with monkeypatch.context() as patch:
-                    patch.setattr(budget, "relax", rule)
+                    patch.setattr(budget, "enforce_limits", rule)
                     layer.append(start, stop - start)
             assert layers[0].spans == layers[1].spans
             counted = sum(map(layers[0]._span_bytes, layers[0].spans))

@@ -1,4 +1,4 @@
-"""Kernels against their torch twins: on the GPU where there is one, else in Triton's interpreter.
+"""Kernels against their torch references: on the GPU where there is one, else in Triton's interpreter.
 
 Memory that a kernel should have written and did not is NaN (integers: their maximum), because torch fills what it allocates so.
 """
@@ -10,11 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import codec, dispatch, e4m3, lifetime, smoothing
-from comfyui_qvg.qvg.attention import CachedAttention, sdpa
-from comfyui_qvg.qvg.cache import KVCache, LayerCache
-from comfyui_qvg.qvg.forecast import forecast
-from comfyui_qvg.qvg.rope import rotate, turn_chunk
+from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
+from comfyui_qvg.qvg.attention.rope import Rope, rotate, turn_chunk
+from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.cache import lifetime
+from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.kv_cache import KVCache, LayerCache
+from comfyui_qvg.qvg.codec import e4m3, smoothing
+from comfyui_qvg.qvg.codec import spans as codec
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
@@ -37,7 +40,7 @@ def tokens(*shape, seed=0, dtype=torch.float32, clusters=6):
 
 
 def both(op, *arguments):
-    """What the kernel and the twin make of it."""
+    """What the kernel and the reference make of it."""
     with dispatch.force("triton"):
         ours = op(*arguments)
     with dispatch.force("torch"):
@@ -78,24 +81,24 @@ def test_update(rows, count, dim, centroids, dtype):
     x = tokens(rows, count, dim, dtype=dtype)
     table = tokens(rows, centroids, dim, seed=1)
     ids = torch.randint(max(1, centroids // 2), (rows, count), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    ours, twin = both(smoothing.update, x.float() if ON_GPU else x, ids, table)
+    ours, reference = both(smoothing.update, x.float() if ON_GPU else x, ids, table)
     again, _ = both(smoothing.update, x.float() if ON_GPU else x, ids, table)
     assert torch.equal(ours, again)
-    # tf32 keeps 10 bits of a token on a GPU; the twin adds up in the dtype of x
+    # tf32 keeps 10 bits of a token on a GPU; the reference adds up in the dtype of x
     scale = x.float().abs().amax()
-    assert (ours - twin.float()).abs().max() <= scale * (1e-3 if ON_GPU else 1e-5 if dtype == torch.float32 else 1e-2)
+    assert (ours - reference.float()).abs().max() <= scale * (1e-3 if ON_GPU else 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_update_of_a_view():
     """Rows that lie inside wider ones, as a slice of heads does."""
     x = tokens(50, 6, 64)[:, 1:4].transpose(0, 1)
     ids = torch.arange(50, device=DEVICE).expand(3, 50) % 7
-    ours, twin = both(smoothing.update, x, ids, x[:, :7])
-    assert (ours - twin).abs().max() < (1e-1 if ON_GPU else 1e-4)
+    ours, reference = both(smoothing.update, x, ids, x[:, :7])
+    assert (ours - reference).abs().max() < (1e-1 if ON_GPU else 1e-4)
 
 
 def step(x, table):
-    """Centroids after a step of the twin's, from what the kernel assigns, because operands of distances are rounded on a GPU."""
+    """Centroids after a step of the reference's, from what the kernel assigns, because operands of distances are rounded on a GPU."""
     with dispatch.force("triton"):
         ids = smoothing.assign(x, table)
     return smoothing._update(x.float(), ids, table)
@@ -130,7 +133,7 @@ def test_kmeans_of_a_view():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "count", "dim", "centroids"), SHAPES)
 def test_store(rows, count, dim, centroids, dtype):
-    """The twin's bytes, and what the centroids leave that `assign` chooses. A channel of zeros, and bytes of every sign and size."""
+    """The reference's bytes, and what the centroids leave that `assign` chooses. A channel of zeros, and bytes of every sign and size."""
     x, found = tokens(rows, count, dim, dtype=dtype), tokens(rows, centroids, dim, seed=1)
     found[:, :, 3] = 0
     found[:, 0] *= 2.0 ** -torch.arange(dim, device=DEVICE)
@@ -142,7 +145,7 @@ def test_store(rows, count, dim, centroids, dtype):
     assert (torch.frexp(scale.float())[0] == 0.5).all() and torch.equal(stored, stored.bfloat16().float())
     with dispatch.force("triton"):
         ids = smoothing.assign(x, stored)
-    assert (residual - (x.float() - smoothing.picked(stored, ids))).abs().max() <= 1e-5 * x.float().abs().amax()
+    assert (residual - (x.float() - smoothing.gather_centroids(stored, ids))).abs().max() <= 1e-5 * x.float().abs().amax()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,22 +153,22 @@ def test_store(rows, count, dim, centroids, dtype):
     (1, 1, 64, 1, 1, 64), (63, 3, 64, 2, 2, 64), (130, 2, 128, 0, 3, 64), (111, 2, 128, 2, 4, 128), (97, 2, 256, 4, 2, 64),
     (40, 3, 256, 1, 4, 128)])
 def test_encode(count, rows, dim, stages, bits, group, dtype):
-    """The same span up to the order of additions, and no further from the input than the twin's."""
+    """The same span up to the order of additions, and no further from the input than the reference's."""
     x = tokens(count, rows, dim, dtype=dtype)
     coder = codec.TensorCodec("qvg", TensorSettings(bits=bits, stages=stages, centroids=40, group=group), dim, 2)
     with dispatch.force("torch"):
         book = coder.train(x, torch.Generator().manual_seed(0))
-    ours, twin = both(coder.encode, x, bits, book)
-    assert [p.shape for p in ours.planes] == [p.shape for p in twin.planes]
+    ours, reference = both(coder.encode, x, bits, book)
+    assert [p.shape for p in ours.planes] == [p.shape for p in reference.planes]
     assert ours.ids.numel() == 0 or ours.ids.max() < book.centroids.shape[2]
     tables = codec.LevelTables(DEVICE)
-    errors = [(span.decode(slice(None), tables) - x.float()).square().mean() for span in (ours, twin)]
+    errors = [(span.decode(slice(None), tables) - x.float()).square().mean() for span in (ours, reference)]
     assert errors[0] <= errors[1] * (1.03 if ON_GPU else 1.01)
     # a row's exponent depends on its largest residual, and that on the centroids that were chosen
-    same = (ours.ids == twin.ids).all(0) & (ours.exponents == twin.exponents)
+    same = (ours.ids == reference.ids).all(0) & (ours.exponents == reference.exponents)
     assert same.float().mean() > (0.5 if ON_GPU else 0.99)
-    assert ((ours.scales.int() - twin.scales.int()).abs()[same] <= 1).all()
-    for mine, theirs in zip(ours.planes, twin.planes):
+    assert ((ours.scales.int() - reference.scales.int()).abs()[same] <= 1).all()
+    for mine, theirs in zip(ours.planes, reference.planes):
         if ON_HOPPER and dtype == torch.bfloat16 and stages > 1:
             # what a stage leaves is rounded to 8 bits there, which carries numbers over a border that are as close to it
             assert different_bits(mine, theirs)[same].mean() < 0.01
@@ -245,9 +248,9 @@ def test_encode_silent_and_huge_tokens():
     coder = codec.TensorCodec("qvg", TensorSettings(bits=4, stages=1, centroids=4), 64, 2)
     with dispatch.force("torch"):
         book = coder.train(x, torch.Generator().manual_seed(0))
-    ours, twin = (span.decode(slice(None), codec.LevelTables(DEVICE)) for span in both(coder.encode, x, 4, book))
+    ours, reference = (span.decode(slice(None), codec.LevelTables(DEVICE)) for span in both(coder.encode, x, 4, book))
     assert ours.isfinite().all() and not ours[:, 0].any()
-    assert (ours - x).square().mean() <= (twin - x).square().mean() * 1.01
+    assert (ours - x).square().mean() <= (reference - x).square().mean() * 1.01
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -255,9 +258,9 @@ def test_encode_silent_and_huge_tokens():
 def test_rotate(shape, dtype):
     x = tokens(*shape, dtype=dtype)
     angles = torch.randn(shape[-3], 1, shape[-1] // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    ours, twin = both(rotate, x, angles.cos(), angles.sin())
+    ours, reference = both(rotate, x, angles.cos(), angles.sin())
     assert ours.shape == x.shape and ours.is_contiguous()
-    assert_close([[ours], [twin]], dtype)
+    assert_close([[ours], [reference]], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -295,13 +298,13 @@ CASES = {name: PRESETS[name] for name in PRESETS} | {
     "paper int4": PAPER.both(bits=4, stages=2), "paper asymmetric": PAPER.both(symmetric=False, bits=2, stages=4),
     "paper sink": replace(PAPER, sink_frames=1, sink_bits=16),
     "value plain": replace(QVG, value=TensorSettings(bits=8)), "sink inside a chunk": replace(QVG, sink_frames=1, sink_bits=16),
-    "recent plain": replace(QVG, recent_bits=16), "window": replace(QVG, window_frames=3), "short epochs": replace(BARE, epoch_frames=2),
+    "recent plain": replace(QVG, recent_bits=16), "window": replace(QVG, window_frames=3), "short epochs": replace(BARE, codebook_frames=2),
 }
 
 
 def filled(settings: QVGSettings, dim=64, grid=(5, 7), batch=1, heads=4, dtype=DTYPES[0], chunks=(2, 2, 1)) -> KVCache:
     with dispatch.force("torch"):
-        cache = KVCache(settings, layers=1, heads=heads, head_dim=dim, grid=grid, batch=batch, device=DEVICE, dtype=dtype)
+        cache = KVCache(settings, layers=1, heads=heads, head_dim=dim, grid=grid, rope=Rope, batch=batch, device=DEVICE, dtype=dtype)
         for number, frames in enumerate(chunks):
             key, value = (tokens(batch, frames * grid[0] * grid[1], heads, dim, seed=10 * number + part, dtype=dtype) for part in (0, 1))
             cache.layers[0].append(key, value, frames)
@@ -322,16 +325,16 @@ def read(cache: KVCache, heads: slice, *more):
 
 def assert_close(found, dtype, in_halves=False):
     """in_halves: planes decoded to bf16 by way of float16."""
-    for ours, twin in zip(*found):
-        assert twin.isfinite().all() and ours.isfinite().all()
+    for ours, reference in zip(*found):
+        assert reference.isfinite().all() and ours.isfinite().all()
         # one step of the dtype at the size of the number, since both round once; a rotated pair rounds at the size of the pair
         step = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-7}[dtype]
-        pairs = twin.float().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True)
+        pairs = reference.float().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True)
         allowed = step * pairs + 1e-5
         if in_halves:
             # float16 rounds what is added up at the size of the parts: few times, 2^-12 of it each
             allowed = allowed + 2**-9 * pairs.flatten(0, -3).amax(0)
-        assert ((ours.float() - twin.float()).abs() <= allowed.expand(*twin.shape[:-1], -1, 2).flatten(-2)).all()
+        assert ((ours.float() - reference.float()).abs() <= allowed.expand(*reference.shape[:-1], -1, 2).flatten(-2)).all()
 
 
 # what planes are decoded to differs between bf16 and the others
@@ -363,12 +366,12 @@ def test_decode_of_any_size(power):
     """Numbers that float16 cannot hold, beside others, as bf16 can."""
     with dispatch.force("torch"):
         pair = [tokens(1, 70, 4, 64, seed=part) * torch.tensor([1.0, 2.0 ** power] * 2, device=DEVICE)[:, None] for part in (0, 1)]
-        cache = KVCache(BARE.both(bits=4), layers=1, heads=4, head_dim=64, grid=(5, 7), device=DEVICE, dtype=torch.bfloat16)
+        cache = KVCache(BARE.both(bits=4), layers=1, heads=4, head_dim=64, grid=(5, 7), rope=Rope, device=DEVICE, dtype=torch.bfloat16)
         cache.layers[0].append(*(x.bfloat16() for x in pair), 2)
-    ours, twin = read(cache, slice(0, 4))
+    ours, reference = read(cache, slice(0, 4))
     for head in range(4):
         size = 2.0 ** (power * (head % 2))
-        assert_close([[x[:, :, head:head + 1] / size for x in found] for found in (ours, twin)], torch.bfloat16, True)
+        assert_close([[x[:, :, head:head + 1] / size for x in found] for found in (ours, reference)], torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("dtype", WORKSPACES)
@@ -460,7 +463,7 @@ def test_overlap_changes_nothing(slow, monkeypatch):
     monkeypatch.setattr(LayerCache, "read", late(LayerCache.read, "decode"))
     outs = []
     for overlapped in (True, False):
-        cache = KVCache(QVG, layers=2, heads=12, head_dim=64, grid=(8, 9), device=DEVICE, dtype=torch.bfloat16, max_frames=12)
+        cache = KVCache(QVG, layers=2, heads=12, head_dim=64, grid=(8, 9), rope=Rope, device=DEVICE, dtype=torch.bfloat16, max_frames=12)
         assert cache.workspace.side is not None
         if not overlapped:
             cache.workspace.side = None
@@ -487,7 +490,7 @@ def test_addresses_beyond_32_bits():
     x = torch.randn(1, count, heads, dim, device=DEVICE, dtype=torch.bfloat16)
     assert x.numel() > 2**31
     torch.utils.deterministic.fill_uninitialized_memory = False
-    cache = KVCache(PRESETS["off"], layers=1, heads=heads, head_dim=dim, grid=grid, device=DEVICE, dtype=x.dtype)
+    cache = KVCache(PRESETS["off"], layers=1, heads=heads, head_dim=dim, grid=grid, rope=Rope, device=DEVICE, dtype=x.dtype)
     with dispatch.force("triton"):
         cache.layers[0].append(x, x, 1)
         keys, values = torch.full((2, 1, count, 1, dim), float("nan"), device=DEVICE, dtype=x.dtype)

@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import lifetime, smoothing
-from comfyui_qvg.qvg.budget import Geometry, Limits
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.forecast import PlannedLayer, PlannedSpan, forecast
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache import lifetime
+from comfyui_qvg.qvg.cache.budget import Geometry, Limits
+from comfyui_qvg.qvg.cache.forecast import PlannedLayer, PlannedSpan, forecast
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.codec import smoothing
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
-from comfyui_qvg.qvg.storage import _layer_state, _restore_layer
+from comfyui_qvg.qvg.video.session import _layer_state, _restore_layer
 
 # 256 tokens a frame: 7 centroids of 36 tokens each, 21 of three frames
 GEOMETRY = Geometry(layers=1, heads=1, head_dim=8, grid=(16, 16))
@@ -52,7 +54,7 @@ TABLE = {
         "0+3=4:0 3+3=4:0",
         "0+3=4:0 3+3=2:0 6+3=4:0",
         "0+3=4:0 3+3=2:0 6+3=2:0 9+3=4:0"]),
-    "but not longer than they may": (settings(epoch_frames=6), [3, 3, 3, 3], [FIT] * 4, [
+    "but not longer than they may": (settings(codebook_frames=6), [3, 3, 3, 3], [FIT] * 4, [
         "0+3=4:0",
         "0+3=4:0 3+3=4:0",
         "0+3=4:0 3+3=2:0 6+3=4:1",
@@ -131,9 +133,9 @@ def test_when_codebooks_are_trained(name, told):
 def test_the_cache_trains_as_the_forecast_says(name, told, monkeypatch):
     """Real spans with tensors, told how poorly they fit: the same spans in the same bits under the same codebooks, and the same bytes."""
     chosen, chunks, fits, expected = TABLE[name]
-    cache = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32)
+    cache = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32)
     layer, told_of, order = cache.layers[0], {}, []
-    monkeypatch.setattr("comfyui_qvg.qvg.codec.Misfit.value", property(lambda self: math.inf if told_of.get(id(self)) else 1.0))
+    monkeypatch.setattr("comfyui_qvg.qvg.codec.spans.Misfit.value", property(lambda self: math.inf if told_of.get(id(self)) else 1.0))
     for number, (frames, poor) in enumerate(zip(chunks, fits)):
         first = layer.next_frame
         layer.append(*torch.randn(2, 1, frames * 256, 1, 8, generator=torch.Generator().manual_seed(number)), frames)
@@ -169,7 +171,7 @@ def scene(frames, seed):
 
 def error_of(chosen, pieces):
     """Relative squared error of every piece's keys as they are read at the end."""
-    cache = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32)
+    cache = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32)
     layer = cache.layers[0]
     for piece in pieces:
         layer.append(*piece, piece.shape[2] // 256)
@@ -192,14 +194,14 @@ def test_what_follows_a_cut_is_coded_as_well_as_what_came_before(name, chunks, m
     settled = slice(9, 15)
     assert layer.spans[-1]._misfit.value < lifetime.LARGEST_MISFIT
     monkeypatch.setattr(lifetime, "LARGEST_MISFIT", math.inf)
-    kept, _ = error_of(replace(SHARED, epoch_frames=1000), pieces)
+    kept, _ = error_of(replace(SHARED, codebook_frames=1000), pieces)
     assert mended[settled].mean() < 0.4 * kept[settled].mean()
     # what settled before the cut; a codebook that starts from one of another scene takes fewer steps than it needs
     assert mended[settled].mean() < 2.5 * mended[3:6].mean()
 
 
 def test_a_misfit_is_one_on_the_tokens_of_the_training_and_grows_with_what_is_left():
-    cache = KVCache(SHARED, layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32)
+    cache = KVCache(SHARED, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32)
     layer = cache.layers[0]
     layer.append(*scene(3, seed=0), 3)
     assert layer.spans[0]._misfit.value == pytest.approx(1.0, abs=0.05)
@@ -213,8 +215,8 @@ def test_a_misfit_is_one_on_the_tokens_of_the_training_and_grows_with_what_is_le
 def test_the_worst_case_bounds_what_happens():
     """Random tokens, on which nothing fits well and nothing poorly."""
     for chunk, name in ((1, "balanced"), (3, "smallest"), (2, "quality")):
-        chosen = replace(PRESETS[name], epoch_frames=1000)
-        cache = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32)
+        chosen = replace(PRESETS[name], codebook_frames=1000)
+        cache = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32)
         for number in range(24 // chunk):
             cache.layers[0].append(*torch.randn(2, 1, chunk * 256, 1, 8, generator=torch.Generator().manual_seed(number)), chunk)
         usual, worst = (forecast(chosen, GEOMETRY, 24, chunk, itemsize=4, misfit=misfit) for misfit in (False, True))
@@ -224,10 +226,10 @@ def test_the_worst_case_bounds_what_happens():
 def test_a_poor_fit_is_found_after_a_resume_too():
     """What decides is computed from stored bytes: a layer that was saved between a cut and the chunk behind it goes on alike."""
     pieces = [scene(3, seed=0), scene(3, seed=1), scene(3, seed=2), scene(3, seed=3)]
-    whole = KVCache(SHARED, layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32)
+    whole = KVCache(SHARED, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32)
     for piece in pieces:
         whole.layers[0].append(*piece, 3)
-    first, second = (KVCache(SHARED, layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32) for _ in range(2))
+    first, second = (KVCache(SHARED, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32) for _ in range(2))
     for piece in pieces[:2]:
         first.layers[0].append(*piece, 3)
     tensors = {}
@@ -249,7 +251,8 @@ def test_a_pass_that_failed_leaves_no_codebook_behind(misfit, monkeypatch):
     What older spans lost meanwhile does not come back, so codebooks that are trained on them may differ in their numbers.
     """
     monkeypatch.setattr(lifetime, "LARGEST_MISFIT", misfit)
-    once, twice = (KVCache(replace(SHARED, epoch_frames=3), layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32).layers[0]
+    once, twice = (KVCache(replace(SHARED, codebook_frames=3), layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope,
+                           dtype=torch.float32).layers[0]
                    for _ in range(2))
     for number in range(5):
         piece = scene(3, seed=number)
@@ -267,7 +270,8 @@ def test_a_pass_that_failed_leaves_no_codebook_behind(misfit, monkeypatch):
 
 
 def test_what_is_taken_back_further_goes_on_with_a_codebook_that_is_in_use():
-    layer = KVCache(replace(SHARED, epoch_frames=3), layers=1, heads=1, head_dim=8, grid=(16, 16), dtype=torch.float32).layers[0]
+    chosen = replace(SHARED, codebook_frames=3)
+    layer = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32).layers[0]
     for seed in range(4):
         layer.append(*scene(3, seed=seed), 3)
     layer.rewind(3)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from comfyui_qvg.qvg.attention import CachedAttention
-from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.attention.cached import CachedAttention
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, is_longcat
-from comfyui_qvg.qvg.names import official_name, split_layout, split_names
+from comfyui_qvg.qvg.models.names import official_name, split_layout, split_names
 from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4
@@ -51,7 +52,7 @@ def asked(recorded):
 def encoded(model, x, given, settings=QVGSettings.preset("off")):  # noqa: B008 (frozen)
     """The cache of the first `given` frames of one video, stored layer by layer."""
     sizes = model.sizes
-    cache = KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=(2, 3), dtype=torch.float32,
+    cache = KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=(2, 3), rope=Rope, dtype=torch.float32,
                     max_frames=x.shape[2])
     model.encode(x[:1, :, :given], CachedAttention(cache, start_frame=0, frames=given, store=True))
     return cache

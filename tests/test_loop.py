@@ -6,9 +6,11 @@ from itertools import product
 import pytest
 import torch
 
-from comfyui_qvg.qvg.attention import sdpa
-from comfyui_qvg.qvg.cache import CacheStats, KVCache
-from comfyui_qvg.qvg.sampler import (
+from comfyui_qvg.qvg.attention.cached import sdpa
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import CacheStats, KVCache
+from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
+from comfyui_qvg.qvg.video.sampler import (
     SELF_FORCING_SIGMAS,
     Adapted,
     CachedNetwork,
@@ -20,7 +22,6 @@ from comfyui_qvg.qvg.sampler import (
     check_positions,
     guided,
 )
-from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 
 # large enough that a mean of squares of noise is 1 within a few percent
 SHAPE = (1, 4, 32, 32)
@@ -281,7 +282,7 @@ class Failing:
 
 def toy(attention=sdpa, settings=EXACT, prompts=((0.1, 1.0),), **options):
     """A toy network under conditions, each a context and a weight, over caches of its own."""
-    caches = [KVCache(settings, layers=2, heads=8, head_dim=8, grid=(4, 4), dtype=torch.float32) for _ in prompts]
+    caches = [KVCache(settings, layers=2, heads=8, head_dim=8, grid=(4, 4), rope=Rope, dtype=torch.float32) for _ in prompts]
     conditions = [Condition(context, cache, weight) for (context, weight), cache in zip(prompts, caches)]
     return CachedNetwork(Toy(), conditions, attention=attention, **options)
 
@@ -313,7 +314,7 @@ def test_a_denoised_chunk():
         flows.append(network(x, None, context, lambda layer, q, k, v: _alone(q, k, v)))
     model = toy(prompts=((0.1, 3.0), (-0.4, -2.0)))
     for condition in model.conditions:
-        condition.cache = KVCache(EXACT, layers=2, heads=8, head_dim=8, grid=(4, 4), batch=2, dtype=torch.float32)
+        condition.cache = KVCache(EXACT, layers=2, heads=8, head_dim=8, grid=(4, 4), rope=Rope, batch=2, dtype=torch.float32)
     found = model.denoise(x, 0.625, 0, at=0, store=False)
     torch.testing.assert_close(found, 3 * (x - 0.625 * flows[0]) - 2 * (x - 0.625 * flows[1]), rtol=1e-4, atol=1e-4)
     for timestep in model.network.timesteps:
@@ -321,7 +322,7 @@ def test_a_denoised_chunk():
 
 
 def _alone(q, k, v):
-    rope = KVCache(EXACT, layers=1, heads=8, head_dim=8, grid=(4, 4), dtype=torch.float32).rope
+    rope = KVCache(EXACT, layers=1, heads=8, head_dim=8, grid=(4, 4), rope=Rope, dtype=torch.float32).rope
     return sdpa(rope.apply(q, 0, 3), rope.apply(k, 0, 3), v)
 
 

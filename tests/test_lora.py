@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from comfyui_qvg.qvg.lora import Fused, Spellings, convert
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.lora import Fused, Spellings, convert
+from comfyui_qvg.qvg.models.names import split_layout
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.names import split_layout
 
 RANK = 2
 

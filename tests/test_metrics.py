@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from comfyui_qvg.qvg.metrics import MOST_DB, heat, psnr, ssim
+from comfyui_qvg.qvg.report.metrics import MOST_DB, heat, psnr, ssim
 
 
 def video(frames=20, height=24, width=32, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg.checkpoint import open_checkpoint
+from comfyui_qvg.qvg.models.checkpoint import open_checkpoint
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.names import DEPTH, find_network, official_name, split_layout, tensors_in
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.names import DEPTH, find_network, official_name, split_layout, tensors_in
 
 CONTAINERS = ((), ("generator_ema",), ("generator",), ("model",), ("state_dict",), ("module",), ("ema_model",), ("weights",),
               ("state_dict", "generator"), ("checkpoint", "generator_ema", "model"), ("a", "b", "c", "d"))

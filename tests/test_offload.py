@@ -9,14 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import dispatch, storage
-from comfyui_qvg.qvg.attention import CachedAttention, sdpa
-from comfyui_qvg.qvg.budget import GIB, Geometry, buffers_on
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.context import context_settings, forecast_context
-from comfyui_qvg.qvg.forecast import forecast
-from comfyui_qvg.qvg.offload import HostStore
+from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.cache.budget import Geometry, buffers_on
+from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
+from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.host import HostStore
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
+from comfyui_qvg.qvg.units import GIB
+from comfyui_qvg.qvg.video import session as storage
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -31,7 +34,7 @@ SMALL = {name: replace(PRESETS[name].both(centroids=4), iterations=1) for name i
 CASES = SMALL | {
     "sink inside a chunk": replace(SMALL["balanced"], sink_frames=1, sink_bits=16),
     "recent plain": replace(SMALL["balanced"], recent_bits=16),
-    "window": replace(SMALL["balanced"], window_frames=4, epoch_frames=3),
+    "window": replace(SMALL["balanced"], window_frames=4, codebook_frames=3),
     "value plain": replace(SMALL["balanced"], value=TensorSettings(bits=8)),
     "no stages": SMALL["balanced"].both(stages=0),
     "asymmetric paper": SMALL["paper"].both(symmetric=False),
@@ -39,7 +42,7 @@ CASES = SMALL | {
 
 
 def cache_of(settings, frames, chunk=3, layers=3, batch=1, dtype=DTYPE):
-    return KVCache(settings, layers=layers, heads=HEADS, head_dim=DIM, grid=GRID, batch=batch, device=DEVICE, dtype=dtype,
+    return KVCache(settings, layers=layers, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope, batch=batch, device=DEVICE, dtype=dtype,
                    max_frames=frames, chunk_frames=chunk)
 
 
@@ -108,7 +111,7 @@ def test_the_device_holds_two_layers():
 @pytest.mark.parametrize("name", ["quality", "balanced", "smallest"])
 def test_budgets_of_device_and_host_are_kept(name):
     """Down to the smallest that are not refused. The cache obeys, and is what was forecast."""
-    free = replace(SMALL[name], offload=True, sink_frames=2, sink_bits=4, epoch_frames=9)
+    free = replace(SMALL[name], offload=True, sink_frames=2, sink_bits=4, codebook_frames=9)
     geometry = Geometry(3, HEADS, DIM, GRID, buffers=buffers_on(DEVICE.type, HEADS))
     whole, kept = forecast(free, geometry, 24, 3, itemsize=4), 0
     for device, host in ((0, 0.6), (0.5, 0), (0.8, 0), (0.9, 0.6)):
@@ -165,8 +168,8 @@ def test_a_changed_history_is_fetched_anew(kind):
 def test_a_buffer_grows_where_the_length_is_unknown():
     found = []
     for offload in (False, True):
-        cache = KVCache(replace(SMALL["balanced"], offload=offload), layers=2, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE,
-                        dtype=DTYPE)
+        cache = KVCache(replace(SMALL["balanced"], offload=offload), layers=2, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope,
+                        device=DEVICE, dtype=DTYPE)
         found.append(run(cache, 30))
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
@@ -177,8 +180,8 @@ def test_a_context_is_offloaded_as_it_is_forecast():
     settings = context_settings(replace(PRESETS["balanced"], offload=True), geometry, 4, 8, DTYPE.itemsize)
     outs = []
     for chosen in (replace(settings, offload=False), settings):
-        cache = KVCache(chosen, layers=4, heads=HEADS, head_dim=DIM, grid=GRID, device=DEVICE, dtype=DTYPE, max_frames=12, chunk_frames=4,
-                        stored_frames=4)
+        cache = KVCache(chosen, layers=4, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope, device=DEVICE, dtype=DTYPE, max_frames=12,
+                        chunk_frames=4, stored_frames=4)
         for start, count, store in ((0, 4, True), (4, 8, False), (4, 8, False)):
             attend = CachedAttention(cache, start_frame=start, frames=count, store=store, newest=chosen.recent_frames)
             outs.append(torch.stack([attend(layer, *chunk_of(start, count, layer)) for layer in range(4)]))
@@ -228,7 +231,7 @@ def test_the_kernel_reads_what_visits():
     found = []
     for offload in (False, True):
         settings = replace(SMALL["balanced"], offload=offload, recent_frames=0, sink_frames=0)
-        cache = KVCache(settings, layers=2, heads=2, head_dim=DIM, grid=(2, 4), dtype=DTYPE, max_frames=9)
+        cache = KVCache(settings, layers=2, heads=2, head_dim=DIM, grid=(2, 4), rope=Rope, dtype=DTYPE, max_frames=9)
         draw = torch.Generator().manual_seed(0)
         for _ in range(2):
             for layer in cache.layers:
@@ -265,7 +268,7 @@ def test_late_copies_change_nothing(slow, backend, monkeypatch):
     with dispatch.force(backend):
         for offload in (False, True):
             settings = replace(PRESETS["balanced"], offload=offload, window_frames=6, recent_bits=16)
-            cache = KVCache(settings, layers=4, heads=12, head_dim=64, grid=GRID, device=DEVICE, dtype=DTYPE, max_frames=24)
+            cache = KVCache(settings, layers=4, heads=12, head_dim=64, grid=GRID, rope=Rope, device=DEVICE, dtype=DTYPE, max_frames=24)
             outs = []
             for start in range(0, 24, 3):
                 for store in (False, True):
@@ -297,7 +300,7 @@ def test_device_memory_is_what_is_counted():
     settings = replace(PRESETS["balanced"], offload=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    cache = KVCache(settings, layers=8, heads=12, head_dim=128, grid=(15, 26), device=DEVICE, dtype=DTYPE, max_frames=60)
+    cache = KVCache(settings, layers=8, heads=12, head_dim=128, grid=(15, 26), rope=Rope, device=DEVICE, dtype=DTYPE, max_frames=60)
     for start in range(0, 60, 3):
         for store in (False, True):
             attend = CachedAttention(cache, start_frame=start, frames=3, store=store)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comfyui_qvg.qvg import e4m3, paper
+from comfyui_qvg.qvg.codec import e4m3
+from comfyui_qvg.qvg.codec import paper_codes as paper
 
 SETTINGS = {  # name: bits, symmetric, stages, block
     "int2s_s1_b64": (2, True, 1, 64),

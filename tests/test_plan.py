@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_qvg.qvg import cli
-from comfyui_qvg.qvg.budget import GIB
-from comfyui_qvg.qvg.forecast import forecast
+from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.models.weights import WEIGHTS
-from comfyui_qvg.qvg.plan import BESIDE_GIB, CARDS, brief, longest, plan, render_cards, room_on
+from comfyui_qvg.qvg.report.plan import BESIDE_GIB, CARDS, brief, longest, plan, render_cards, room_on
 from comfyui_qvg.qvg.settings import PRESETS
+from comfyui_qvg.qvg.units import GIB
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,5 @@
-"""What is held after every chunk, and in how many bits: tables written by hand from what `settings.QVGSettings` and `budget.relax` promise.
+"""What is held after every chunk, and in how many bits: tables written by hand from what `settings.QVGSettings` and `budget.enforce_limits`
+promise.
 
 The cache and its forecast share one rule, so that each agrees with the other even where both are wrong. Here both are held against what a
 person reads in the documentation. A row names settings and chunks, and after every chunk what is there, oldest first:
@@ -10,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg.budget import Geometry, Limits, split
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.forecast import PlannedLayer
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.budget import Geometry, Limits, split
+from comfyui_qvg.qvg.cache.forecast import PlannedLayer
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 # 256 tokens a frame of one head of 8 channels: a frame of K or of V is 2,048 numbers, a plane of it 256 bytes, its scales 256
@@ -39,7 +41,7 @@ def held(spans):
 
 
 def cache_of(settings, share=None, layers=1):
-    cache = KVCache(settings, layers=layers, heads=1, head_dim=DIM, grid=GRID, dtype=torch.float32)
+    cache = KVCache(settings, layers=layers, heads=1, head_dim=DIM, grid=GRID, rope=Rope, dtype=torch.float32)
     if share is not None:
         cache.limits = share
     return cache
@@ -410,7 +412,7 @@ def test_narrowing_takes_only_planes():
 
 def test_shrinking_gives_up_the_cheapest_first():
     """Heads at a time, then planes of the widest, then the older half of the chunks; sinks stay, and layers stay alike."""
-    cache = KVCache(replace(BASE, recent_frames=0), layers=2, heads=8, head_dim=DIM, grid=GRID, dtype=torch.float32)
+    cache = KVCache(replace(BASE, recent_frames=0), layers=2, heads=8, head_dim=DIM, grid=GRID, rope=Rope, dtype=torch.float32)
     pair = torch.randn(2, 1, 3 * 256, 8, DIM, generator=torch.Generator().manual_seed(0))
     for _ in range(6):
         for layer in cache.layers:

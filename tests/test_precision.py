@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg import codec, e4m3, planes, smoothing
-from comfyui_qvg.qvg.cache import KVCache
-from comfyui_qvg.qvg.codec import LevelTables, Misfit, PlainSpan, PlaneSpan, TensorCodec
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.codec import e4m3, planes, smoothing
+from comfyui_qvg.qvg.codec import spans as codec
+from comfyui_qvg.qvg.codec.spans import LevelTables, Misfit, PlainSpan, PlaneSpan, TensorCodec
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 
 ALL = slice(None)
@@ -253,8 +255,8 @@ def test_a_codebook_begins_with_the_one_before():
 def test_codebooks_of_a_cache_begin_with_those_before():
     """K and V of frames that hold the same clusters keep the numbers of their centroids, whenever new ones are trained."""
     tensor = TensorSettings(stages=1, centroids=4)
-    settings = QVGSettings(key=tensor, value=tensor, sink_frames=0, recent_frames=0, epoch_frames=1, iterations=8)
-    cache = KVCache(settings, layers=1, heads=2, head_dim=16, grid=(12, 12), dtype=torch.float32)
+    settings = QVGSettings(key=tensor, value=tensor, sink_frames=0, recent_frames=0, codebook_frames=1, iterations=8)
+    cache = KVCache(settings, layers=1, heads=2, head_dim=16, grid=(12, 12), rope=Rope, dtype=torch.float32)
     x = torch.stack([clustered(144, seed=seed)[0] for seed in (0, 7)])[:, None]
     for number in range(4):
         cache.layers[0].append(*(x + 0.02 * noise(*x.shape, seed=20 + number)), 1)
@@ -303,9 +305,9 @@ def test_the_nearest_centroid_is_taken():
     x, centroids = noise(2, 50, 16), noise(2, 7, 16, seed=1)
     expected = (x[:, :, None] - centroids[:, None]).square().sum(-1).argmin(-1)
     assert torch.equal(smoothing.assign(x, centroids), expected)
-    twins = centroids[:, [0, 0, 1]]
-    assert smoothing.assign(x, twins).unique().tolist() == [0, 2]
-    assert torch.equal(smoothing.picked(centroids, expected), centroids[torch.arange(2)[:, None], expected])
+    references = centroids[:, [0, 0, 1]]
+    assert smoothing.assign(x, references).unique().tolist() == [0, 2]
+    assert torch.equal(smoothing.gather_centroids(centroids, expected), centroids[torch.arange(2)[:, None], expected])
 
 
 def test_a_step_takes_means_and_moves_what_nothing_chose():

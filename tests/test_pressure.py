@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from comfyui_qvg.qvg.budget import GIB, Geometry
-from comfyui_qvg.qvg.cache import KVCache, shrink
-from comfyui_qvg.qvg.forecast import forecast
-from comfyui_qvg.qvg.memory import ran_out
-from comfyui_qvg.qvg.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.backends.memory import ran_out
+from comfyui_qvg.qvg.cache.budget import Geometry
+from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.kv_cache import KVCache, shrink
 from comfyui_qvg.qvg.settings import CODECS, PRESETS, QVGSettings, TensorSettings
+from comfyui_qvg.qvg.units import GIB
+from comfyui_qvg.qvg.video.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 
 HEADS, DIM = 8, 64
 SETTINGS = replace(PRESETS["quality"].both(centroids=4), sink_frames=1, iterations=1)
@@ -40,7 +42,7 @@ class Attends(nn.Module):
 
 
 def cache(settings=SETTINGS) -> KVCache:
-    return KVCache(settings, layers=1, heads=HEADS, head_dim=DIM, grid=(2, 2), dtype=torch.float32, max_frames=8, chunk_frames=2)
+    return KVCache(settings, layers=1, heads=HEADS, head_dim=DIM, grid=(2, 2), rope=Rope, dtype=torch.float32, max_frames=8, chunk_frames=2)
 
 
 def state(kept: KVCache) -> tuple:
@@ -111,7 +113,7 @@ def test_this_machine_says_so():
 def trained(seed: int) -> torch.Tensor:
     x = torch.randn(1, 200, HEADS, DIM, generator=torch.Generator().manual_seed(1))
     kept = KVCache(replace(SETTINGS, seed=seed, sink_frames=0, recent_frames=0), layers=1, heads=HEADS, head_dim=DIM, grid=(10, 20),
-                   dtype=torch.float32)
+                   rope=Rope, dtype=torch.float32)
     kept.layers[0].append(x, x, 1)
     return kept.layers[0].entries[0].spans[0].codebook.centroids
 
@@ -151,7 +153,7 @@ def test_settings_that_are_accepted_hold_what_they_say():
         except ValueError as error:
             assert str(error).endswith(".") and len(str(error)) > 40
             continue
-        made = KVCache(settings, layers=1, heads=1, head_dim=DIM, grid=(5, 8), dtype=torch.float32)
+        made = KVCache(settings, layers=1, heads=1, head_dim=DIM, grid=(5, 8), rope=Rope, dtype=torch.float32)
         for frame in range(3):
             x = torch.randn(1, 40, 1, DIM, generator=torch.Generator().manual_seed(frame))
             made.layers[0].append(x, x, 1)

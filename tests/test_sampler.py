@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg.attention import sdpa
-from comfyui_qvg.qvg.cache import CacheStats, KVCache
+from comfyui_qvg.qvg.attention.cached import sdpa
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import CacheStats, KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided
 from comfyui_qvg.qvg.settings import QVGSettings
+from comfyui_qvg.qvg.video.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 # set where a test runs in a process of its own
@@ -34,7 +35,7 @@ def context(network, seed=0):
 
 
 def cache(settings=SMALL, frames=None, batch=1, chunk=3):
-    return KVCache(settings, layers=2, heads=2, head_dim=128, grid=GRID, batch=batch, dtype=torch.float32, max_frames=frames,
+    return KVCache(settings, layers=2, heads=2, head_dim=128, grid=GRID, rope=Rope, batch=batch, dtype=torch.float32, max_frames=frames,
                    chunk_frames=chunk)
 
 
@@ -193,7 +194,7 @@ def test_memory_shortage_is_survived(network):
     """With room for one head and six frames, the heads are halved, planes go, then the history; the video is finished all the same."""
     wide = CausalWan(WanSizes(dim=1024, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval()
     settings = replace(SMALL, sink_frames=0, recent_frames=0)
-    store = KVCache(settings, layers=2, heads=8, head_dim=128, grid=GRID, dtype=torch.float32, chunk_frames=3)
+    store = KVCache(settings, layers=2, heads=8, head_dim=128, grid=GRID, rope=Rope, dtype=torch.float32, chunk_frames=3)
     assert store.workspace.group == 2
     # the chunk alone attends with all eight heads, so this much must be there
     model = CachedNetwork(wide, [Condition(context(wide), store)], attention=ScarceMemory(3 * 6 * 1024))
@@ -289,7 +290,7 @@ class TestOnGPU:
         prompt = network.project_context(torch.randn(1, 3, 8, device="cuda"))
 
         def made(frames):
-            store = KVCache(QVGSettings.preset("quality"), layers=2, heads=8, head_dim=128, grid=(16, 24), device="cuda",
+            store = KVCache(QVGSettings.preset("quality"), layers=2, heads=8, head_dim=128, grid=(16, 24), rope=Rope, device="cuda",
                             dtype=torch.float32)
             try:
                 return list(Sampler(CachedNetwork(network, [Condition(prompt, store)]), Run(frames=frames, sigmas=(1, 0)),

@@ -8,10 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg import files, segments, storage
-from comfyui_qvg.qvg.files import InUse, Taken
-from comfyui_qvg.qvg.segments import SUFFIX, SegmentFile, Segments, SegmentSession, digest
-from comfyui_qvg.qvg.storage import SessionError
+from comfyui_qvg.qvg.files import places as files
+from comfyui_qvg.qvg.files.places import InUse, Taken
+from comfyui_qvg.qvg.video import segments
+from comfyui_qvg.qvg.video import session as storage
+from comfyui_qvg.qvg.video.segments import SUFFIX, SegmentFile, Segments, SegmentSession, digest
+from comfyui_qvg.qvg.video.session import SessionError
 
 
 def frames(segment, count=4):

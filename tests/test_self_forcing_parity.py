@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from comfyui_qvg.qvg.attention import CachedAttention
-from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.attention.cached import CachedAttention
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan
 from comfyui_qvg.qvg.settings import QVGSettings
 
@@ -37,7 +38,7 @@ def model(recorded):
 def empty_cache(model, inputs):
     grid = tuple(size // 2 for size in inputs.shape[-2:])
     return KVCache(QVGSettings.preset("off"), layers=model.sizes.layers, heads=model.sizes.heads, head_dim=128,
-                   grid=grid, device="cpu", dtype=torch.float32)
+                   grid=grid, rope=Rope, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

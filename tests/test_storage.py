@@ -12,12 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg import storage
-from comfyui_qvg.qvg.cache import KVCache
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
-from comfyui_qvg.qvg.storage import SessionError
+from comfyui_qvg.qvg.video import session as storage
+from comfyui_qvg.qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
+from comfyui_qvg.qvg.video.session import SessionError
 
 SHAPE = (1, 16, 2, 4)
 RUN = Run(frames=12, sigmas=(1, 0.5, 0), recache_frames=3)
@@ -31,7 +32,8 @@ def network():
 
 def sampler(network, settings, run=RUN, shape=SHAPE, cfg=1.0):
     prompts = [network.project_context(torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
-    caches = [KVCache(settings, layers=2, heads=2, head_dim=128, grid=(1, 2), batch=shape[0], dtype=torch.float32, max_frames=run.frames)
+    caches = [KVCache(settings, layers=2, heads=2, head_dim=128, grid=(1, 2), rope=Rope, batch=shape[0], dtype=torch.float32,
+                      max_frames=run.frames)
               for _ in range(1 + (cfg != 1))]
     conditions = [Condition(prompts[0], caches[0])] if cfg == 1 else guided(prompts[0], caches[0], prompts[1], caches[1], cfg)
     return Sampler(CachedNetwork(network, conditions), run, shape)
@@ -49,7 +51,7 @@ def go(made, stop=None):
 
 
 SETTINGS = {name: PRESETS[name].both(centroids=4) for name in PRESETS} | {
-    "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, epoch_frames=3),
+    "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, codebook_frames=3),
     "recent plain": replace(PRESETS["balanced"].both(centroids=4), recent_bits=16, sink_frames=0),
     "asymmetric paper": PRESETS["paper"].both(centroids=4, symmetric=False),
 }
@@ -350,7 +352,7 @@ def test_a_full_disk_leaves_the_older_session(saved, network, tmp_path):
     program = """
 import resource, signal, sys
 import torch
-from comfyui_qvg.qvg import storage
+from comfyui_qvg.qvg.video import session as storage
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:

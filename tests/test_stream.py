@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_qvg.qvg import stream
-from comfyui_qvg.qvg.files import InUse, Taken
+from comfyui_qvg.qvg.files.places import InUse, Taken
 from comfyui_qvg.qvg.models.wan_vae import WanVAE, denormalize, normalize
-from comfyui_qvg.qvg.pictures import read_frames
-from comfyui_qvg.qvg.stream import ChunkDecoder, VideoWriter, encode_stream, to_bytes
+from comfyui_qvg.qvg.video import stream
+from comfyui_qvg.qvg.video.pictures import read_frames
+from comfyui_qvg.qvg.video.stream import ChunkDecoder, VideoWriter, encode_stream, to_bytes
 
 FORMATS = (".mp4", ".webm")
 

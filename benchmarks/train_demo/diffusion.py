@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...qvg.attention.rope import Rope, rotate
 from ...qvg.demo import CHUNK_FRAMES, GRID
 from ...qvg.models.wan import HEAD_DIM, CausalWan
-from ...qvg.rope import Rope, rotate
 from .clock import Clock, Log
 
 SIGMAS = (1.0, 0.9375, 0.8333, 0.625)

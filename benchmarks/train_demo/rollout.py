@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...qvg.attention.rope import Rope
 from ...qvg.demo import CHUNK_FRAMES, GRID, LATENT
 from ...qvg.models.wan import HEAD_DIM, CausalWan, scaled_attention
-from ...qvg.rope import Rope
 from .diffusion import SIGMAS
 
 

@@ -15,8 +15,8 @@ from functools import partial
 import comfy.model_management
 import torch
 
-from ...qvg.attention import CachedAttention
-from ...qvg.cache import CacheStats, KVCache, shrink
+from ...qvg.attention.cached import CachedAttention
+from ...qvg.cache.kv_cache import CacheStats, KVCache, shrink
 from .checks import evaluated
 from .compiled import bare, between, outside
 from .patches import check_pass

@@ -20,15 +20,16 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
-from ...qvg import dispatch
-from ...qvg.attention import CachedAttention
-from ...qvg.budget import Geometry, buffers_on
-from ...qvg.cache import KVCache
-from ...qvg.chart import format_bytes
-from ...qvg.context import context_settings, forecast_context
+from ...qvg.attention.cached import CachedAttention
+from ...qvg.attention.rope import Rope
+from ...qvg.backends import dispatch
+from ...qvg.cache.budget import Geometry, buffers_on
+from ...qvg.cache.context import context_settings, forecast_context
+from ...qvg.cache.kv_cache import KVCache
 from ...qvg.models.longcat import LongCat, LongCatSizes
 from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
 from ...qvg.settings import PRESETS, QVGSettings
+from ...qvg.units import format_bytes
 from ..run_log import ATTACHMENT, RunLog
 from .compiled import Outside, bare, between, outside
 from .patches import LONGCAT, OVERRIDE, check_pass, check_patches
@@ -213,7 +214,7 @@ class Hook:
     def _cache(self, model, noise) -> KVCache:
         geometry, given, new, dtype = self._geometry(model), self.latents.shape[2], noise.shape[2], model.get_dtype_inference()
         settings = context_settings(self.settings, geometry, given, new, comfy.model_management.dtype_size(dtype))
-        return KVCache(settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid,
+        return KVCache(settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid, rope=Rope,
                        batch=geometry.batch, device=noise.device, dtype=dtype, max_frames=given + new, chunk_frames=given,
                        stored_frames=given)
 
@@ -265,7 +266,7 @@ def note_nothing(model) -> None:
     log: RunLog | None = model.get_attachment(ATTACHMENT)
     if log is not None:
         log.start(0, None)
-        log.note(KVCache(QVGSettings.preset("off"), layers=1, heads=1, head_dim=8, grid=(1, 1)).stats())
+        log.note(KVCache(QVGSettings.preset("off"), layers=1, heads=1, head_dim=8, grid=(1, 1), rope=Rope).stats())
         log.end()
 
 

@@ -16,7 +16,7 @@ import comfy.model_base
 import comfy.weight_adapter
 import torch
 
-from ...qvg import lora as layouts
+from ...qvg.models import lora as layouts
 from ...qvg.models.longcat import LongCat
 
 PREFIX = "diffusion_model."

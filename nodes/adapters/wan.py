@@ -16,13 +16,15 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
-from ...qvg import budget, dispatch
-from ...qvg import forecast as forecasts
-from ...qvg.attention import CachedAttention
-from ...qvg.budget import Geometry
-from ...qvg.cache import KVCache
-from ...qvg.chart import format_bytes
+from ...qvg.attention.cached import CachedAttention
+from ...qvg.attention.rope import Rope
+from ...qvg.backends import dispatch
+from ...qvg.cache import budget
+from ...qvg.cache import forecast as forecasts
+from ...qvg.cache.budget import Geometry
+from ...qvg.cache.kv_cache import KVCache
 from ...qvg.settings import QVGSettings
+from ...qvg.units import format_bytes
 from ..run_log import ATTACHMENT, RunLog, plain_stats
 from .checks import check_run, evaluated, is_autoregressive
 from .compiled import bare, between, check_compiled, outside
@@ -200,7 +202,7 @@ class Hook:
             start, frames, clean = self.block
             if self.cache is None:
                 self.cache = KVCache(
-                    self.settings, layers=self.network.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid,
+                    self.settings, layers=self.network.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid, rope=Rope,
                     batch=q.shape[0], device=q.device, dtype=q.dtype, max_frames=self.frames, chunk_frames=self.chunk_frames)
             self.attend = CachedAttention(self.cache, start_frame=start, frames=frames, store=clean,
                                           attention=partial(_attention, transformer_options=self.options))

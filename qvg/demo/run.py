@@ -1,7 +1,5 @@
 """`qvg demo`: the same seeded video with a bf16 cache and with quantized ones, measured and written side by side.
 
-    qvg demo [--out DIR] [--latent-frames N] [--seed N] [--prompt TEXT] [--compare]
-
 Every run makes the video from the same noise with the tiny model; only its cache differs, so every difference of the pictures is the
 cache's doing. Two controls say what a difference means: `bf16-repeat` is the bf16 run once more, and in `bf16-noise` every number of the
 cache is off by 1e-3 of its tensor's root mean square. Videos of an autoregressive model diverge however small the first difference is,
@@ -13,7 +11,6 @@ The figures are those of one tiny model and one video. Many seeds and methods: `
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -25,22 +22,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .. import metrics
-from ..arguments import device, whole
-from ..attention import widened
-from ..cache import CacheStats, KVCache
-from ..chart import format_bytes
-from ..files import PlaceError, Taken, check_place, write_atomically
-from ..generate import cache_of
-from ..progress import bar
-from ..sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
+from ..attention.cached import widened
+from ..cache.kv_cache import CacheStats, KVCache
+from ..report import metrics
 from ..settings import PRESETS
-from ..stream import ChunkDecoder, VideoWriter, to_bytes
-from . import CHUNK_FRAMES, GRID, LATENT, PROMPTS, embed_prompt, load_tiny
+from ..units import format_bytes
+from ..video.generate import cache_of
+from ..video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
+from ..video.stream import ChunkDecoder, VideoWriter, to_bytes
+from . import CHUNK_FRAMES, GRID, LATENT, embed_prompt, load_tiny
 
 FRAME_RATE = 16
 NOISE = 1e-3
-RESULTS = ("bf16.mp4", "qvg.mp4", "side_by_side.png", "report.json")
 SETTLED = 2  # windows before the first that reads settled frames: one that reads sinks, and one that reads recent frames, too
 MOMENTS = 6  # columns of the picture
 CAPTION = 22  # pixels above each of its rows
@@ -131,7 +124,7 @@ def figures(name: str, made: Made, pictures: Tensor, exact: Tensor, chunk_frames
     return {
         "stored_bytes": stats.stored_bytes, "peak_bytes": peak,
         "stored_ratio": stats.bf16_bytes / stats.stored_bytes, "peak_ratio": stats.bf16_bytes / peak,
-        "bits_per_number": stats.bits_per_number, "seconds": made.seconds,
+        "bits_per_element": stats.bits_per_element, "seconds": made.seconds,
         "psnr_first_chunk": begun["psnr"], "ssim_first_chunk": begun["ssim"],
         "psnr_settled": mean(part["psnr"] for part in settled), "ssim_settled": mean(part["ssim"] for part in settled),
         "psnr": float(db.mean()), "ssim": float(index.mean()), "windows": parts}
@@ -180,7 +173,7 @@ def render(report: dict) -> str:
     for name, run in runs.items():
         lines.append(
             f"{name:<12}{format_bytes(run['stored_bytes']):>10}{format_bytes(run['peak_bytes']):>10}{run['stored_ratio']:>6.2f}x"
-            f"{run['peak_ratio']:>7.2f}x{run['bits_per_number']:>7.2f}{run['seconds']:>9.1f}"
+            f"{run['peak_ratio']:>7.2f}x{run['bits_per_element']:>7.2f}{run['seconds']:>9.1f}"
             f"{run['psnr_settled']:>8.1f} dB {run['ssim_settled']:.3f}{run['psnr']:>8.1f} dB {run['ssim']:.3f}")
     lines += ["", "PSNR and SSIM against bf16, chunk by chunk", f"{'frames':<10}" + "".join(f"{name:>16}" for name in runs)]
     for number, part in enumerate(runs["bf16"]["windows"]):
@@ -191,63 +184,3 @@ def render(report: dict) -> str:
     whole = runs["bf16"]["seconds"] + report["decode_seconds"]
     return "\n".join([*lines, "", f"Balanced took {more:+.1f} s, {more / whole:+.0%} of the {whole:.1f} s that sampling and decoding the "
                                   f"video took with bf16. {metrics.MOST_DB:g} dB means equal. Figures of one tiny model, made for tests."])
-
-
-def add_arguments(command) -> None:
-    command.add_argument("--out", type=Path, default=Path("qvg-demo"), help="folder for the videos, the picture and report.json")
-    command.add_argument("--latent-frames", type=whole(1, 10_000), default=24, metavar="N",
-                         help="length; a latent frame is four frames (default 24)")
-    command.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
-    command.add_argument("--prompt", default=PROMPTS[0])
-    command.add_argument("--overwrite", action="store_true", help="replace the files of an earlier demo in that folder")
-    command.add_argument("--compare", action="store_true", help="also QVG as released (int2), and the presets Quality and Smallest")
-    command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def prepare_folder(out: Path, overwrite: bool) -> None:
-    """Raises ValueError where the results cannot be written, or would replace others unasked."""
-    for name in RESULTS:
-        if (out / name).exists() and not overwrite:
-            raise Taken(f"{out / name} is there already. Choose another --out, or --overwrite to replace it.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlaceError(f"{out} cannot become a folder ({error.strerror}). Choose another --out.") from None
-    for name in RESULTS:
-        check_place(out / name)
-
-
-def main(arguments) -> None:
-    """Raises ValueError for a prompt with unknown words, and for a folder that cannot be used."""
-    run = Run(frames=arguments.latent_frames, chunk_frames=min(CHUNK_FRAMES, max(1, arguments.latent_frames)), seed=arguments.seed)
-    demo = Demo(arguments.prompt, arguments.device)
-    prepare_folder(arguments.out, arguments.overwrite)
-    demo_runs = DEFAULT | (COMPARED if arguments.compare else {})
-    with bar("warm-up") as progress:
-        demo.pictures(demo.make("balanced", Run(frames=2 * CHUNK_FRAMES)).latents[:, :, :CHUNK_FRAMES], progress.show)
-    videos, runs, exact, decode_seconds = {}, {}, None, 0.0
-    for name, preset in demo_runs.items():
-        with bar(f"{name}: sampling") as progress:
-            made = demo.make(preset, run, NOISE if name == "bf16-noise" else 0.0, progress.show)
-        if exact is not None and torch.equal(made.latents, exact):
-            videos[name] = videos["bf16"]
-        else:
-            start = time.perf_counter()
-            with bar(f"{name}: decoding") as progress:
-                videos[name] = demo.pictures(made.latents, progress.show)
-            decode_seconds = decode_seconds or time.perf_counter() - start
-        exact = made.latents if exact is None else exact
-        runs[name] = figures(name, made, videos[name], videos["bf16"], run.chunk_frames)
-    frames, height, width, _ = videos["bf16"].shape
-    report = {
-        "hardware": hardware(arguments.device), "torch": torch.__version__, "frames": frames, "latent_frames": run.frames,
-        "size": [width, height], "prompt": arguments.prompt, "seed": run.seed, "decode_seconds": decode_seconds,
-        "runs": runs}
-    write_video(arguments.out / "bf16.mp4", videos["bf16"])
-    write_video(arguments.out / "qvg.mp4", videos["balanced"])
-    rows = {f"{name}: {run['bits_per_number']:.2f} bits per element, {format_bytes(run['stored_bytes'])}, settled "
-            f"{run['psnr_settled']:.1f} dB": videos[name] for name, run in runs.items() if not name.startswith("bf16-")}
-    write_atomically(arguments.out / "side_by_side.png", lambda place: draw(rows).save(place, "png"))
-    write_atomically(arguments.out / "report.json", lambda place: place.write_text(json.dumps(report, indent=2), encoding="utf-8"))
-    print(render(report))
-    print(f"\n{arguments.out}: bf16.mp4, qvg.mp4, side_by_side.png, report.json")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..budget import Geometry, buffers_on
+from ..cache.budget import Geometry, buffers_on
 from .weights import GGUF, WEIGHTS, weight_type
 
 

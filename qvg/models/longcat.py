@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import Attention, sdpa
-from ..names import split_layout, split_names
-from ..rope import Rope, rotate
+from ..attention.cached import Attention, sdpa
+from ..attention.rope import Rope, rotate
+from .names import split_layout, split_names
 from .wan import PATCH, Attend, unpatchify
 
 EPS = 1e-6

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rope import Rope
+from ..attention.rope import Rope
 
 HEAD_DIM = 128
 PATCH = (1, 2, 2)

@@ -16,7 +16,7 @@ Q8_0, Q6_K, Q5_K, Q4_K, Q3_K = 34 * 8 / 32, 210 * 8 / 256, 176 * 8 / 256, 144 * 
 
 @dataclass(frozen=True)
 class WeightType:
-    """Bits a number of a block's matrices; value: of the value projections, down: of the feed-forward's second matrix."""
+    """Bits per element of a block's matrices; value: of the value projections, down: of the feed-forward's second matrix."""
 
     bits: float
     value: float

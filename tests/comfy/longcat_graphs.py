@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from comfy_client import Graph
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.names import official_name
 from comfyui_qvg.qvg.models.wan_vae import WanVAE
-from comfyui_qvg.qvg.names import official_name
 
 SIZES = LongCatSizes(dim=64, head_dim=16, ffn_dim=128, layers=2, text_dim=64, time_dim=16, freq_dim=32)
 WIDTH, HEIGHT = 64, 48

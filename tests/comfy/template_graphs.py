@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from comfyui_qvg.qvg.budget import GIB
 from comfyui_qvg.qvg.demo import HEIGHT, NETWORK_FILE, PROMPTS, VAE_FILE, WIDTH
-from comfyui_qvg.qvg.plan import plan
+from comfyui_qvg.qvg.report.plan import plan
+from comfyui_qvg.qvg.units import GIB
 
 WAN = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 TEXT_ENCODER = ("umt5_xxl_fp8_e4m3fn_scaled.safetensors", f"{WAN}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders")

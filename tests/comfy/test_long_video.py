@@ -298,9 +298,9 @@ def test_a_session_goes_on_where_the_graph_puts_it(comfy):
 def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules):
     """Self-Forcing's 480p for a minute in 24 GiB: with the choices that do fit, each of which is then taken."""
     from comfyui_qvg.nodes.long_video import _check_memory
-    from comfyui_qvg.qvg.budget import GIB
-    from comfyui_qvg.qvg.sampler import Run
     from comfyui_qvg.qvg.settings import PRESETS
+    from comfyui_qvg.qvg.units import GIB
+    from comfyui_qvg.qvg.video.sampler import Run
 
     shape = {"layers": 30, "heads": 12, "head_dim": 128, "batch": 1, "grid": (30, 52), "dtype": torch.bfloat16}
     run, device, off = Run(frames=240), torch.device("cpu"), PRESETS["off"]

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from comfyui_qvg.qvg.models.longcat_schedule import GUIDANCE, noise_levels
-from comfyui_qvg.qvg.names import split_layout
+from comfyui_qvg.qvg.models.names import split_layout
 from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4

@@ -11,8 +11,8 @@ import torch
 
 from comfyui_qvg.qvg.demo import METADATA, TEXT_DIM
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.names import official_name
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.names import official_name
 
 RANK, STRENGTH = 2, 0.5
 DIFFUSERS = {

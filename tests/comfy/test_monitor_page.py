@@ -122,7 +122,7 @@ SENT = """({frames, run}) => {
     nodes: [String(node.id)], workflow: '', run, points: [point], preset: 'balanced', latent_frames: 180, ended: frames === 180,
     budget_bytes: 12 * gib, device: 'cuda:0', free_bytes: 9 * gib, free_host_bytes: 40 * gib,
     forecast: {stored_bytes: 8 * gib, peak_bytes: 8.5 * gib, bf16_bytes: 48.2 * gib},
-    now: {...point, held_frames: frames, tokens: 1560 * frames, ratio: 6, peak_ratio: 5, bits_per_number: 2.7, by_layer: [1, 2, 3]}})
+    now: {...point, held_frames: frames, tokens: 1560 * frames, ratio: 6, peak_ratio: 5, bits_per_element: 2.7, by_layer: [1, 2, 3]}})
 }"""
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from comfy_client import ComfyError
-from comfyui_qvg.qvg.plan import brief, plan, render, room_on
+from comfyui_qvg.qvg.report.plan import brief, plan, render, room_on
 
 
 def planned(comfy, **inputs):

@@ -9,9 +9,10 @@ import torch
 from test_long_video import build
 
 from comfy_client import ComfyError
-from comfyui_qvg.qvg import storage
+from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.sampler import CachedNetwork, Condition, Run, Sampler
+from comfyui_qvg.qvg.video import session as storage
+from comfyui_qvg.qvg.video.sampler import CachedNetwork, Condition, Run, Sampler
 from longcat_graphs import build as continue_video
 from longcat_graphs import write_files
 from random_models import write_random_models
@@ -162,7 +163,7 @@ class Broken:
 def ar_run(comfy_modules, tmp_path):
     """Called with the parts of an `ARSampler`: its loop over a real sampler and network. Returns the video."""
     from comfyui_qvg.nodes.long_video import ARSampler, Options, StatusLine
-    from comfyui_qvg.qvg.cache import KVCache
+    from comfyui_qvg.qvg.cache.kv_cache import KVCache
     from comfyui_qvg.qvg.settings import PRESETS
 
     torch.manual_seed(0)
@@ -170,8 +171,8 @@ def ar_run(comfy_modules, tmp_path):
     base = SimpleNamespace(diffusion_model=network, current_patcher=SimpleNamespace(patches={}))
 
     def run(save, stream, frames=9, callback=None):
-        cache = KVCache(PRESETS["balanced"], layers=2, heads=2, head_dim=128, grid=(2, 3), dtype=torch.float32, max_frames=frames,
-                        chunk_frames=3)
+        cache = KVCache(PRESETS["balanced"], layers=2, heads=2, head_dim=128, grid=(2, 3), rope=Rope, dtype=torch.float32,
+                        max_frames=frames, chunk_frames=3)
         context = network.project_context(torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)))
         sampler = Sampler(CachedNetwork(network, [Condition(context, cache)]), Run(frames=frames, sigmas=(1, 0.5, 0)), (1, 16, 4, 6))
         made = ARSampler(Options(save=save, stream=stream))

@@ -179,7 +179,7 @@ def test_positions_do_not_alias_late_in_a_video(patched, loaded):
     network = loaded.model.diffusion_model
     freqs = [network.rope_encode(1, 2, 2, t_start=frame, device="cpu", dtype=torch.bfloat16) for frame in (300, 301)]
     assert torch.equal(*freqs)
-    from comfyui_qvg.qvg.rope import Rope
+    from comfyui_qvg.qvg.attention.rope import Rope
 
     cos = [Rope(128, (2, 2)).tables(frame, 1, "cpu")[0] for frame in (300, 301)]
     assert not torch.equal(*cos)

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 from comfy_browser import open_browser, open_page
 from comfy_paths import REPOSITORY
 from comfy_server import ComfyServer
-from comfyui_qvg.qvg.budget import GIB
-from comfyui_qvg.qvg.plan import plan
+from comfyui_qvg.qvg.report.plan import plan
+from comfyui_qvg.qvg.units import GIB
 from template_graphs import TEMPLATES, Template
 
 FOLDER = REPOSITORY / "workflows"

@@ -151,7 +151,7 @@ class Monitor {
       pair(this.figures, say("forecast"), say("forecastValue", { stored: bytes(forecast.stored_bytes), peak: bytes(forecast.peak_bytes) }))
     if (now.host_bytes) pair(this.figures, say("host"), bytes(now.host_bytes))
     pair(this.figures, say("held"), say("heldValue", { frames: now.held_frames, tokens: now.tokens }))
-    pair(this.figures, say("bits"), now.bits_per_number.toFixed(2))
+    pair(this.figures, say("bits"), now.bits_per_element.toFixed(2))
     if (state.device !== "cpu") pair(this.figures, say("free", { device: state.device }), bytes(state.free_bytes))
     pair(this.figures, say("freeHost"), bytes(state.free_host_bytes))
     pair(this.figures, say("budget"), state.budget_bytes ? bytes(state.budget_bytes) : say("none"))

@@ -19,7 +19,7 @@ export const ENGLISH = {
   forecastValue: "{stored} held, {peak} peak",
   held: "Held",
   heldValue: "{frames} frames, {tokens} tokens",
-  bits: "Bits a number",
+  bits: "Bits per element",
   free: "Free on {device}",
   freeHost: "Free host memory",
   host: "Offloaded to host memory",

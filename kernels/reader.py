@@ -1,0 +1,258 @@
+"""What the kernel that decodes is told of spans: a row of a table each, made once and kept as long as a span is as it was.
+
+Reference: `qvg.cache.kv_cache.LayerCache.read`. A `Reader` keeps one row of addresses, strides and levels per span, so that one launch
+covers all spans of one kind, K and V together.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..qvg.attention.rope import axis_dims
+from ..qvg.backends.dispatch import Unsupported, before_launch, launching
+from ..qvg.codec import planes
+from ..qvg.codec.spans import PaperSpan, PlainSpan, PlaneSpan
+from .decode import (
+    CENTROID_SCALE,
+    CENTROID_STRIDES,
+    CENTROIDS,
+    CHANNEL_SCALE,
+    COLUMNS,
+    DATA,
+    DATA_STRIDES,
+    EXPONENTS,
+    FRAME,
+    FRAMES,
+    ID_STRIDES,
+    IDS,
+    INT8,
+    PAPER,
+    PLAIN,
+    PLANES,
+    SCALE_STRIDES,
+    SCALES,
+    ZEROS,
+    Kind,
+    Tiling,
+    computes_in_halves,
+    decode_kernel,
+)
+from .tiles import HEAD_DIMS, converts_e4m3, major, no_kernel_for, platform
+
+MAX_LEVELS = 8
+# offsets of a row's bytes within a span of planes are 32 bits wide
+MAX_TOKENS = 1 << 20
+MIN_FRAMES = 64
+
+
+class Angles:
+    """cos and sin of every position that a cache has met, shared by its layers.
+
+    table: int64 [frames + places, 4, D / 8], cos in the low half and sin in the high; the four pairs of an octet of channels lie one
+    after the other along the middle axis. A row of a frame fills the pairs that turn with time, a row of a place those that turn with
+    its line and column. Row `origin` is frame 0.
+    pairs: int64 [frames + places, 2, D / 8], the same as float16, two pairs a number.
+    """
+
+    def __init__(self, rope):
+        self._rope, self.frames, self.origin, self.table, self.pairs = rope, 0, 0, None, None
+
+    def reach(self, first: int, last: int, device) -> None:
+        """Make the table cover frames `first` to `last`, with room for a video that grows."""
+        if -self.origin <= first and last < self.frames - self.origin:
+            return
+        self.origin = max(self.origin, -2 * first)
+        self.frames = self.origin + max(2 * last, MIN_FRAMES)
+        height, width = self._rope.grid
+        times = self._rope.angles(torch.arange(-self.origin, self.frames - self.origin, device=device), self._rope.dims[0])
+        space = self._rope.space(device)
+        table = torch.zeros(self.frames + height * width, sum(self._rope.dims) // 2, 2, device=device)
+        table[:self.frames, :times.shape[1]] = torch.stack([times.cos(), times.sin()], dim=-1).float()
+        table[self.frames:, times.shape[1]:] = space.movedim(0, -1)
+        self.pairs = table.half().flatten(1).view(torch.int64).unflatten(1, (-1, 2)).mT.contiguous()
+        self.table = table.view(torch.int64).unflatten(1, (-1, 4))[..., 0].mT.contiguous()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the job table says of a span. It does not keep the span, whose memory must be free when the cache lets it go."""
+
+    span: weakref.ref
+    bits: int
+    kind: Kind
+    columns: list[int]
+    levels: list[float]
+
+
+class Reader:
+    """Reads spans given as (key span, value span, frames, position of the first), oldest first. It holds addresses."""
+
+    def __init__(self, rope, head_dim: int, dtype: torch.dtype, device, angles: Angles | None = None):
+        if head_dim not in HEAD_DIMS:
+            raise Unsupported(no_kernel_for(head_dim))
+        self._angles = angles or Angles(rope)
+        self._rope, self._platform, self._head_dim = rope, platform(torch.device(device)), head_dim
+        self._major = major(device)
+        self._dtype, self._device = dtype, torch.device(device)
+        self._halves = computes_in_halves(self._platform, self._major, dtype)
+        self._rows: dict[int, Row] = {}
+        self._places: list[tuple[int, int, int]] | None = None
+        self._launches: list[tuple[tuple, Kind, Tiling, int, int, int]] = []
+
+    def _row(self, span) -> Row | None:
+        row = self._rows.get(id(span))
+        return row if row is not None and row.span() is span and row.bits == span.bits else None
+
+    def update(self, entries: list[tuple]) -> None:
+        """Take these spans from now on. Raises Unsupported with the reason when one is beyond the kernel."""
+        places = [(id(key), id(value), position) for key, value, _, position in entries]
+        if places == self._places and all(self._row(span) for entry in entries for span in entry[:2]):
+            return
+        self._places = None
+        frame_tokens = self._rope.grid[0] * self._rope.grid[1]
+        kinds, kept, start = defaultdict(list), {}, 0
+        for key, value, frames, position in entries:
+            tokens = frames * frame_tokens
+            if tokens > MAX_TOKENS:
+                raise Unsupported(f"a span of {tokens} tokens is longer than the {MAX_TOKENS} that the kernel's offsets allow")
+            for is_value, span in enumerate((key, value)):
+                row = kept[id(span)] = self._row(span) or Row(weakref.ref(span), span.bits, *_describe(span, self._dtype, self._halves))
+                columns = row.columns.copy()
+                columns[FRAMES.value:FRAME.value + 1] = frames, start, is_value, position
+                kinds[row.kind].append((columns, row.levels))
+            start += tokens
+        self._rows, self._launches = kept, []
+        jobs = [job for same in kinds.values() for job in same]
+        before = 0
+        for kind, same in kinds.items():
+            tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major, self._halves and kind.code == PLANES.value)
+            variant = "decode", kind, self._head_dim, self._dtype, self._device
+            before_launch(*variant)
+            self._launches.append((variant, kind, tile, before, len(same), tile.share(max(columns[FRAMES.value] for columns, _ in same))))
+            before += len(same)
+        if jobs:
+            self._jobs = _send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64), self._device)
+            self._levels = _send(torch.tensor([levels for _, levels in jobs], dtype=torch.float32), self._device)
+            self._angles.reach(min(entry[3] for entry in entries), max(entry[3] + entry[2] for entry in entries) - 1, self._device)
+        self._places = places
+
+    def __call__(self, heads: slice, all_heads: int, keys: Tensor, values: Tensor) -> None:
+        """Fill keys and values [B, T, h, D] with some heads of every span."""
+        if keys.stride() != values.stride() or keys.stride(-1) != 1 or keys.dtype != self._dtype or values.dtype != self._dtype:
+            raise Unsupported(f"keys and values must be {self._dtype} and lie alike in memory, channels last")
+        batch, _, count, _ = keys.shape
+        native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
+        height, width = self._rope.grid
+        for variant, kind, tile, first, spans, share in self._launches:
+            launching(*variant)
+            decode_kernel[(triton.cdiv(height * width, share * tile.tokens), count, spans * batch)](
+                self._jobs, self._levels, self._angles.pairs if tile.halves else self._angles.table, keys, values,
+                first, heads.start, all_heads, batch, *keys.stride()[:3],
+                self._angles.origin, self._angles.frames, height * width, share,
+                KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
+                D=self._head_dim, TIME=time, TOKENS=tile.tokens, HALVES=tile.halves, NVIDIA=self._platform == "cuda", NATIVE_E4M3=native,
+                PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
+
+
+def _send(table: Tensor, device: torch.device) -> Tensor:
+    # from pinned memory the copy waits for nothing that the device still has to do
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:
+    """`qvg.cache.kv_cache.LayerCache.read`; the layer and its cache keep what one read can leave to the next."""
+    owner = layer.owner
+    if owner.angles is None:
+        owner.angles = Angles(owner.rope)
+    if layer.reader is None:
+        layer.reader = Reader(owner.rope, owner.geometry.head_dim, keys.dtype, keys.device, owner.angles)
+    layer.reader.update([(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in layer.present()])
+    try:
+        layer.reader(heads, owner.geometry.heads, keys, values)
+    except BaseException:
+        # what failed may be one of several kinds, of which the next read is to ask again
+        layer.reader = None
+        raise
+
+
+def recover(spans: list, tables, like: Tensor) -> list[Tensor]:
+    """`qvg.codec.spans.tokens_of`: each span is read as the values are, in one launch over all its rows."""
+    return [_recover(span, like.dtype, like.device) for span in spans]
+
+
+def _recover(span, dtype: torch.dtype, device: torch.device) -> Tensor:
+    tokens, rows, dim = span.shape
+    if dim not in HEAD_DIMS:
+        raise Unsupported(no_kernel_for(dim))
+    if tokens > MAX_TOKENS:
+        raise Unsupported(f"a span of {tokens} tokens is longer than the {MAX_TOKENS} that the kernel's offsets allow")
+    name, capability = platform(device), major(device)
+    halves = computes_in_halves(name, capability, dtype) and isinstance(span, PlaneSpan)
+    kind, columns, levels = _describe(span, dtype, halves)
+    columns[FRAMES.value:FRAME.value + 1] = 1, 0, 1, 0
+    jobs, sizes = (_send(torch.tensor([row], dtype=of), device) for row, of in ((columns, torch.int64), (levels, torch.float32)))
+    tile = Tiling.of(dim, name, kind.bits, capability, halves)
+    share, native = tile.share(1), converts_e4m3(device)
+    out = torch.empty(1, tokens, rows, dim, dtype=dtype, device=device)
+    before_launch("recover", kind, dim, dtype, device)
+    # of the angles nothing is read, so any table will do
+    decode_kernel[(triton.cdiv(tokens, share * tile.tokens), rows, 1)](
+        jobs, sizes, jobs, out, out, 0, 0, rows, 1, *out.stride()[:3], 0, 0, tokens, share,
+        KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
+        D=dim, TIME=axis_dims(dim)[0] // 2, TOKENS=tile.tokens, HALVES=tile.halves, NVIDIA=name == "cuda", NATIVE_E4M3=native,
+        PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
+    return out[0]
+
+
+def _by_bits(levels: list[float]) -> list[float]:
+    """Levels in cell order as `octets.dequantize_pairs` takes them: number n multiplies the bits that n has, the lowest plane 1's."""
+    bits = len(levels).bit_length() - 1
+    # of a cell's number the first plane is the highest bit
+    found = [levels[sum((n >> b & 1) << (bits - 1 - b) for b in range(bits))] for n in range(len(levels))]
+    for b in range(bits):
+        found = [(x - found[n - (1 << b)]) / 2 if n >> b & 1 else x for n, x in enumerate(found)]
+    return found
+
+
+def _describe(span, dtype: torch.dtype, halves: bool) -> tuple[Kind, list[int], list[float]]:
+    """Kind, job row and levels of a span."""
+    columns, levels = [0] * COLUMNS.value, [0.0] * MAX_LEVELS
+    if isinstance(span, PlaneSpan):
+        book, data, scales = span.codebook, span.planes, span.scales
+        kind = Kind(PLANES.value, span.bits, book.stages, scales.shape[-1])
+        if any(part.stride(0) != part.shape[-1] for part in (*data, scales)) or span.ids.stride(1) != 1:
+            raise Unsupported("the bytes of a row do not lie together in memory, as PlaneSpan.gather_rows lays them")
+        found = planes.levels(span.bits, span.gain)
+        levels[:len(found)] = _by_bits(found) if halves else found
+        columns[CENTROID_SCALE.value] = book.centroid_scale.data_ptr()
+        columns[CHANNEL_SCALE.value] = book.channel_scale.data_ptr()
+        columns[EXPONENTS.value] = span.exponents.data_ptr()
+    elif isinstance(span, PaperSpan):
+        book, data, scales = span.codebook, [span.codes.codes], span.codes.scales
+        zeros = span.codes.zeros
+        kind = Kind(PAPER.value, span.bits, len(book.centroids), scales.shape[-1], zeros is not None)
+        columns[ZEROS.value] = 0 if zeros is None else zeros.data_ptr()
+    elif isinstance(span, PlainSpan):
+        book, data, scales = None, [span.data], span.scales
+        if scales is None and span.data.dtype != dtype:
+            raise Unsupported(f"a plain span holds {span.data.dtype}, the workspace {dtype}")
+        kind = Kind(PLAIN.value) if scales is None else Kind(INT8.value, groups=scales.shape[-1])
+    else:
+        raise Unsupported(f"a {type(span).__name__} has no kernel")
+    for number, part in enumerate(data):
+        columns[DATA.value + number] = part.data_ptr()
+    columns[DATA_STRIDES.value:SCALE_STRIDES.value] = data[0].stride()[:2]
+    if scales is not None:
+        columns[SCALES.value] = scales.data_ptr()
+        columns[SCALE_STRIDES.value:ID_STRIDES.value] = scales.stride()[:2]
+    if kind.stages:
+        columns[IDS.value], columns[CENTROIDS.value] = span.ids.data_ptr(), book.centroids.data_ptr()
+        columns[ID_STRIDES.value:CENTROID_STRIDES.value] = span.ids.stride()
+        columns[CENTROID_STRIDES.value:COLUMNS.value] = book.centroids.stride()[:2]
+    return kind, columns, levels

@@ -1,0 +1,1 @@
+"""Positions, and attention of one chunk over a quantized history."""

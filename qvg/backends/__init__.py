@@ -1,0 +1,1 @@
+"""Which implementation does an op, and what kept a faster one away."""

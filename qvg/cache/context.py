@@ -1,0 +1,63 @@
+"""A context that is rebuilt for every segment: given frames that one pass stores and every denoising step of the segment reads.
+
+Models such as LongCat-Video and HY-WorldPlay keep no history from chunk to chunk. They pass the frames that a segment continues through
+the network once, and the segment's new frames read what that pass stored. Such a context arrives whole and never ages: sinks and windows
+have no meaning in it, since its first frame is none of the video's. Its newest frames are those that the new ones join, so they hold one
+plane more than the others, as far as the settings let recent frames hold more; codebooks are trained on all of it at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..settings import PLANE_BITS, QVGSettings
+from ..units import GIB
+from .budget import Geometry, Limits, staging_bytes, workspace_bytes
+from .forecast import Forecast, PlannedLayer
+
+# what a codec can fall back to under a memory budget, widest first
+WIDTHS = {"qvg": (16, 8, 4, 3, 2, 1), "paper": (16, 8, 4, 2), "plain": (16, 8)}
+
+
+def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> Forecast:
+    """The bytes of a context of `given` latent frames that passes over `new` latent frames read. Settings as `context_settings` gives
+    them; itemsize: bytes of the model's own number type."""
+    layer = PlannedLayer(settings, geometry, Limits(), itemsize)
+    layer.append(0, given, settings.recent_frames)
+    workspace = workspace_bytes(geometry, given + new, itemsize)
+    visiting = geometry.staged_layers * (staging_bytes(settings, geometry, given, given, Limits(), itemsize) or 0)
+    return Forecast(frames=given, held_frames=given, bf16_bytes=geometry.bf16_bytes(given), stored_bytes=geometry.layers * layer.nbytes(),
+                    peak_bytes=geometry.layers * layer.device_bytes() + layer.largest + visiting + workspace, workspace_bytes=workspace,
+                    numbers=geometry.bf16_bytes(given) // 2, host_bytes=geometry.layers * layer.host_bytes())
+
+
+def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> QVGSettings:
+    """The settings with which such a context is stored: the bits chosen for old frames, and recent_frames of one plane more.
+
+    Under a memory budget, the most bits up to those that fit. Raises ValueError where not even the fewest do.
+    """
+    whole = replace(settings, sink_frames=0, recent_frames=0, window_frames=0, budget_gib=0.0, host_gib=0.0)
+    if not settings.budget_gib and not settings.host_gib:
+        return _with_recent(whole, settings)
+    limits = settings.budget_gib * GIB or float("inf"), settings.host_gib * GIB or float("inf")
+    for width in WIDTHS[settings.codec]:
+        fewer = replace(whole, **{name: replace(tensor, bits=min(tensor.bits, width))
+                                  for name, tensor in (("key", whole.key), ("value", whole.value))})
+        for kept in (_with_recent(fewer, settings), fewer):
+            found = forecast_context(kept, geometry, given, new, itemsize)
+            if found.peak_bytes <= limits[0] and found.host_bytes <= limits[1]:
+                return kept
+    if found.peak_bytes > limits[0]:
+        raise ValueError(f"A memory budget of {settings.budget_gib:g} GiB is too small: {given} given latent frames and the workspace need "
+                         f"{found.peak_bytes / GIB:.2f} GiB at the fewest bits. Raise the budget, or lower the resolution or the given "
+                         "frames.")
+    raise ValueError(f"A limit of {settings.host_gib:g} GiB for offloaded spans is too small: {given} given latent frames need "
+                     f"{found.host_bytes / GIB:.2f} GiB at the fewest bits. Raise it, or lower the resolution or the given frames.")
+
+
+def _with_recent(whole: QVGSettings, chosen: QVGSettings) -> QVGSettings:
+    """`whole` with recent frames as far as `chosen` has them and one plane more is something that its codec can hold."""
+    bits = min(chosen.recent_bits, min(whole.key.bits, whole.value.bits) + 1)
+    if whole.codec != "qvg" or bits not in PLANE_BITS or bits <= min(whole.key.bits, whole.value.bits):
+        return whole
+    return replace(whole, recent_frames=chosen.recent_frames, recent_bits=bits)

@@ -1,0 +1,193 @@
+"""What a run will need before its first step: `lifetime`'s rules on spans without tensors, counted by `budget`'s formulas.
+
+Codebooks that fit serve for `codebook_frames`; those that do not are trained more often. Which it will be depends on the video, so a
+forecast is of the usual case, or with `misfit` of the worst.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from ..settings import PLAIN_BITS, QVGSettings
+from . import lifetime
+from .budget import (
+    Geometry,
+    Limits,
+    capacity_frames,
+    codebook_bytes,
+    entry_bytes,
+    history_frames,
+    holds_to_encode,
+    limits,
+    needs_codebooks,
+    split,
+    staging_bytes,
+    workspace_bytes,
+)
+from .lifetime import Lifetime, Rules
+
+
+@dataclass
+class PlannedSpan:
+    """A span of one layer as integers; `cache.Entry` is the same thing with tensors. book counts codebooks from 0; None has none."""
+
+    first: int
+    frames: int
+    sink: bool
+    key_bits: int
+    value_bits: int
+    book: int | None = None
+    layer: PlannedLayer | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        self.last = self.first + self.frames - 1
+
+    @property
+    def misfit(self) -> bool:
+        """Whether its codebooks fit it poorly; of a span that is held plainly nobody knows."""
+        return self.layer.misfit or holds_to_encode(self.layer.settings, self.key_bits, self.value_bits)
+
+    def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
+        changes = (self.key_bits, key_bits), (self.value_bits, value_bits)
+        encoded = refit or any(held in PLAIN_BITS and bits != held for held, bits in changes)
+        if self.layer is not None:
+            self.layer.count(self, -1)
+        self.key_bits, self.value_bits = key_bits, value_bits
+        if self.layer is not None:
+            if encoded:
+                self.book = len(self.layer.books) - 1
+            self.layer.count(self, 1)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run in bytes. stored_bytes is what is held when the last chunk has been stored, wherever it lies; peak_bytes, on the device, counts
+    the workspace; host_bytes is the most that offloaded spans take."""
+
+    frames: int
+    held_frames: int
+    bf16_bytes: int
+    stored_bytes: int
+    peak_bytes: int
+    workspace_bytes: int
+    numbers: int
+    host_bytes: int = 0
+
+    @property
+    def stored_ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.stored_bytes)
+
+    @property
+    def peak_ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.peak_bytes)
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.stored_bytes / max(1, self.numbers)
+
+
+class PlannedLayer:
+    """One layer of a run in integers: a `lifetime.Layer` without tensors. misfit: whether codebooks fit all that comes poorly."""
+
+    def __init__(self, settings: QVGSettings, geometry: Geometry, share: Limits, itemsize: int = 2, misfit: bool = False):
+        self.settings, self.geometry, self.share, self.itemsize, self.misfit = settings, geometry, share, itemsize, misfit
+        self.spans: list[PlannedSpan] = []
+        self.books: list[int] = []
+        self.life, self.rules = Lifetime(), Rules(settings, geometry)
+        self.largest = 0  # of the blocks that went to the host
+        self._sizes: dict[tuple, int] = {}
+        # kept up to date, because a sum over all spans after every chunk takes time with the square of a video's length
+        self._spans_bytes = self._books_bytes = 0
+        self._users: Counter[int] = Counter()
+
+    def count(self, span: PlannedSpan, times: int) -> None:
+        """Add a span to what is held (times 1), or take it from there (-1)."""
+        self._spans_bytes += times * self._span_bytes(span)
+        self._use(span.book, times)
+
+    def _use(self, book: int | None, times: int) -> None:
+        if book is not None:
+            before = self._users[book]
+            self._users[book] += times
+            if not before or not self._users[book]:
+                self._books_bytes += times * self.books[book]
+
+    def leave(self, start: int, stop: int) -> None:
+        """Delete the spans at those places."""
+        for span in self.spans[start:stop]:
+            self.count(span, -1)
+        del self.spans[start:stop]
+
+    def book_bytes(self) -> int:
+        return self._books_bytes
+
+    def nbytes(self) -> int:
+        return sum(self._span_bytes(span, resident=True) for span in self.spans) + self.book_bytes()
+
+    def host_bytes(self) -> int:
+        return self.held() if self.settings.offload else 0
+
+    def device_bytes(self) -> int:
+        return self.book_bytes() if self.settings.offload else self.held()
+
+    def held(self) -> int:
+        """What `Limits.layer_bytes` is of."""
+        return self._spans_bytes + (0 if self.settings.offload else self._books_bytes)
+
+    def append(self, first: int, frames: int, newest: int = 0) -> None:
+        """See `cache.LayerCache.append`."""
+        for start, count in split(first, frames, self.settings.sink_frames, newest):
+            sink = start < self.settings.sink_frames
+            bits = lifetime.arrive(self, start, count, (first, frames), partial(self._train, sink), waiting=not newest)
+            book = None if set(bits) <= set(PLAIN_BITS) else len(self.books) - 1
+            span = PlannedSpan(start, count, sink, *bits, book, layer=self)
+            self.spans.append(span)
+            self.count(span, 1)
+            if self.settings.offload:
+                self.largest = max(self.largest, self._span_bytes(span))
+
+    def _train(self, sink: bool, helpers: list[PlannedSpan], tokens: int) -> None:
+        # the layer itself holds its present codebooks
+        if self.books:
+            self._use(len(self.books) - 1, -1)
+        self.books.append(sum(codebook_bytes(self.geometry, self.settings.codec, tensor, tokens) for tensor, needed in zip(
+            (self.settings.key, self.settings.value), needs_codebooks(self.settings, sink)) if needed))
+        self._use(len(self.books) - 1, 1)
+
+    def _span_bytes(self, span: PlannedSpan, resident: bool = False) -> int:
+        key = span.frames, span.key_bits, span.value_bits, resident
+        if key not in self._sizes:
+            settings = replace(self.settings, offload=False, host_gib=0.0) if resident else self.settings
+            self._sizes[key] = entry_bytes(self.geometry, settings, span.frames, key[1:3], self.itemsize)
+        return self._sizes[key]
+
+
+def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frames: int = 3, first_frames: int = 0,
+             itemsize: int = 2, misfit: bool = False) -> Forecast:
+    """The bytes of a run of `frames` latent frames in chunks of `chunk_frames`; with `misfit`, the most that it can come to.
+
+    first_frames: latent frames of a start image or video that are stored in one pass before the chunks.
+    itemsize: bytes of the model's own number type, in which the workspace and 16-bit spans are held.
+    Raises ValueError where the budget is too small, or the settings do not fit the heads.
+    """
+    share = limits(settings, geometry, chunk_frames, frames, itemsize)
+    layer = PlannedLayer(settings, geometry, share, itemsize, misfit)
+    capacity = capacity_frames(settings, max(chunk_frames, first_frames), frames, share.cap_frames)
+    starts = ([0] if first_frames else []) + list(range(first_frames, frames, chunk_frames))
+    history = history_frames(settings, chunk_frames, frames, share.cap_frames)
+    staging = staging_bytes(settings, geometry, chunk_frames, history, share, itemsize) or 0
+    reading = workspace_bytes(geometry, capacity, itemsize), geometry.staged_layers * staging
+    workspace = visiting = peak = host = 0
+    for start, end in zip(starts, [*starts[1:], frames]):
+        if layer.spans:
+            workspace, visiting = reading
+        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting)
+        layer.append(start, end - start)
+        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting + layer.largest)
+        host = max(host, geometry.layers * layer.host_bytes())
+    held = sum(span.frames for span in layer.spans)
+    return Forecast(
+        frames=frames, held_frames=held, bf16_bytes=geometry.bf16_bytes(frames), stored_bytes=geometry.layers * layer.nbytes(),
+        peak_bytes=peak, workspace_bytes=workspace, numbers=geometry.bf16_bytes(held) // 2, host_bytes=host)

@@ -1,0 +1,257 @@
+"""Spans that wait in host memory and visit the device a layer at a time.
+
+A layer is read once a pass, so between two reads its spans need not be on the device. With `QVGSettings.offload` a span of K and of V is
+encoded there as ever, copied into one block of host memory, and let go. `HostStore.fetch` gives a layer's spans on the device: their blocks
+come with one copy each into one of two staging buffers, which layers of even and of odd number take in turn, and while a layer is read and
+computed, the blocks of the next one are on their way. Bits do not change on the way, so a video is the same with and without.
+
+On a GPU the host memory is pinned and all copies, to and fro, go through one stream of their own. That they follow each other there is what
+makes it safe to give a block to another span: what is still being read is read before anything new is written. On a CPU the same happens
+with plain tensors, where it saves nothing.
+
+Codebooks stay on the device, since every new span is encoded with them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import mmap
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..codec.layout import span_tensors, with_tensors
+from ..codec.spans import Span
+from .budget import aligned
+
+_numbers = itertools.count()
+
+
+class Block:
+    """Host memory of one span of K and of V: data uint8 [n]. No two blocks have the same number."""
+
+    def __init__(self, data: Tensor):
+        self.data, self.number = data, next(_numbers)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+@dataclass
+class StagedEntry:
+    """A cache entry with its tensors in a staging buffer."""
+
+    first: int
+    frames: int
+    sink: bool
+    spans: list[Span]
+
+    @property
+    def last(self) -> int:
+        return self.first + self.frames - 1
+
+
+@dataclass
+class StagingPlan:
+    """The entries of a layer in a staging buffer, and where each block goes; it holds as long as the layer has the same blocks."""
+
+    blocks: list[int]
+    targets: list[Tensor]
+    entries: list[StagedEntry]
+
+
+@dataclass
+class Stage:
+    """A staging buffer. here: the visit whose bytes it holds; ready: when they have arrived; plans: by number of the layer."""
+
+    buffer: Tensor | None = None
+    here: StagingPlan | None = None
+    ready: torch.cuda.Event | None = None
+    plans: dict[int, StagingPlan] = field(default_factory=dict)
+
+
+class HostStore:
+    """The offloaded spans of one cache. capacity: bytes of a staging buffer where the most that a layer will hold is known."""
+
+    def __init__(self, device, capacity: int | None = None):
+        self.device, self.capacity = torch.device(device), capacity
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stages = (Stage(), Stage())
+        # pinning takes as long as a copy, and a chunk needs the sizes that the one before freed: one block of each is kept
+        self._spare: dict[int, Tensor] = {}
+        self._pinned: set[int] = set()
+        self._largest = 0
+        self._closed = False
+        # a cache that is dropped without being freed must not leave freed memory pinned; its blocks hold the store, so this comes last
+        weakref.finalize(self, _let_go, self._spare, self._pinned, self.stream).atexit = False
+
+    @property
+    def device_bytes(self) -> int:
+        """The staging buffers, and one block on its way."""
+        return sum(stage.buffer.nbytes for stage in self._stages if stage.buffer is not None) + self._largest
+
+    # spans to the host and back
+
+    def take_in(self, spans: Sequence[Span]) -> tuple[list[Span], Block]:
+        """The same spans with their tensors in a block of host memory. They may still be on their way there; see `wait`."""
+        parts = [tensor for span in spans for tensor in span_tensors(span).values()]
+        block = self._block(sum(aligned(part.nbytes) for part in parts))
+        self._largest = max(self._largest, block.nbytes)
+        stored = list(_placed(spans, block.data, 0))
+        with self._copying():
+            for source, target in zip(parts, (tensor for span in stored for tensor in span_tensors(span).values())):
+                target.copy_(source, non_blocking=True)
+                self._used(source)
+        return stored, block
+
+    def bring(self, block: Block, spans: Sequence[Span]) -> list[Span]:
+        """A copy of stored spans on the device, which later work on the present stream may read."""
+        buffer = torch.empty(block.nbytes, dtype=torch.uint8, device=self.device)
+        with self._copying():
+            buffer.copy_(block.data, non_blocking=True)
+            self._used(buffer)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        return list(_placed(spans, buffer, 0))
+
+    def fetch(self, layers: Sequence, number: int) -> list[StagedEntry]:
+        """The entries of layer `number` on the device, until the layer after the next is fetched; the next one's set out."""
+        stage = self._stage(layers[number])
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(stage.ready)
+        following = (number + 1) % len(layers)
+        # the first layer comes after the last, and of an odd number of layers both take the same buffer
+        if following % 2 != number % 2:
+            self._stage(layers[following])
+        return stage.plans[number].entries
+
+    def _stage(self, layer) -> Stage:
+        """See that a layer's spans are in its buffer, or on their way there."""
+        stage = self._stages[layer.number % 2]
+        blocks = [entry.block for entry in layer.entries]
+        numbers = [block.number for block in blocks]
+        plan = stage.plans.get(layer.number)
+        if plan is None or plan.blocks != numbers:
+            plan = stage.plans[layer.number] = self._plan(stage, layer, numbers)
+        if stage.here is not plan:
+            with self._copying():
+                for block, target in zip(blocks, plan.targets):
+                    target.copy_(block.data, non_blocking=True)
+                if self.stream is not None:
+                    stage.ready = self.stream.record_event()
+            stage.here = plan
+        return stage
+
+    def _plan(self, stage: Stage, layer, numbers: list[int]) -> StagingPlan:
+        needed = sum(entry.block.nbytes for entry in layer.entries)
+        if stage.buffer is None or stage.buffer.nbytes < needed:
+            # a quarter more where the length is unknown, so that a growing video does not reallocate at every chunk
+            size = self.capacity if self.capacity is not None and self.capacity >= needed else needed + needed // 4
+            stage.here = stage.buffer = None
+            stage.plans.clear()
+            stage.buffer = torch.empty(aligned(size), dtype=torch.uint8, device=self.device)
+            self._used(stage.buffer)
+        at, targets, entries = 0, [], []
+        for entry in layer.entries:
+            targets.append(stage.buffer[at:at + entry.block.nbytes])
+            entries.append(StagedEntry(entry.first, entry.frames, entry.sink, list(_placed(entry.spans, stage.buffer, at))))
+            at += entry.block.nbytes
+        return StagingPlan(numbers, targets, entries)
+
+    # streams
+
+    def _copying(self) -> AbstractContextManager:
+        """Copies inside go through the stream of copies, behind what the present stream has to do until now."""
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.stream)
+
+    def _used(self, tensor: Tensor) -> None:
+        """Device memory that the stream of copies reads or writes must not be given away before that is done."""
+        if self.stream is not None:
+            tensor.record_stream(self.stream)
+
+    def wait(self) -> None:
+        """Let everything that is on its way arrive, so that the host can read it."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+    # host memory
+
+    def _block(self, size: int) -> Block:
+        data = self._spare.pop(size, None)
+        block = Block(self._pin(size) if data is None else data)
+        weakref.finalize(block, self._take_back, block.data).atexit = False
+        return block
+
+    def _take_back(self, data: Tensor) -> None:
+        if self._closed or data.nbytes in self._spare:
+            _unpin(data, self._pinned, self.stream)
+        else:
+            self._spare[data.nbytes] = data
+
+    def _pin(self, size: int) -> Tensor:
+        """uint8 [size], pinned where the device is a GPU: torch's own pinned memory is rounded up to powers of two, and kept for good."""
+        page = mmap.PAGESIZE
+        try:
+            memory = torch.empty(aligned(size) + 2 * page, dtype=torch.uint8)
+        except (RuntimeError, MemoryError) as error:
+            raise torch.OutOfMemoryError(f"There is no host memory for an offloaded span ({error}).") from None
+        start = -memory.data_ptr() % page
+        data = memory[start:start + size]
+        if self.stream is not None:
+            error = torch.cuda.cudart().cudaHostRegister(data.data_ptr(), -(-size // page) * page, 0)
+            if int(error) == 0:
+                self._pinned.add(data.data_ptr())
+            else:
+                logging.warning("QVG: offloaded spans are not pinned, which slows their copies down (%s)", error)
+                _forget_error(self.device)
+        return data
+
+    def shrink(self) -> None:
+        """Give the staging buffers back, and make them no larger than needed from now on."""
+        self._stages, self.capacity = (Stage(), Stage()), None
+
+    def close(self) -> None:
+        """Give everything back; blocks that are still held are unpinned when they are let go."""
+        self.wait()
+        self._closed, self._stages = True, (Stage(), Stage())
+        _let_go(self._spare, self._pinned, self.stream)
+
+
+def _placed(spans: Sequence[Span], buffer: Tensor, at: int) -> Iterator[Span]:
+    """The spans with tensors that lie one after the other in a buffer (uint8), from byte `at`. Nothing is copied."""
+    for span in spans:
+        parts = {}
+        for name, tensor in span_tensors(span).items():
+            # in the order of the tensor's own memory, in which what belongs to a row lies together
+            parts[name] = buffer[at:at + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+            at += aligned(tensor.nbytes)
+        yield with_tensors(span, parts)
+
+
+def _unpin(data: Tensor, pinned: set[int], stream: torch.cuda.Stream | None) -> None:
+    if data.data_ptr() in pinned:
+        stream.synchronize()
+        pinned.discard(data.data_ptr())
+        torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
+
+
+def _let_go(spare: dict[int, Tensor], pinned: set[int], stream: torch.cuda.Stream | None) -> None:
+    while spare:
+        _unpin(spare.popitem()[1], pinned, stream)
+
+
+def _forget_error(device: torch.device) -> None:
+    """A call of CUDA that failed is reported by the next operation, which had nothing to do with it."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError:
+        pass

@@ -1,0 +1,187 @@
+"""How long a codebook serves: until it no longer fits what it is asked to code.
+
+Centroids fit the tokens that they were trained on. Those of a start image, of the shot before a cut or of a single frame fit what follows
+poorly, and so do those of a small codebook that learned its tokens by heart. What a codebook leaves of a span is known without further
+work: a span's token scales are the root mean square of the residual, in units of what the training left, so their mean square is the
+**misfit**, 1 on the tokens of the training.
+
+A span is encoded when it comes, with the codebook at hand, and while it is recent it holds bits to spare. When it settles, two things are
+known that were not known before: how well the codebook fitted it, and the tokens that came after it. If it fitted poorly, a new codebook
+is trained on all that is still recent together with the chunk that arrives, and the span that settles is encoded with that one. So a
+settled span lies under a codebook that fits it, at most one codebook is trained every `recent_frames` plus one chunk, and a misfit is read
+on the host a whole chunk after it was computed: nothing waits for the device. It is a function of stored bytes, so a resumed run decides
+alike.
+
+Before there is a codebook, spans of too few tokens to train one wait as int8, a start image for instance, until the sink is complete or the
+first of them settles. Settings without bits to spare (no recent frames, or as many bits as when settled) train for the chunk that follows
+one that fitted poorly.
+
+The rules are whole numbers and one truth value a span. The real cache and the forecast call `arrive` alike. Source of shared codebooks and
+their warm start: QVG (arXiv 2602.02958), centroid caching; the released code trains one for every span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..settings import PLAIN_BITS, QVGSettings
+from . import budget
+from .budget import WAITING_BITS, Geometry, Limits
+
+# mean square of what is left, in units of the training's, from which a codebook no longer serves
+LARGEST_MISFIT = 1.5
+# times as many centroids as the present codebook has, from which more tokens are worth a new one
+GROWTH = 2
+
+
+@dataclass
+class Lifetime:
+    """The present codebook of a layer. frames: latent frames encoded with it; since, until: the latent frames that it was trained on;
+    size: centroids of a stage."""
+
+    trained: bool = False
+    frames: int = 0
+    since: int = 0
+    until: int = 0
+    size: int = 0
+
+    def covers(self, span: Span) -> bool:
+        """Whether the span was among the tokens of the training."""
+        return self.since <= span.first and span.last < self.until
+
+
+class Rules:
+    """What of the settings and the shape of a cache decides, worked out once. needs, bits: by whether a span is a sink."""
+
+    def __init__(self, settings: QVGSettings, geometry: Geometry):
+        self.needs = tuple(budget.needs_codebooks(settings, sink) for sink in (False, True))
+        self.bits = tuple(budget.first_bits(settings, sink) for sink in (False, True))
+        self.waiting_bits = tuple(tuple(max(width, WAITING_BITS) if needed else width for width, needed in zip(*pair))
+                                  for pair in zip(self.bits, self.needs))
+        self.may_wait = budget.may_wait(settings, geometry)
+        self.largest = max((tensor.centroids for tensor in (settings.key, settings.value) if tensor.bits not in PLAIN_BITS), default=0)
+        self.keeps = budget.keeps_spare_bits(settings)
+        self._sizes: dict[tuple[int, bool], int] = {}
+        self._settings = settings
+
+    def size(self, tokens: int, sink: bool) -> int:
+        """Centroids of a codebook that is trained on so many tokens."""
+        if (tokens, sink) not in self._sizes:
+            tensors = zip((self._settings.key, self._settings.value), self.needs[sink])
+            self._sizes[tokens, sink] = max(tensor.codebook_size(tokens, self._settings.codec) for tensor, needed in tensors if needed)
+        return self._sizes[tokens, sink]
+
+
+class Span(Protocol):
+    """misfit: whether its codebooks fit it poorly."""
+
+    first: int
+    frames: int
+    last: int
+    sink: bool
+    key_bits: int
+    value_bits: int
+    misfit: bool
+
+    def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
+        """Hold fewer bits from now on; with `refit`, under the layer's present codebooks."""
+
+
+class Layer(Protocol):
+    """spans: oldest first, sinks before all others. held: bytes that `Limits.layer_bytes` is of."""
+
+    settings: QVGSettings
+    geometry: Geometry
+    share: Limits
+    itemsize: int
+    spans: list[Span]
+    life: Lifetime
+    rules: Rules
+
+    def held(self) -> int: ...
+
+    def leave(self, start: int, stop: int) -> None:
+        """Delete the spans at those places."""
+
+
+def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train: Callable[[list[Span], int], None],
+           waiting: bool = True) -> tuple[int, int]:
+    """Everything that happens in a layer before a span of latent frames is encoded; returns the bits that its K and V are encoded with.
+
+    whole: first latent frame of the chunk that the span is a part of, and its frames. train(helpers, tokens): from now on the layer's
+    codebooks are those of the helpers' tokens and the chunk's, so many together. waiting: whether a span may wait for a codebook.
+    """
+    settings, life, rules = layer.settings, layer.life, layer.rules
+    sink, newest = first < settings.sink_frames, first + frames - 1
+    needs, bits, begin = any(rules.needs[sink]), rules.bits[sink], budget.sinks_in(layer.spans, settings)
+    if (window := budget.window_of(settings, layer.share)) is not None:
+        layer.leave(begin, budget.end_of(layer.spans, newest - window, begin))
+    if needs:
+        helpers, leaving = _helpers(layer, whole[0]), budget.settling(layer.spans, newest, settings, begin)
+        tokens = (whole[1] + sum([span.frames for span in helpers])) * layer.geometry.frame_tokens
+        size = rules.size(tokens, sink)
+        if waiting and _waits(layer, sum(whole), size, leaving, sink):
+            bits = rules.waiting_bits[sink]
+        else:
+            if _renews(layer, first, size, leaving):
+                train(helpers, tokens)
+                begun = not life.trained
+                life.trained, life.frames, life.size = True, 0, size
+                life.since, life.until = min([whole[0], *(span.first for span in helpers)]), sum(whole)
+                if begun:
+                    _end_waiting(layer)
+            life.frames += frames
+            for span in leaving:
+                less = budget.settled(span, settings)
+                if less is not None and span.misfit and life.covers(span):
+                    span.set_bits(*less, refit=True)
+    # what waits for a codebook has no planes to lose, and `budget.limits` leaves room for it
+    share = layer.share if life.trained or not needs else Limits(cap_frames=layer.share.cap_frames)
+    new = 0 if share.layer_bytes is None else budget.entry_bytes(layer.geometry, settings, frames, bits, layer.itemsize)
+    budget.enforce_limits(layer.spans, newest, settings, share, new, layer.held, layer.leave)
+    return bits
+
+
+def _helpers(layer: Layer, first: int) -> list[Span]:
+    """Held spans whose tokens help to train a codebook for a chunk that begins at latent frame `first`: recent ones, and those that settle
+    as it comes. Before there is a codebook, all that wait for one."""
+    if layer.settings.codec != "qvg":
+        return []
+    oldest = first - layer.settings.recent_frames if layer.life.trained else 0
+    start = len(layer.spans)
+    while start and layer.spans[start - 1].last >= oldest:
+        start -= 1
+    return layer.spans[start:]
+
+
+def _waits(layer: Layer, stop: int, size: int, leaving: list[Span], sink: bool) -> bool:
+    if layer.life.trained or not layer.rules.may_wait or size >= layer.rules.largest:
+        return False
+    return stop < layer.settings.sink_frames if sink else bool(layer.settings.recent_frames) and not leaving
+
+
+def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
+    settings, life, spans = layer.settings, layer.life, layer.spans
+    if not life.trained:
+        return True
+    if settings.codec != "qvg":
+        return life.frames >= settings.codebook_frames
+    if first < life.until:
+        return False
+    if life.frames >= settings.codebook_frames or size >= GROWTH * life.size:
+        return True
+    if any(span.misfit and not life.covers(span) for span in leaving):
+        return True
+    # without bits to spare nothing is encoded anew, so that the span that comes is served better than the one before
+    return not layer.rules.keeps and bool(spans) and not spans[-1].sink and spans[-1].misfit
+
+
+def _end_waiting(layer: Layer) -> None:
+    """Encode what waited for the first codebook."""
+    for span in layer.spans:
+        chosen, needs, held = layer.rules.bits[span.sink], layer.rules.needs[span.sink], (span.key_bits, span.value_bits)
+        bits = tuple(min(a, b) if needed and b not in PLAIN_BITS else a for a, b, needed in zip(held, chosen, needs))
+        if bits != held:
+            span.set_bits(*bits, refit=True)

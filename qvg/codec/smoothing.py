@@ -1,0 +1,245 @@
+"""Semantic-Aware Smoothing: what tokens share is taken out before they are quantized.
+
+k-means over the tokens of each head finds centroids; each token keeps the id of its nearest one and only the difference is
+quantized (QVG, arXiv 2602.02958, section 4.1). A second codebook over what the first one leaves is the next stage of Progressive
+Residual Quantization (section 4.2).
+
+A codebook is trained on one span and then serves every span of its **epoch**: later spans only look up their nearest centroids,
+so that the table is paid for once. Centroids are stored as E4M3 with a scale per channel; the residual is taken against the
+stored values, so their rounding is not lost but quantized with the rest.
+
+Axes: T tokens, R rows (batch x heads; each row has a codebook of its own), C centroids, D channels, S stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import dispatch
+from ..settings import TOKENS_PER_CENTROID
+from . import e4m3
+from .finite import tame
+
+# float32 residuals, and distances where the reference makes them, of a slice of rows stay below this
+SCRATCH_BYTES = 64 << 20
+KERNEL_SCRATCH_BYTES = 128 << 20
+# how many times fewer k-means steps a codebook takes that starts from one of the epoch before
+WARM = 4
+# tokens a centroid that a codebook is trained on; a context that arrives whole has several times as many, which would find the same
+SEEN = 64
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Centroids of every stage and the channel scales of what they leave, shared by the spans of an epoch.
+
+    centroids: uint8 (E4M3) [S, R, C, D]
+    centroid_scale: bfloat16 [S, R, 1, D], multiplies the E4M3 values; powers of two, but in caches written before they were
+    channel_scale: bfloat16 [R, D], root mean square of the residual in each channel
+    """
+
+    centroids: Tensor
+    centroid_scale: Tensor
+    channel_scale: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.centroids.nbytes + self.centroid_scale.nbytes + self.channel_scale.nbytes
+
+    @property
+    def stages(self) -> int:
+        return self.centroids.shape[0]
+
+    def values(self, stage: int | slice, rows: slice = slice(None)) -> Tensor:
+        """Centroids of a stage as float32 [R, C, D], or of several [S, R, C, D]."""
+        return e4m3.decode(self.centroids[stage, rows]) * self.centroid_scale[stage, rows]
+
+
+def restore(books: list[Codebook], residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
+    """What `subtract` and the channel scales took away is put back, for tensors that lie one behind the other and have a codebook each.
+
+    residual float32 [r, N, T, D] for N books alike in shape, which is overwritten; ids uint8 [S, r, N, T] -> float32 [r, N, T, D].
+    """
+    channel = torch.stack([book.channel_scale[rows] for book in books], dim=1).float()[:, :, None]
+    if not books[0].stages:
+        return residual.mul_(channel)
+    values = e4m3.decode(torch.stack([book.centroids[:, rows] for book in books]))
+    values *= torch.stack([book.centroid_scale[:, rows] for book in books]).float()
+    count, stages, heads, size, dim = values.shape
+    place = torch.arange(0, count * stages * heads * size, size, dtype=torch.int32, device=ids.device)
+    # [S, r, N, T] -> the centroids of every token and row, side by side
+    index = (ids.int() + place.view(count, stages, heads, 1).permute(1, 2, 0, 3)).movedim(0, -1).reshape(-1, stages)
+    table = values.view(-1, dim)
+    if ids.device.type == "cpu":
+        # fetches and adds all stages in one pass, ten times as fast as any other gather
+        sums = F.embedding_bag(index, table, mode="sum")
+    else:
+        sums = F.embedding(index, table).sum(1)
+    return sums.view_as(residual).addcmul_(residual, channel)
+
+
+def row_slices(rows: int, bytes_per_row: int, limit: int = SCRATCH_BYTES) -> list[slice]:
+    """Slices of the row axis whose scratch stays under `limit` (one row at least)."""
+    step = max(1, min(rows, limit // max(1, bytes_per_row)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Of equals the reference takes the
+    lower id, and a kernel any."""
+    return dispatch.run("assign", _assign, x, centroids)
+
+
+def _assign(x: Tensor, centroids: Tensor) -> Tensor:
+    # |x|^2 is the same for every centroid and is left out
+    half_norms = 0.5 * centroids.square().sum(-1)
+    return torch.baddbmm(half_norms[:, None], x, centroids.transpose(1, 2), alpha=-1.0).argmin(-1)
+
+
+def draw(tokens: int, count: int, times: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Numbers of distinct tokens for k-means to start from, int64 [times, count]. A CPU generator, so that every device draws the same."""
+    # from pinned memory the copy waits for nothing that the device still has to do
+    drawn = torch.empty(times, count, dtype=torch.int64, pin_memory=device.type == "cuda")
+    for numbers in drawn:
+        numbers.copy_(torch.randperm(tokens, generator=generator)[:count])
+    return drawn.to(device, non_blocking=True)
+
+
+def kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Centroids of x [R, T, D] that are found from `start` [R, C, D] float32, of the same shape; T >= C.
+
+    A step takes the mean of the tokens that are nearest to a centroid. One without tokens moves to a token: of T / C neighbours, a share
+    for each centroid, the one that lies farthest from what it chose.
+    """
+    return dispatch.run("kmeans", _kmeans, x, start, iterations)
+
+
+def _kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
+    x, centroids = x.float(), start
+    for _ in range(iterations):
+        centroids = update(x, assign(x, centroids), centroids)
+    return centroids
+
+
+def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
+    """The centroids after a step [R, C, D], where x [R, T, D] chose `ids` [R, T] among `centroids`; see `kmeans`.
+
+    Sums are matrix products with the one-hot assignment: no float atomics, so two runs give the same bits.
+    """
+    return dispatch.run("update", _update, x, ids, centroids)
+
+
+def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
+    count = centroids.shape[1]
+    one_hot = F.one_hot(ids, count).to(x.dtype)
+    sizes = one_hot.sum(1)
+    means = torch.bmm(one_hot.transpose(1, 2), x) / sizes.clamp(min=1)[..., None]
+    empty = sizes == 0
+    if x.device.type == "cpu" and not empty.any():  # elsewhere to ask would be to wait
+        return means
+    share = x.shape[1] // count
+    error = (x - gather_centroids(centroids, ids)).square().sum(-1)
+    worst = error[:, :share * count].unflatten(1, (count, share)).argmax(-1) + share * torch.arange(count, device=x.device)
+    candidates = x.gather(1, worst[..., None].expand_as(means))
+    return torch.where(empty[..., None], candidates, means)
+
+
+def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What k-means found in x [R, T, D], float32 [R, C, D], as a codebook holds it, and what that leaves of x.
+
+    -> (centroids uint8 (E4M3) [R, C, D], their scale bfloat16 [R, 1, D], residual float32 [R, T, D])
+    """
+    return dispatch.run("store", _store, x, found)
+
+
+def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # the power of two above, with which centroids are numbers of bf16: E4M3 is a float, of which that takes no digit
+    scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+    scale = scale.bfloat16()
+    scale[scale == 0] = 1
+    codes = e4m3.encode(found / scale.float())
+    stored = e4m3.decode(codes) * scale.float()
+    return codes, scale, x - gather_centroids(stored, assign(x.float(), stored))
+
+
+def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator: torch.Generator,
+          previous: list[Codebook | None]) -> list[Codebook]:
+    """A codebook of each of the tensors [T, R, D], which are alike; `previous` are those of the epoch before, to start from where all fit.
+
+    `stages` may be 0: then there are no centroids, only channel scales. Of more than `SEEN` tokens a centroid every second, third and so
+    on is looked at. All tensors together take as many launches as one, and draw as one after the other does.
+    """
+    if stages:
+        xs = [x[::max(1, x.shape[0] // (SEEN * count))] for x in xs]
+    (tokens, rows, dim), sides, device = xs[0].shape, len(xs), xs[0].device
+    codes = torch.empty(sides, stages, rows, count, dim, dtype=torch.uint8, device=device)
+    scales = torch.empty(sides, stages, rows, 1, dim, dtype=torch.bfloat16, device=device)
+    rms = torch.empty(sides, rows, dim, dtype=torch.float32, device=device)
+    warm = all(book is not None and book.centroids.shape == codes.shape[1:] for book in previous)
+
+    def by_side(x: Tensor) -> Tensor:
+        return x.unflatten(0, (sides, -1))
+
+    if warm:
+        # what an epoch before has found is near: the paper's centroid caching
+        iterations = max(1, iterations // WARM)
+    else:
+        # every slice of rows starts from the same tokens, whatever the slices are
+        drawn = draw(tokens, count, sides * stages, generator, device).view(sides, stages, count)
+    # the kernels make no [tokens, centroids] matrix, and fewer slices are fewer launches
+    kernels = not dispatch.refusal("kmeans", device)
+    scratch = (2 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
+
+    def train_rows(part: slice) -> None:
+        residual = tame(torch.cat([x[:, part].transpose(0, 1) for x in xs]))
+        if warm:
+            starts = torch.cat([book.values(slice(None), part) for book in previous], 1)
+        for stage in range(stages):
+            start = starts[stage] if warm else torch.cat([x[:, at[stage]] for x, at in zip(by_side(residual), drawn)]).float()
+            code, scale, residual = store(residual, kmeans(residual, start, iterations))
+            codes[:, stage, part], scales[:, stage, part] = by_side(code), by_side(scale)
+        rms[:, part] = by_side(residual.float().square().mean(1).sqrt())
+
+    waiting = row_slices(rows, sides * 4 * tokens * scratch[0], scratch[1])[::-1]
+    while waiting:
+        part = waiting.pop()
+        try:
+            train_rows(part)
+        except torch.OutOfMemoryError:
+            # fewer rows at a time give the same and take less
+            middle = (part.start + part.stop) // 2
+            if middle == part.start:
+                raise
+            waiting += [slice(middle, part.stop), slice(part.start, middle)]
+    # few tokens say little of a channel, and a centroid may have learned them by heart: those that are missing count as the row's mean
+    missing = max(0, TOKENS_PER_CENTROID - tokens)
+    power = rms.square()
+    mean = power.mean(-1, keepdim=True)
+    if missing:
+        rms = ((tokens * power + missing * mean) / (tokens + missing)).sqrt()
+    # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
+    rms = rms.clamp(min=1e-3 * mean.sqrt())
+    rms[rms == 0] = 1
+    return [Codebook(*parts) for parts in zip(codes, scales, rms.bfloat16())]
+
+
+def subtract(x: Tensor, codebook: Codebook, rows: slice) -> tuple[Tensor, Tensor]:
+    """x [T, r, D] float32 of the given rows -> (residual [r, T, D] float32, ids uint8 [S, r, T])."""
+    residual = x.transpose(0, 1).contiguous()
+    ids = torch.empty(codebook.stages, *residual.shape[:2], dtype=torch.uint8, device=x.device)
+    for stage in range(codebook.stages):
+        values = codebook.values(stage, rows)
+        nearest = assign(residual, values)
+        ids[stage] = nearest
+        residual = residual - gather_centroids(values, nearest)
+    return residual, ids
+
+
+def gather_centroids(values: Tensor, ids: Tensor) -> Tensor:
+    """What tokens chose: values [R, C, D], ids int64 [R, T] -> [R, T, D]. On a CPU four times as fast as `gather`."""
+    rows, count = values.shape[:2]
+    return F.embedding(ids + torch.arange(0, rows * count, count, device=ids.device)[:, None], values.flatten(0, 1))

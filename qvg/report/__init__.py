@@ -1,0 +1,1 @@
+"""What a person is shown: plans, charts, and how alike two videos are."""

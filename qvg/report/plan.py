@@ -1,0 +1,192 @@
+"""`qvg plan`: what a model, a size and a length will need, at every preset, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+from ..cache.budget import Geometry, shortest_life
+from ..cache.context import context_settings, forecast_context
+from ..cache.forecast import Forecast, forecast
+from ..models.catalogue import MODELS, ModelShape
+from ..models.weights import weight_type
+from ..settings import PRESETS, QVGSettings
+from ..units import GIB
+
+CARDS = (8, 12, 16, 24, 32, 48, 80)
+# activations of one chunk, what ComfyUI keeps free for itself (1.2 GiB) and what the driver and the screen take
+BESIDE_GIB = 2.0
+
+
+def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int, misfit: bool = False) -> Forecast:
+    """The bytes of a video of `frames` latent frames; of a segment's context where the model rebuilds that. misfit: see `forecast`."""
+    if not shape.segment_frames:
+        return forecast(settings, geometry, frames, shape.chunk_frames, misfit=misfit)
+    given = min(frames, shape.segment_frames - shape.chunk_frames)
+    new = shape.segment_frames - given
+    return forecast_context(context_settings(settings, geometry, given, new), geometry, given, new)
+
+
+def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 4096) -> int:
+    """Most latent frames, in whole chunks, whose peak stays within limit_bytes at worst; 0 when not even one chunk does."""
+    chunk = shape.chunk_frames
+
+    def peak(chunks: int) -> int:
+        return predict(shape, settings, geometry, chunks * chunk, misfit=True).peak_bytes
+
+    def last_that_fits(fits, low: int, high: int) -> int:
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    # once sink, recent frames and window are full, a codebook's life adds the bytes of the one before: what is beyond need not be walked
+    epoch = math.lcm(*(-(-frames // chunk) for frames in (settings.codebook_frames, shortest_life(settings, chunk))))
+    full = epoch * (2 + -(-(settings.sink_frames + settings.recent_frames + settings.window_frames) // (epoch * chunk)))
+    start = last_that_fits(lambda chunks: peak(chunks) <= limit_bytes, 0, min(full, most // chunk))
+    if start < full or shape.segment_frames or settings.budget_gib:
+        return chunk * (start if start < full else last_that_fits(lambda chunks: peak(chunks) <= limit_bytes, start, most // chunk))
+    ahead = [peak(full + number) for number in range(epoch + 1)]
+    step = ahead[-1] - ahead[0]
+
+    def fits(chunks: int) -> bool:
+        epochs, rest = divmod(chunks - full, epoch)
+        return ahead[rest] + epochs * step <= limit_bytes
+
+    return chunk * last_that_fits(fits, full, most // chunk)
+
+
+def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
+         vram_gib: float = 0, offload: bool = False, weights: str = "") -> dict:
+    """One row per preset as whole bytes and ratios; with `offload`, of spans that wait in host memory.
+
+    worst_stored_bytes and worst_peak_bytes are of a video on which no codebook fits for longer than it must; the others are of one on which
+    they do. Whether a video fits is said of the worst.
+
+    vram_gib: what the cache may take. weights: their type, where they were counted.
+
+    Raises ValueError with a sentence for an unknown name or an impossible length.
+    """
+    if model not in MODELS:
+        raise ValueError(f"There is no model {model!r}; choose one of {', '.join(MODELS)}.")
+    shape: ModelShape = MODELS[model]
+    geometry = shape.geometry(width, height)
+    frames = latent_frames or shape.latent_frames(seconds)
+    if frames < 1 or seconds < 0 or latent_frames < 0:
+        raise ValueError("Give a positive length, as seconds or as latent frames.")
+    rows = {}
+    for name in [preset] if preset else PRESETS:
+        settings = replace(QVGSettings.preset(name), offload=offload)
+        found, worst = (predict(shape, settings, geometry, frames, misfit) for misfit in (False, True))
+        rows[name] = {
+            "bf16_bytes": found.bf16_bytes, "stored_bytes": found.stored_bytes, "peak_bytes": found.peak_bytes,
+            "workspace_bytes": found.workspace_bytes, "stored_ratio": found.stored_ratio, "peak_ratio": found.peak_ratio,
+            "host_bytes": found.host_bytes, "bits_per_element": found.bits_per_element,
+            "worst_stored_bytes": worst.stored_bytes, "worst_peak_bytes": worst.peak_bytes}
+        if vram_gib:
+            limit = int(vram_gib * GIB)
+            rows[name] |= {"fits": worst.peak_bytes <= limit,
+                           "longest_latent_frames": longest(shape, settings, geometry, limit)}
+    width, height = width or shape.size[0], height or shape.size[1]
+    head = {"model": model, "width": width, "height": height, "latent_frames": frames, "seconds": shape.seconds(frames)}
+    if weights:
+        head |= {"weights": weight_type(weights), "weight_bytes": shape.weight_bytes(weights)}
+    if shape.note:
+        head["note"] = shape.note
+    return head | ({"preset": preset} | rows[preset] if preset else {"presets": rows})
+
+
+def render(result: dict, vram_gib: float = 0) -> str:
+    """`plan`'s result as a table for people."""
+    rows = result["presets"] if "presets" in result else {result["preset"]: result}
+    lines = [f"{result['model']}, {result['width']} x {result['height']}, {result['latent_frames']} latent frames "
+             f"({result['seconds']:.1f} s): {next(iter(rows.values()))['bf16_bytes'] / GIB:.2f} GiB in bf16"]
+    if "weights" in result:
+        lines.append(f"(beside {result['weight_bytes'] / GIB:.1f} GiB of weights in {result['weights']})")
+    if "note" in result:
+        lines.append(f"({result['note']})")
+    offloaded = any(row["host_bytes"] for row in rows.values())
+    lines.append(f"{'preset':<10}{'stored':>12}{'peak':>12}{'ratio':>8}{'at peak':>9}{'bits':>7}{'at worst':>15}"
+                 + ("     on host" if offloaded else "")
+                 + (f"   within {round(vram_gib, 1):g} GiB" if vram_gib else ""))
+    for name, row in rows.items():
+        line = (f"{name:<10}{row['stored_bytes'] / GIB:>8.2f} GiB{row['peak_bytes'] / GIB:>8.2f} GiB"
+                f"{row['stored_ratio']:>7.2f}x{row['peak_ratio']:>8.2f}x{row['bits_per_element']:>7.2f}"
+                f"{row['worst_peak_bytes'] / GIB:>11.2f} GiB")
+        if offloaded:
+            line += f"{row['host_bytes'] / GIB:>8.2f} GiB"
+        if vram_gib:
+            longest_frames, shape = row["longest_latent_frames"], MODELS[result["model"]]
+            line += f"   {'fits' if row['fits'] else 'does not fit'}"
+            if not (shape.segment_frames and row["fits"]):
+                line += f"; at most {longest_frames} latent frames ({max(0.0, shape.seconds(longest_frames)):.1f} s)"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def brief(result: dict, vram_gib: float) -> str:
+    """`plan`'s result as sentences, a line a preset, for a place without columns. ComfyUI's Nodes 2.0 runs lines together."""
+    rows, shape = result["presets"], MODELS[result["model"]]
+    beside = f" beside {result['weight_bytes'] / GIB:.1f} GiB of weights in {result['weights']}" if "weights" in result else ""
+    lines = [f"{result['seconds']:.1f} s at {result['width']} x {result['height']}: {rows['off']['bf16_bytes'] / GIB:.1f} GiB in bf16; "
+             f"{round(vram_gib, 1):g} GiB for the cache{beside}."]
+    for name, row in rows.items():
+        if name == "off":
+            continue
+        most = row["longest_latent_frames"]
+        worst = f" (at worst {row['worst_peak_bytes'] / GIB:.1f})" if row["worst_peak_bytes"] > row["peak_bytes"] else ""
+        lines.append(f"{name.capitalize()}: peak {row['peak_bytes'] / GIB:.1f} GiB{worst}, {row['peak_ratio']:.1f}x less, "
+                     + ("fits" if row["fits"] else "does not fit")
+                     + (f"; longest {shape.seconds(most):.0f} s." if most and not shape.segment_frames else "."))
+    return "\n".join(lines)
+
+
+def room_on(model: str, card_gib: float, weights: str = "bf16") -> float:
+    """GiB of a card that are left for the cache while `model` samples: without its weights in this type and `BESIDE_GIB`; at least 0.
+
+    A text encoder and a VAE are not counted: ComfyUI moves the one away before, and loads the other after.
+    """
+    shape = MODELS.get(model)
+    if shape is None or not shape.parameters:
+        known = ", ".join(name for name, other in MODELS.items() if other.parameters)
+        raise ValueError(f"The weights of {model!r} cannot be counted here, only those of {known}; give what they leave instead.")
+    return max(0.0, card_gib - shape.weight_bytes(weights) / GIB - BESIDE_GIB)
+
+
+def room_beside(model: str, card_gib: float, weights: str = "bf16") -> float:
+    """`room_on`, where it is something. Raises ValueError where it is not, with the weights that would leave something."""
+    room = room_on(model, card_gib, weights)
+    if room:
+        return room
+    shape, needed = MODELS[model], MODELS[model].weight_bytes(weights) / GIB + BESIDE_GIB
+    smaller = {name: room_on(model, card_gib, name) for name in shape.weight_types()}
+    smaller = {name: room for name, room in smaller.items() if room}
+    ways = "; ".join(f"{name} would leave {room:.1f} GiB" for name, room in list(smaller.items())[:3])
+    raise ValueError(f"The weights of {model} in {weight_type(weights)} and {BESIDE_GIB:g} GiB beside them take {needed:.1f} GiB, which "
+                     f"leaves nothing of a card of {card_gib:g} GiB" + (f"; {ways}." if ways else ", and no smaller weights would."))
+
+
+def _longest_text(shape: ModelShape, row: dict) -> str:
+    """The longest video of one of `plan`'s rows, in seconds; a cache that is rebuilt for every segment does not grow with the video."""
+    if shape.segment_frames:
+        return "any" if row["fits"] else "0 s"
+    return f"{max(0.0, shape.seconds(row['longest_latent_frames'])):.0f} s"
+
+
+def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
+    """What fits on cards of `CARDS` GiB, as a table in Markdown: the longest video with its whole history, and the preset for `seconds`."""
+    names = ("off", "quality", "balanced", "smallest")
+    lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | {seconds:g} s fit with |", "|---" * 7 + "|"]
+    for card in CARDS:
+        room = room_on(model, card, weights)
+        rows = plan(model, seconds=seconds, vram_gib=room)["presets"] if room else {}
+        longest_of = {name: _longest_text(MODELS[model], rows[name]) if rows else "0 s" for name in names}
+        fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if room else "smaller weights")
+        advice = "any" if fitting == "off" else fitting.capitalize()
+        lines.append(f"| {card} GB | {room:.1f} GiB | " + " | ".join(longest_of.values()) + f" | {advice} |")
+    return "\n".join(lines)
+
+
+def to_json(result: dict) -> str:
+    return json.dumps(result, indent=2)

@@ -1,0 +1,271 @@
+"""What a session file consists of, stated as data: the fields of its header, and from them every tensor with its type, shape and range.
+
+    header = CAUSAL(header, "header")           # of a causal model's session, or SEGMENTS, or STREAM; raises fields.Wrong
+    for name, part in causal_parts(header).items():
+        part.check_listed(name, dtype, shape)   # before the tensor is read
+        part.check_values(name, tensor)
+
+Whoever makes a file can make its checksums agree, so that they prove nothing about what it says. Nothing is allocated, counted or decoded
+by a number of a file before it has passed here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..cache.budget import Geometry
+from ..codec.layout import span_layout
+from ..codec.smoothing import Codebook
+from ..codec.spans import PaperCodebook
+from ..files.fields import Wrong, anything, each, flag, mapping, one_of, optional, real, record, require, row, text, whole
+from ..models.wan_vae import CHANNELS
+from ..settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
+from .sampler import MAX_CHUNK, MAX_FRAMES, MAX_SIGMAS, NOISES
+from .schedule import latent_frames
+
+MAX_BYTES = 2 ** 50
+# no key, value or latent comes near it, and a network can still add up many of them in float32
+LARGEST = 2.0 ** 40
+# residuals are divided by a channel's scale, and squared
+SMALLEST_SCALE = 2.0 ** -50
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+E4M3_LARGEST, E4M3_NAN = 448.0, 0x7F
+# powers of two that are normal numbers of float32
+EXPONENTS = (-126, 127)
+STATE_BYTES = torch.Generator().get_state().numel()
+SIDES = ("key", "value")
+CARRIES = ("pixels", "latents")
+
+Axis = int | range
+
+
+def settings(value, where: str) -> QVGSettings:
+    """Of the field's JSON."""
+    try:
+        return QVGSettings.from_json(text()(value, where))
+    except Wrong:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Wrong(f"{where} cannot be read: {str(error) or type(error).__name__}".rstrip(". ")) from None
+
+
+FRAMES, BYTES, SIZE = whole(0, MAX_FRAMES), whole(0, MAX_BYTES), whole(1, 65_536)
+NAME = text(200)
+TENSORS = mapping(row(text(40), each(whole(0, MAX_BYTES), 0, 8), text(64)))
+BOOK = optional(whole(0, 2 * MAX_FRAMES))
+BITS = whole(1, max(PLAIN_BITS))
+
+RUN = record(
+    frames=whole(1, MAX_FRAMES), chunk_frames=whole(1, MAX_CHUNK), sigmas=each(real(0, 1), 2, MAX_SIGMAS), seed=whole(0, 2 ** 64 - 1),
+    first_alone=flag, context_noise=real(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES))
+GEOMETRY = record(
+    layers=whole(1, 256), heads=whole(1, 1024), head_dim=whole(8, 1024), grid=row(SIZE, SIZE), batch=whole(1, 1024))
+# entries: first latent frame, frames, bits of K and V, numbers of their codebooks. Older sessions lack trained_on: the latent frames that
+# the present codebooks were trained on, the first and the one behind the last
+LAYER = record(
+    {"trained_on": [0, 0]}, entries=each(row(FRAMES, whole(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=row(BOOK, BOOK),
+    next_frame=FRAMES, epoch_frames=FRAMES, trained=flag, trained_on=row(FRAMES, FRAMES))
+CAUSAL = record(
+    version=whole(1, 2), fingerprint=NAME, run=RUN, shape=row(SIZE, SIZE, SIZE, SIZE), settings=each(settings, 1, 64),
+    geometry=each(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)), layers=each(each(LAYER, 1, 256), 1, 64), peaks=each(BYTES, 1, 64),
+    frames_done=FRAMES, chunk=FRAMES, last_prompt=optional(text(1_000_000)), recent=FRAMES, extra=mapping(anything), tensors=TENSORS)
+SEGMENTS = record(
+    version=whole(1, 2), kind=one_of("segments"), fingerprint=NAME, carry=one_of(*CARRIES), given_frames=whole(1, MAX_FRAMES), start=NAME,
+    new=each(whole(1, MAX_FRAMES), 1, 100_000), tensors=TENSORS)
+STREAM = record(
+    {"digest": ""}, version=whole(1, 2), kind=one_of("stream"), key=NAME, done=FRAMES, frames=whole(0, 4 * MAX_FRAMES), digest=NAME,
+    tensors=TENSORS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a file. dtypes: which it may have; shape: the length of every axis, or a range of them; within: least and greatest
+    number; e4m3: bytes that are codes of E4M3, none of which may be NaN."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[Axis, ...]
+    within: tuple[float, float] | None = None
+    e4m3: bool = False
+
+    def check_listed(self, name: str, dtype: str, shape: list[int]) -> None:
+        allowed = [str(dtype) for dtype in self.dtypes]
+        require(dtype in allowed, f"the type of {name}", dtype, " or ".join(allowed))
+        fits = len(shape) == len(self.shape) and all(
+            length in axis if isinstance(axis, range) else length == axis for length, axis in zip(shape, self.shape))
+        rule = ", ".join(f"{axis.start} to {axis.stop - 1}" if isinstance(axis, range) else str(axis) for axis in self.shape)
+        require(fits, f"the shape of {name}", shape, f"[{rule}]")
+
+    def check_values(self, name: str, tensor: Tensor) -> None:
+        if not tensor.numel():
+            return
+        if self.e4m3 and int((tensor & E4M3_NAN).max()) == E4M3_NAN:
+            raise Wrong(f"{name} holds codes that are no number")
+        low, high = self.within or ((-LARGEST, LARGEST) if tensor.is_floating_point() else (0, 255))
+        least, greatest = (bound.item() for bound in torch.aminmax(tensor)) if self.within or tensor.is_floating_point() else (low, high)
+        # NaN is in no range
+        if not (low <= least and greatest <= high):
+            found = greatest if low <= least else least
+            raise Wrong(f"{name} holds {found:g}; its numbers must be from {low:g} to {high:g}")
+
+
+def causal_parts(header: Mapping) -> dict[str, Part]:
+    """Every tensor of a causal model's session whose fields have been checked. Raises Wrong where its fields contradict each other."""
+    batch, channels, height, width = header["shape"]
+    frames, listed = header["frames_done"], header["tensors"]
+    latents = (batch, channels, range(1, frames + 1), height, width)
+    parts = {f"recent{number}": Part(FLOATS, latents) for number in range(min(header["recent"], len(listed)))}
+    if "latents" in listed:
+        parts["latents"] = Part(FLOATS, (*latents[:2], frames, *latents[3:]))
+    # what the caller gave is his to check
+    parts |= {name: Part(FLOATS, (range(MAX_BYTES),) * len(shape)) for name, (_, shape, _) in listed.items() if name.startswith("extra.")}
+    _check_counts(header)
+    for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
+        geometry = Geometry(**{**place, "grid": tuple(place["grid"])})
+        where = f"geometry[{number}]"
+        require(geometry.batch == batch, f"header.{where}.batch", geometry.batch, f"{batch}, as in header.shape")
+        fits = [-(-length // 2) for length in (height, width)]
+        require(place["grid"] == fits, f"header.{where}.grid", place["grid"], f"{fits}, as the latents in header.shape are cut into")
+        require(geometry.head_dim % 8 == 0, f"header.{where}.head_dim", geometry.head_dim, "a multiple of 8")
+        require(len(layers) == geometry.layers, f"header.layers[{number}]", layers, f"a list of {geometry.layers} layers")
+        for depth, layer in enumerate(layers):
+            parts |= _layer_parts(f"cache{number}.{depth}", layer, chosen, geometry, getattr(torch, header["dtype"][6:]), frames)
+    return parts
+
+
+def _check_counts(header: Mapping) -> None:
+    """Fields of a causal model's session that must agree."""
+    frames, caches = header["frames_done"], len(header["settings"])
+    for name in ("geometry", "layers", "peaks"):
+        require(len(header[name]) == caches, f"header.{name}", header[name], f"a list of {caches} values, one for each of header.settings")
+    require(frames <= header["run"]["frames"], "header.frames_done", frames, f"at most header.run.frames, {header['run']['frames']}")
+    require(header["chunk"] <= frames, "header.chunk", header["chunk"], f"at most header.frames_done, {frames}")
+
+
+def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geometry, dtype: torch.dtype, frames: int) -> dict[str, Part]:
+    """Tensors of a layer. name: what theirs begin with. Raises Wrong where its spans cannot be."""
+    parts, tensors = {f"{name}.random": Part((torch.uint8,), (STATE_BYTES,))}, (chosen.key, chosen.value)
+    end = 0
+    for index, (first, count, *bits_and_books) in enumerate(layer["entries"]):
+        where = f"{name}.entries[{index}]"
+        require(first >= end, f"the first frame of {where}", first, f"at least {end}, where the span before it ends")
+        end, sink = first + count, first < chosen.sink_frames
+        require(not sink or end <= chosen.sink_frames, f"the last frame of {where}", end - 1, f"below sink_frames, {chosen.sink_frames}")
+        for side, tensor, bits, book in zip(SIDES, tensors, bits_and_books[:2], bits_and_books[2:]):
+            _check_bits(f"the {side} bits of {where}", bits, chosen, tensor, sink)
+            require(book is not None or bits in PLAIN_BITS, f"the {side} codebook of {where}", book, "a number")
+            parts |= {f"{name}.{index}.{side}.{part}": stated for part, stated in _span_parts(
+                chosen.codec, tensor, bits, count * geometry.frame_tokens, geometry, dtype).items()}
+            if book is not None:
+                parts |= _book_parts(f"{name}.book{book}", chosen.codec, tensor, geometry, parts)
+    for side, tensor, book in zip(SIDES, tensors, layer["books"]):
+        needed = layer["trained"] and tensor.bits not in PLAIN_BITS
+        require(book is not None or not needed, f"the {side} codebook of {name}", book, "a number")
+        if book is not None:
+            parts |= _book_parts(f"{name}.book{book}", chosen.codec, tensor, geometry, parts)
+    for field, value, right in (("the last frame of its spans", end, frames), ("next_frame", layer["next_frame"], frames)):
+        require(value == right, f"{field} in {name}", value, f"{right}, as header.frames_done")
+    require(layer["trained_on"][0] <= layer["trained_on"][1] <= frames, f"trained_on in {name}", layer["trained_on"],
+            f"a rising pair of at most header.frames_done, {frames}")
+    require(layer["epoch_frames"] <= frames, f"epoch_frames in {name}", layer["epoch_frames"], f"at most header.frames_done, {frames}")
+    return parts
+
+
+def _check_bits(where: str, bits: int, chosen: QVGSettings, tensor: TensorSettings, sink: bool) -> None:
+    allowed = {*PLAIN_BITS} if tensor.bits in PLAIN_BITS else {2, 4, *PLAIN_BITS} if chosen.codec == "paper" else {*PLANE_BITS, *PLAIN_BITS}
+    require(bits in allowed, where, bits, f"one of {', '.join(map(str, sorted(allowed)))}")
+
+
+def _span_parts(codec: str, tensor: TensorSettings, bits: int, tokens: int, geometry: Geometry, dtype: torch.dtype) -> dict[str, Part]:
+    try:
+        layout = span_layout(codec, tensor, bits, tokens, geometry.rows, geometry.head_dim, dtype)
+    except ValueError as error:
+        raise Wrong(str(error).rstrip(".")) from None
+    codes = ("scales", "zeros") if bits not in PLAIN_BITS else ()
+    # an id is of a centroid: `check_span` knows how many there are
+    return {part: Part((kind,), shape, EXPONENTS if part == "exponents" else None, part in codes) for part, (kind, shape) in layout.items()}
+
+
+def _book_parts(name: str, codec: str, tensor: TensorSettings, geometry: Geometry, known: Mapping[str, Part]) -> dict[str, Part]:
+    """Tensors of a codebook. known: parts so far; K and V can share a codebook's number only where both state the same of it."""
+    stages, rows, dim = tensor.stages, geometry.rows, geometry.head_dim
+    shape = (stages, rows, range(1 if stages else 0, tensor.centroids + 1), dim)
+    if codec == "paper":
+        parts = {f"{name}.centroids": Part((torch.bfloat16,), shape)}
+    else:
+        parts = {
+            f"{name}.centroids": Part((torch.uint8,), shape, e4m3=True),
+            f"{name}.centroid_scale": Part((torch.bfloat16,), (stages, rows, 1, dim)),
+            f"{name}.channel_scale": Part((torch.bfloat16,), (rows, dim), (SMALLEST_SCALE, LARGEST))}
+    for part, stated in parts.items():
+        require(known.get(part, stated) == stated, part, "used for both key and value", "a codebook of one of them")
+    return parts
+
+
+def check_span(name: str, tensors: Mapping[str, Tensor], book: Codebook | PaperCodebook) -> None:
+    """What a span in planes or paper codes, whose tensors begin with `name`, and its codebook must be together. Raises Wrong."""
+    ids, count = tensors[f"{name}.ids"], book.centroids.shape[2]
+    if ids.numel() and int(ids.max()) >= count:
+        raise Wrong(f"{name}.ids holds {int(ids.max())}, but its codebook has {count} centroids")
+    if isinstance(book, Codebook):
+        # more than any number of the span can be
+        factors = torch.ldexp(book.channel_scale.float().amax(-1), tensors[f"{name}.exponents"].int())
+        centroids = book.centroid_scale.float().abs().sum(0).max().item() if book.stages else 0.0
+        most = E4M3_LARGEST * (4 * factors.max().item() + centroids)
+        require(most <= LARGEST, f"the numbers that {name} stands for", most, f"at most {LARGEST:g}")
+
+
+def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
+    """What the tensors of a causal model's session must be together, each of which has been checked. Raises Wrong."""
+    frames, held = header["frames_done"], sum(stored[f"recent{number}"].shape[2] for number in range(header["recent"]))
+    require(held <= frames, "the number of latent frames in recent0 and so on", held, f"at most header.frames_done, {frames}")
+    for number, (chosen, layers) in enumerate(zip(header["settings"], header["layers"])):
+        for depth, layer in enumerate(layers):
+            name = f"cache{number}.{depth}"
+            try:
+                torch.Generator().set_state(stored[f"{name}.random"])
+            except RuntimeError:
+                raise Wrong(f"{name}.random is no state of a generator") from None
+            for index, (_, _, *bits_and_books) in enumerate(layer["entries"]):
+                for side, bits, book in zip(SIDES, bits_and_books[:2], bits_and_books[2:]):
+                    if bits not in PLAIN_BITS:
+                        check_span(f"{name}.{index}.{side}", stored, book_of(f"{name}.book{book}", chosen.codec, stored))
+
+
+def book_of(name: str, codec: str, stored: Mapping[str, Tensor], device="cpu") -> Codebook | PaperCodebook:
+    """The codebook whose tensors begin with `name`."""
+    kind = PaperCodebook if codec == "paper" else Codebook
+    return kind(**{part.name: stored[f"{name}.{part.name}"].to(device) for part in fields(kind)})
+
+
+def segment_parts(header: Mapping) -> dict[str, Part]:
+    """Every tensor of a session of segments whose fields have been checked."""
+    listed, wanted = header["tensors"], len(header["new"])
+    first = listed.get("part0", ["", [], ""])[1]
+    height, width = first[3:] if len(first) == 5 and min(first) else (1, 1)
+    parts = {f"part{number}": Part(FLOATS, (1, CHANNELS, range(new, MAX_FRAMES), height, width))
+             for number, new in enumerate(header["new"])}
+    require(len(listed) == wanted + 1, "the number of tensors", len(listed), f"{wanted + 1}, one more than header.new has values")
+    most = latent_frames(header["given_frames"], 1)
+    return parts | {"given": Part(FLOATS, (1, CHANNELS, range(1, most + 1), height, width))}
+
+
+def stream_parts(header: Mapping) -> dict[str, Part]:
+    """The tensor of a video's position whose fields have been checked."""
+    return {"given": Part(FLOATS, (1, CHANNELS, *[range(1, MAX_FRAMES)] * 3))}
+
+
+def parse(json_text: str, where: str) -> object:
+    """JSON of a file. Raises Wrong."""
+    try:
+        return json.loads(json_text)
+    except (ValueError, RecursionError) as error:
+        raise Wrong(f"{where} is no JSON: {str(error) or type(error).__name__}"[:120]) from None
+
+
+# by the kind that a header names: its fields, its tensors
+KINDS = {None: (CAUSAL, causal_parts), "segments": (SEGMENTS, segment_parts), "stream": (STREAM, stream_parts)}
