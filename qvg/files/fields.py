@@ -1,8 +1,8 @@
 """What plain data from a file must be, stated as data: a line for each field, and a sentence for each value that is something else.
 
-    POINT = record(x=whole(0, 100), y=whole(0, 100), name=optional(text()))
+    POINT = record(x=integer(0, 100), y=integer(0, 100), name=optional(text()))
     POINT({"x": 3, "y": 4, "name": None}, "point")      # the same values
-    POINT({"x": 3, "y": -4, "name": None}, "point")     # Wrong: point.y is -4; it must be a whole number from 0 to 100
+    POINT({"x": 3, "y": -4, "name": None}, "point")     # FieldError: point.y is -4; it must be a whole number from 0 to 100
 
 A kind is a callable (value, where) -> value. `where` names the value in the sentence. No kind accepts a value of another type because it
 would happen to work: true is no number, and 3.0 no whole one.
@@ -17,11 +17,11 @@ from typing import Any
 Kind = Callable[[Any, str], Any]
 
 
-class Wrong(ValueError):
+class FieldError(ValueError):
     """A value that cannot be, as a sentence without its full stop."""
 
 
-def shown(value) -> str:
+def short_repr(value) -> str:
     """A value as part of a sentence."""
     if isinstance(value, (list, tuple)) and len(value) > 8:
         return f"a list of {len(value)} values"
@@ -30,12 +30,12 @@ def shown(value) -> str:
 
 
 def require(good: bool, where: str, value, rule: str) -> None:
-    """Raises Wrong unless `good`."""
+    """Raises FieldError unless `good`."""
     if not good:
-        raise Wrong(f"{where} is {shown(value)}; it must be {rule}")
+        raise FieldError(f"{where} is {short_repr(value)}; it must be {rule}")
 
 
-def whole(low: int, high: int) -> Kind:
+def integer(low: int, high: int) -> Kind:
     def check(value, where: str) -> int:
         require(type(value) is int and low <= value <= high, where, value, f"a whole number from {low} to {high}")
         return value
@@ -43,7 +43,7 @@ def whole(low: int, high: int) -> Kind:
     return check
 
 
-def real(low: float, high: float) -> Kind:
+def real_number(low: float, high: float) -> Kind:
     def check(value, where: str) -> float:
         good = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
         require(good, where, value, f"a number from {low:g} to {high:g}")
@@ -60,7 +60,7 @@ def text(most: int = 100_000) -> Kind:
     return check
 
 
-def flag(value, where: str) -> bool:
+def boolean(value, where: str) -> bool:
     require(isinstance(value, bool), where, value, "true or false")
     return value
 
@@ -82,7 +82,7 @@ def optional(kind: Kind) -> Kind:
     return lambda value, where: None if value is None else kind(value, where)
 
 
-def each(kind: Kind, least: int = 0, most: int = 1_000_000) -> Kind:
+def list_of(kind: Kind, least: int = 0, most: int = 1_000_000) -> Kind:
     """A list whose values are all of one kind."""
     def check(value, where: str) -> list:
         length = f"of {least}" if least == most else f"of {least} to {most}"
@@ -92,7 +92,7 @@ def each(kind: Kind, least: int = 0, most: int = 1_000_000) -> Kind:
     return check
 
 
-def row(*kinds: Kind) -> Kind:
+def tuple_of(*kinds: Kind) -> Kind:
     """A list with a kind for each of its values."""
     def check(value, where: str) -> list:
         require(isinstance(value, list) and len(value) == len(kinds), where, value, f"a list of {len(kinds)} values")
@@ -105,7 +105,7 @@ def mapping(kind: Kind) -> Kind:
     """An object whose values are all of one kind, under any names."""
     def check(value, where: str) -> dict:
         require(isinstance(value, dict), where, value, "an object")
-        return {name: kind(part, f"{where}[{shown(name)}]") for name, part in value.items()}
+        return {name: kind(part, f"{where}[{short_repr(name)}]") for name, part in value.items()}
 
     return check
 
@@ -118,16 +118,16 @@ def record(older: dict[str, Any] | None = None, /, **kinds: Kind) -> Kind:
         require(isinstance(value, dict), where, value, "an object")
         for name in value:
             if name not in kinds:
-                raise Wrong(f"{where} has a field {shown(name)}, which this release does not know")
+                raise FieldError(f"{where} has a field {short_repr(name)}, which this release does not know")
         for name in kinds:
             if name not in value and name not in defaults:
-                raise Wrong(f"{where} lacks its field {name}")
+                raise FieldError(f"{where} lacks its field {name}")
         return {name: kind(value.get(name, defaults.get(name)), f"{where}.{name}") for name, kind in kinds.items()}
 
     return check
 
 
-def part_of(**kinds: Kind) -> Kind:
+def partial_record(**kinds: Kind) -> Kind:
     """An object that has these fields and any others; only these are given."""
     def check(value, where: str) -> dict:
         require(isinstance(value, dict), where, value, "an object")

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .fields import shown
+from .fields import short_repr
 
 # far beyond any checkpoint there is, and read in seconds
 MOST_TENSORS = 100_000
@@ -86,7 +86,7 @@ def check(state: Mapping[str, Tensor], available: int) -> None:
         if not plain or tensor.is_quantized or tensor.is_complex() or tensor.is_nested:
             raise ValueError(f"It holds {key} as a {_kind(tensor)} tensor, which no layer takes. Get a file of plain tensors.")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"It holds {key} with shape {shown(tensor.shape)}, but fewer numbers than that; download it again.")
+            raise ValueError(f"It holds {key} with shape {short_repr(tensor.shape)}, but fewer numbers than that; download it again.")
     total = sum(tensor.nbytes for tensor in state.values())
     if total > SHARED * available:
         raise ValueError(f"It names tensors of {total:,} bytes together, but has only {available:,}; download it again.")
@@ -103,7 +103,7 @@ def _fault(names: list[str]) -> str:
     if len(names) > MOST_TENSORS:
         return f"holds {len(names):,} tensors; no video model has more than {MOST_TENSORS:,}. Choose another file."
     strange = next((name for name in names if not name.isprintable() or len(name) > LONGEST_NAME), None)
-    return "" if strange is None else f"holds a tensor with the name {shown(strange)}, which no weight has; download it again."
+    return "" if strange is None else f"holds a tensor with the name {short_repr(strange)}, which no weight has; download it again."
 
 
 def _is_whole_zip(path: Path) -> bool:

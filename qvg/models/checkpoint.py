@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..files import tensor_files
-from ..files.fields import shown
+from ..files.fields import short_repr
 from . import longcat, wan
 from .names import Found, find_network, split_layout
 
@@ -219,7 +219,7 @@ def _shape(name: str, state: dict[str, torch.Tensor], key: str, axes: int) -> to
     """Of a weight that decides the network's sizes. Raises ValueError where it is empty or has another number of axes."""
     shape = state[key].shape
     if len(shape) != axes or 0 in shape:
-        raise ValueError(f"{name} holds {key} with shape {shown(shape)}, where {axes} numbers above 0 belong; the file is damaged, "
+        raise ValueError(f"{name} holds {key} with shape {short_repr(shape)}, where {axes} numbers above 0 belong; the file is damaged, "
                          "download it again.")
     return shape
 
@@ -255,5 +255,5 @@ def _check_weights(name: str, kind: str, state: dict[str, torch.Tensor], build: 
             # packed by ComfyUI's rules, of which only the least size is known here: a bit for each number
             fits = found.ndim == weight.ndim and 8 * found.nbytes >= weight.numel()
         if not fits:
-            raise ValueError(f"{name} holds {key} as {str(found.dtype).removeprefix('torch.')} of shape {shown(found.shape)}, but the "
+            raise ValueError(f"{name} holds {key} as {str(found.dtype).removeprefix('torch.')} of shape {short_repr(found.shape)}, but the "
                              f"network that its other weights describe has {shape} there; the file is damaged, download it again.")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..attention.rope import Rope
 from ..cache.kv_cache import KVCache
-from ..files.fields import part_of, real, text, whole
+from ..files.fields import integer, partial_record, real_number, text
 from ..files.tensor_files import first_line
 from ..models.wan import HEAD_DIM, PATCH, CausalWan
 from ..models.wan_vae import WanVAE
@@ -37,8 +37,9 @@ from .session import Session
 MARGIN = 0.2
 KEPT = ("frame_rate", "checkpoint", "cfg", "negative", "position_limit")
 # what `Job.values` writes, and how many frames of the video are in its file
-EXTRA = part_of(frame_rate=whole(1, 1000), checkpoint=whole(1, MAX_FRAMES), cfg=real(-1000, 1000), negative=text(),
-                schedule=text(1_000_000), position_limit=whole(0, MAX_FRAMES), settings=text(), video_frames=whole(0, 4 * MAX_FRAMES))
+EXTRA = partial_record(
+    frame_rate=integer(1, 1000), checkpoint=integer(1, MAX_FRAMES), cfg=real_number(-1000, 1000), negative=text(), schedule=text(1_000_000),
+    position_limit=integer(0, MAX_FRAMES), settings=text(), video_frames=integer(0, 4 * MAX_FRAMES))
 
 
 @dataclass(frozen=True)

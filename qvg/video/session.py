@@ -35,7 +35,7 @@ from ..cache.lifetime import Lifetime
 from ..codec.layout import make_span, span_layout, span_tensors
 from ..codec.smoothing import Codebook
 from ..codec.spans import PaperCodebook, PlaneSpan
-from ..files.fields import Wrong, require, shown
+from ..files.fields import FieldError, require, short_repr
 from ..files.places import write_atomically
 from ..files.tensor_files import first_line
 from ..models.fingerprint import fingerprint as fingerprint
@@ -290,7 +290,7 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             raise SessionError(f"{path.name} lacks tensors that its header lists, or has others. Use an earlier checkpoint.")
         parts = KINDS[header.get("kind")][1](header)
         if strange := sorted(parts.keys() ^ listed.keys()):
-            raise Wrong(f"it {'lacks' if strange[0] in parts else 'has a tensor that nothing needs,'} {strange[0]}")
+            raise FieldError(f"it {'lacks' if strange[0] in parts else 'has a tensor that nothing needs,'} {strange[0]}")
         for name, part in parts.items():
             part.check_listed(name, *listed[name][:2])
         found = _unpacked(file, listed) if header["version"] == PACKED else ((name, file.get_tensor(name)) for name in listed)
@@ -307,8 +307,8 @@ def _header(path: Path, file) -> dict:
     require(isinstance(header, dict), "its header", header, "an object")
     # another release may count its checksums in another way, so its version is looked at first
     if header.get("version") not in (VERSION, PACKED):
-        raise SessionError(f"{path.name} has version {shown(header.get('version'))}; this release reads versions {VERSION} and {PACKED}. "
-                           "Use the release that wrote it.")
+        raise SessionError(f"{path.name} has version {short_repr(header.get('version'))}; this release reads versions {VERSION} and "
+                           f"{PACKED}. Use the release that wrote it.")
     if header["version"] == PACKED:
         require(HEADER in file.keys(), "its header", "missing", "a tensor")
         written = file.get_tensor(HEADER)
@@ -321,12 +321,12 @@ def _header(path: Path, file) -> dict:
     require(isinstance(header, dict), "its header", header, "an object")
     kind = header.get("kind")
     if not isinstance(kind, str | None) or kind not in KINDS:
-        raise SessionError(f"{path.name} holds a video of another kind ({shown(kind)}). Choose one that a causal model made.")
+        raise SessionError(f"{path.name} holds a video of another kind ({short_repr(kind)}). Choose one that a causal model made.")
     return KINDS[kind][0](header, "header")
 
 
 def _unpacked(file, listed: Mapping[str, list]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `packed` joined, as windows into the file. Raises Wrong where it holds more or fewer numbers."""
+    """The tensors that `packed` joined, as windows into the file. Raises FieldError where it holds more or fewer numbers."""
     joined, needed, places = {}, Counter(), {}
     for name, (dtype, shape, _) in listed.items():
         places[name] = needed[dtype]

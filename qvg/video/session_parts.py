@@ -1,6 +1,6 @@
 """What a session file consists of, stated as data: the fields of its header, and from them every tensor with its type, shape and range.
 
-    header = CAUSAL(header, "header")           # of a causal model's session, or SEGMENTS, or STREAM; raises fields.Wrong
+    header = CAUSAL(header, "header")           # of a causal model's session, or SEGMENTS, or STREAM; raises fields.FieldError
     for name, part in causal_parts(header).items():
         part.check_listed(name, dtype, shape)   # before the tensor is read
         part.check_values(name, tensor)
@@ -22,7 +22,21 @@ from ..cache.budget import Geometry
 from ..codec.layout import span_layout
 from ..codec.smoothing import Codebook
 from ..codec.spans import PaperCodebook
-from ..files.fields import Wrong, anything, each, flag, mapping, one_of, optional, real, record, require, row, text, whole
+from ..files.fields import (
+    FieldError,
+    anything,
+    boolean,
+    integer,
+    list_of,
+    mapping,
+    one_of,
+    optional,
+    real_number,
+    record,
+    require,
+    text,
+    tuple_of,
+)
 from ..models.wan_vae import CHANNELS
 from ..settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
 from .sampler import MAX_CHUNK, MAX_FRAMES, MAX_SIGMAS, NOISES
@@ -48,37 +62,38 @@ def settings(value, where: str) -> QVGSettings:
     """Of the field's JSON."""
     try:
         return QVGSettings.from_json(text()(value, where))
-    except Wrong:
+    except FieldError:
         raise
     except (ValueError, RecursionError) as error:
-        raise Wrong(f"{where} cannot be read: {str(error) or type(error).__name__}".rstrip(". ")) from None
+        raise FieldError(f"{where} cannot be read: {str(error) or type(error).__name__}".rstrip(". ")) from None
 
 
-FRAMES, BYTES, SIZE = whole(0, MAX_FRAMES), whole(0, MAX_BYTES), whole(1, 65_536)
+FRAMES, BYTES, SIZE = integer(0, MAX_FRAMES), integer(0, MAX_BYTES), integer(1, 65_536)
 NAME = text(200)
-TENSORS = mapping(row(text(40), each(whole(0, MAX_BYTES), 0, 8), text(64)))
-BOOK = optional(whole(0, 2 * MAX_FRAMES))
-BITS = whole(1, max(PLAIN_BITS))
+TENSORS = mapping(tuple_of(text(40), list_of(integer(0, MAX_BYTES), 0, 8), text(64)))
+BOOK = optional(integer(0, 2 * MAX_FRAMES))
+BITS = integer(1, max(PLAIN_BITS))
 
 RUN = record(
-    frames=whole(1, MAX_FRAMES), chunk_frames=whole(1, MAX_CHUNK), sigmas=each(real(0, 1), 2, MAX_SIGMAS), seed=whole(0, 2 ** 64 - 1),
-    first_alone=flag, context_noise=real(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES))
+    frames=integer(1, MAX_FRAMES), chunk_frames=integer(1, MAX_CHUNK), sigmas=list_of(real_number(0, 1), 2, MAX_SIGMAS),
+    seed=integer(0, 2 ** 64 - 1), first_alone=boolean, context_noise=real_number(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES))
 GEOMETRY = record(
-    layers=whole(1, 256), heads=whole(1, 1024), head_dim=whole(8, 1024), grid=row(SIZE, SIZE), batch=whole(1, 1024))
+    layers=integer(1, 256), heads=integer(1, 1024), head_dim=integer(8, 1024), grid=tuple_of(SIZE, SIZE), batch=integer(1, 1024))
 # entries: first latent frame, frames, bits of K and V, numbers of their codebooks. Older sessions lack trained_on: the latent frames that
 # the present codebooks were trained on, the first and the one behind the last
 LAYER = record(
-    {"trained_on": [0, 0]}, entries=each(row(FRAMES, whole(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=row(BOOK, BOOK),
-    next_frame=FRAMES, epoch_frames=FRAMES, trained=flag, trained_on=row(FRAMES, FRAMES))
+    {"trained_on": [0, 0]}, entries=list_of(tuple_of(FRAMES, integer(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=tuple_of(BOOK, BOOK),
+    next_frame=FRAMES, epoch_frames=FRAMES, trained=boolean, trained_on=tuple_of(FRAMES, FRAMES))
 CAUSAL = record(
-    version=whole(1, 2), fingerprint=NAME, run=RUN, shape=row(SIZE, SIZE, SIZE, SIZE), settings=each(settings, 1, 64),
-    geometry=each(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)), layers=each(each(LAYER, 1, 256), 1, 64), peaks=each(BYTES, 1, 64),
-    frames_done=FRAMES, chunk=FRAMES, last_prompt=optional(text(1_000_000)), recent=FRAMES, extra=mapping(anything), tensors=TENSORS)
+    version=integer(1, 2), fingerprint=NAME, run=RUN, shape=tuple_of(SIZE, SIZE, SIZE, SIZE), settings=list_of(settings, 1, 64),
+    geometry=list_of(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)), layers=list_of(list_of(LAYER, 1, 256), 1, 64),
+    peaks=list_of(BYTES, 1, 64), frames_done=FRAMES, chunk=FRAMES, last_prompt=optional(text(1_000_000)), recent=FRAMES,
+    extra=mapping(anything), tensors=TENSORS)
 SEGMENTS = record(
-    version=whole(1, 2), kind=one_of("segments"), fingerprint=NAME, carry=one_of(*CARRIES), given_frames=whole(1, MAX_FRAMES), start=NAME,
-    new=each(whole(1, MAX_FRAMES), 1, 100_000), tensors=TENSORS)
+    version=integer(1, 2), kind=one_of("segments"), fingerprint=NAME, carry=one_of(*CARRIES), given_frames=integer(1, MAX_FRAMES),
+    start=NAME, new=list_of(integer(1, MAX_FRAMES), 1, 100_000), tensors=TENSORS)
 STREAM = record(
-    {"digest": ""}, version=whole(1, 2), kind=one_of("stream"), key=NAME, done=FRAMES, frames=whole(0, 4 * MAX_FRAMES), digest=NAME,
+    {"digest": ""}, version=integer(1, 2), kind=one_of("stream"), key=NAME, done=FRAMES, frames=integer(0, 4 * MAX_FRAMES), digest=NAME,
     tensors=TENSORS)
 
 
@@ -104,17 +119,17 @@ class Part:
         if not tensor.numel():
             return
         if self.e4m3 and int((tensor & E4M3_NAN).max()) == E4M3_NAN:
-            raise Wrong(f"{name} holds codes that are no number")
+            raise FieldError(f"{name} holds codes that are no number")
         low, high = self.within or ((-LARGEST, LARGEST) if tensor.is_floating_point() else (0, 255))
         least, greatest = (bound.item() for bound in torch.aminmax(tensor)) if self.within or tensor.is_floating_point() else (low, high)
         # NaN is in no range
         if not (low <= least and greatest <= high):
             found = greatest if low <= least else least
-            raise Wrong(f"{name} holds {found:g}; its numbers must be from {low:g} to {high:g}")
+            raise FieldError(f"{name} holds {found:g}; its numbers must be from {low:g} to {high:g}")
 
 
 def causal_parts(header: Mapping) -> dict[str, Part]:
-    """Every tensor of a causal model's session whose fields have been checked. Raises Wrong where its fields contradict each other."""
+    """Every tensor of a causal model's session whose fields have been checked. Raises FieldError where its fields contradict each other."""
     batch, channels, height, width = header["shape"]
     frames, listed = header["frames_done"], header["tensors"]
     latents = (batch, channels, range(1, frames + 1), height, width)
@@ -147,7 +162,7 @@ def _check_counts(header: Mapping) -> None:
 
 
 def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geometry, dtype: torch.dtype, frames: int) -> dict[str, Part]:
-    """Tensors of a layer. name: what theirs begin with. Raises Wrong where its spans cannot be."""
+    """Tensors of a layer. name: what theirs begin with. Raises FieldError where its spans cannot be."""
     parts, tensors = {f"{name}.random": Part((torch.uint8,), (STATE_BYTES,))}, (chosen.key, chosen.value)
     end = 0
     for index, (first, count, *bits_and_books) in enumerate(layer["entries"]):
@@ -184,7 +199,7 @@ def _span_parts(codec: str, tensor: TensorSettings, bits: int, tokens: int, geom
     try:
         layout = span_layout(codec, tensor, bits, tokens, geometry.rows, geometry.head_dim, dtype)
     except ValueError as error:
-        raise Wrong(str(error).rstrip(".")) from None
+        raise FieldError(str(error).rstrip(".")) from None
     codes = ("scales", "zeros") if bits not in PLAIN_BITS else ()
     # an id is of a centroid: `check_span` knows how many there are
     return {part: Part((kind,), shape, EXPONENTS if part == "exponents" else None, part in codes) for part, (kind, shape) in layout.items()}
@@ -207,10 +222,10 @@ def _book_parts(name: str, codec: str, tensor: TensorSettings, geometry: Geometr
 
 
 def check_span(name: str, tensors: Mapping[str, Tensor], book: Codebook | PaperCodebook) -> None:
-    """What a span in planes or paper codes, whose tensors begin with `name`, and its codebook must be together. Raises Wrong."""
+    """What a span in planes or paper codes, whose tensors begin with `name`, and its codebook must be together. Raises FieldError."""
     ids, count = tensors[f"{name}.ids"], book.centroids.shape[2]
     if ids.numel() and int(ids.max()) >= count:
-        raise Wrong(f"{name}.ids holds {int(ids.max())}, but its codebook has {count} centroids")
+        raise FieldError(f"{name}.ids holds {int(ids.max())}, but its codebook has {count} centroids")
     if isinstance(book, Codebook):
         # more than any number of the span can be
         factors = torch.ldexp(book.channel_scale.float().amax(-1), tensors[f"{name}.exponents"].int())
@@ -220,7 +235,7 @@ def check_span(name: str, tensors: Mapping[str, Tensor], book: Codebook | PaperC
 
 
 def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
-    """What the tensors of a causal model's session must be together, each of which has been checked. Raises Wrong."""
+    """What the tensors of a causal model's session must be together, each of which has been checked. Raises FieldError."""
     frames, held = header["frames_done"], sum(stored[f"recent{number}"].shape[2] for number in range(header["recent"]))
     require(held <= frames, "the number of latent frames in recent0 and so on", held, f"at most header.frames_done, {frames}")
     for number, (chosen, layers) in enumerate(zip(header["settings"], header["layers"])):
@@ -229,7 +244,7 @@ def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
             try:
                 torch.Generator().set_state(stored[f"{name}.random"])
             except RuntimeError:
-                raise Wrong(f"{name}.random is no state of a generator") from None
+                raise FieldError(f"{name}.random is no state of a generator") from None
             for index, (_, _, *bits_and_books) in enumerate(layer["entries"]):
                 for side, bits, book in zip(SIDES, bits_and_books[:2], bits_and_books[2:]):
                     if bits not in PLAIN_BITS:
@@ -260,11 +275,11 @@ def stream_parts(header: Mapping) -> dict[str, Part]:
 
 
 def parse(json_text: str, where: str) -> object:
-    """JSON of a file. Raises Wrong."""
+    """JSON of a file. Raises FieldError."""
     try:
         return json.loads(json_text)
     except (ValueError, RecursionError) as error:
-        raise Wrong(f"{where} is no JSON: {str(error) or type(error).__name__}"[:120]) from None
+        raise FieldError(f"{where} is no JSON: {str(error) or type(error).__name__}"[:120]) from None
 
 
 # by the kind that a header names: its fields, its tensors

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..files.fields import shown
+from ..files.fields import short_repr
 from ..files.places import Lock, Taken, check_place, failed, remove_parts, write_atomically
 from ..models.wan_vae import WanVAE, denormalize, normalize
 
@@ -66,7 +66,7 @@ class ChunkDecoder:
             if name not in expected:
                 raise ValueError(f"The saved decoder has a layer {name[:100]!r}, which this VAE lacks. Load the VAE that made the video.")
             if name not in state or tuple(state[name].shape) != expected[name]:
-                found = f"has shape {shown(list(state[name].shape))}" if name in state else "is missing"
+                found = f"has shape {short_repr(list(state[name].shape))}" if name in state else "is missing"
                 raise ValueError(f"The saved decoder's layer {name} {found}, where this VAE has {list(expected[name])}. Load the VAE that "
                                  "made the video, or use an earlier checkpoint.")
         modules, weight = dict(self.vae.decoder.named_modules()), self.vae.conv2.weight
