@@ -21,8 +21,8 @@ from torch import Tensor
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.demo import GRID
 from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.video import SELF_FORCING_SIGMAS, CachedNetwork, Condition, Run
 from ..qvg.video.generate import cache_of
-from ..qvg.video.sampler import SELF_FORCING_SIGMAS, CachedNetwork, Condition, Run
 from .measure import environment, progress, table, write
 from .quality import BARE, Loop
 
@@ -52,7 +52,7 @@ class Next:
         exact = self.cache(PRESETS["off"])
         model = self.model(exact)
         for first in range(0, GIVEN, CHUNK):
-            model.denoise(self.loop.truth[:, :, first:first + CHUNK], 0.0, first, at=first, store=True)
+            model.denoise(self.loop.truth[:, :, first:first + CHUNK], 0.0, first, prompt_frame=first, store=True)
         draw = torch.Generator().manual_seed(0)
         self.noises = [torch.randn(videos, 16, CHUNK, *self.loop.truth.shape[3:], generator=draw) for _ in SELF_FORCING_SIGMAS]
         self.pairs = [[torch.cat([entry.spans[side].data for entry in layer.entries]).unflatten(1, (videos, -1)).transpose(0, 1)
@@ -70,7 +70,7 @@ class Next:
         for sigma, following, noise in zip(SELF_FORCING_SIGMAS, [*SELF_FORCING_SIGMAS[1:], 0.0], [*self.noises[1:], self.noises[0]]):
             if sigma == 0:
                 break
-            made = model.denoise(x, sigma, GIVEN, at=GIVEN, store=False)
+            made = model.denoise(x, sigma, GIVEN, prompt_frame=GIVEN, store=False)
             x = (1 - following) * made + following * noise
         return made
 

@@ -32,7 +32,7 @@ from ..qvg.models.wan import CausalWan, WanSizes, bidirectional
 from ..qvg.report.plan import longest
 from ..qvg.settings import PRESETS
 from ..qvg.units import GIB
-from ..qvg.video.sampler import SELF_FORCING_SIGMAS
+from ..qvg.video import SELF_FORCING_SIGMAS
 from . import longcat, methods, peers
 from .kernels import Case, tokens
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write

@@ -43,6 +43,9 @@ PARTS = {
     "qvg/cache/budget.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast", "test_lifetime"],
     "qvg/cache/forecast.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast", "test_lifetime"],
     "qvg/attention/cached.py": ["test_attention", "test_loop", "test_sampler"],
+    "qvg/video/run.py": ["test_loop", "test_sampler"],
+    "qvg/video/noise.py": ["test_loop", "test_sampler"],
+    "qvg/video/network.py": ["test_loop", "test_sampler"],
     "qvg/video/sampler.py": ["test_loop", "test_sampler"],
 }
 SLOWER = {

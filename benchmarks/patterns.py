@@ -15,8 +15,8 @@ from ..qvg.cache.kv_cache import Entry, KVCache, LayerCache
 from ..qvg.codec import spans as codec
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt
 from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..qvg.video.generate import cache_of
-from ..qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from .baselines import Noise
 
 

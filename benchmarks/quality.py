@@ -33,8 +33,8 @@ from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
 from ..qvg.models.wan_vae import denormalize
 from ..qvg.report.metrics import similarity
 from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..qvg.video.generate import cache_of
-from ..qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from . import baselines, scatter
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
 from .patterns import PATTERNS, PatternLoop

@@ -31,10 +31,9 @@ from ..qvg.models.wan import CausalWan, WanSizes
 from ..qvg.models.wan_vae import WanVAE
 from ..qvg.settings import QVGSettings
 from ..qvg.units import GIB
+from ..qvg.video import ChunkDone, Run, Schedule
 from ..qvg.video import session as storage
 from ..qvg.video.generate import Job, generate, resumed
-from ..qvg.video.sampler import ChunkDone, Run
-from ..qvg.video.schedule import Schedule
 from .measure import progress
 
 MEBI = 1 << 20

@@ -5,8 +5,8 @@
     QVGPromptSchedule        CLIP, "0s: ...  6.5s: ..." -> CONDITIONING
     QVGPromptAt              CONDITIONING, CONDITIONING, seconds -> CONDITIONING
 
-The loop is `qvg.sampler`; what a condition keeps is `adapters.causal`. Save Video Session and Stream Video to File put themselves into the
-SAMPLER.
+The loop is `qvg.video.sampler`; what a condition keeps is `adapters.causal`. Save Video Session and Stream Video to File put themselves
+into the SAMPLER.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from ..qvg.cache.forecast import forecast
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.units import GIB, format_bytes
+from ..qvg.video import Adapted, ChunkDone, Run, Sampler, Schedule, StepDone, check_positions, first_frame, latent_frames
 from ..qvg.video.generate import MARGIN, Meter
-from ..qvg.video.sampler import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
-from ..qvg.video.schedule import Schedule, first_frame, latent_frames
 from ..qvg.video.session import Session, fingerprint
 from . import live, where
 from .adapters.causal import SCHEDULE, CausalWan, cache_shape

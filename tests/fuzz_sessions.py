@@ -20,10 +20,9 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import PRESETS
-from comfyui_qvg.qvg.video import segments
+from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided, segments
 from comfyui_qvg.qvg.video import session as storage
 from comfyui_qvg.qvg.video.generate import generate, resumed
-from comfyui_qvg.qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 
 SHAPE = (1, 16, 2, 4)
 RUN = Run(frames=12, sigmas=(1, 0.5, 0), recache_frames=3)

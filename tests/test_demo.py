@@ -16,7 +16,7 @@ from comfyui_qvg.qvg.commands.progress import bar
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH, load_tiny, run
 from comfyui_qvg.qvg.demo.prompts import COLOURS, parse_prompt
 from comfyui_qvg.qvg.demo.scenes import place, random_scene, render
-from comfyui_qvg.qvg.video.sampler import Run
+from comfyui_qvg.qvg.video import Run
 
 RUNS = {"bf16", "bf16-repeat", "bf16-noise", "balanced", "paper-int2", "quality", "smallest"}
 

@@ -16,7 +16,7 @@ from comfyui_qvg.qvg.codec import e4m3, smoothing
 from comfyui_qvg.qvg.codec.finite import LARGEST, saturated, tame
 from comfyui_qvg.qvg.codec.spans import LevelTables, PlaneSpan, TensorCodec
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
-from comfyui_qvg.qvg.video.sampler import CachedNetwork, guided
+from comfyui_qvg.qvg.video import CachedNetwork, guided
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

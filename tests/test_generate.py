@@ -13,11 +13,10 @@ import torch
 from comfyui_qvg.benchmarks import soak
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH
 from comfyui_qvg.qvg.files.places import InUse
+from comfyui_qvg.qvg.video import ChunkDone, Run, Schedule, StepDone
 from comfyui_qvg.qvg.video import session as storage
 from comfyui_qvg.qvg.video.generate import Notice, generate, prepare, resumed
 from comfyui_qvg.qvg.video.recorder import BESIDE, session_bytes
-from comfyui_qvg.qvg.video.sampler import ChunkDone, Run, StepDone
-from comfyui_qvg.qvg.video.schedule import Schedule
 from comfyui_qvg.qvg.video.stream import ChunkDecoder, encode_stream
 
 trained = pytest.mark.skipif(not (NETWORK_PATH.is_file() and VAE_PATH.is_file()), reason="the tiny model's weights are not here")

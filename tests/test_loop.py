@@ -1,6 +1,7 @@
 """The chunk loop step by step: what a model is asked, in which order, with which noise, and what happens when a pass fails."""
 
 import hashlib
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from comfyui_qvg.qvg.attention.cached import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import CacheStats, KVCache
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
-from comfyui_qvg.qvg.video.sampler import (
+from comfyui_qvg.qvg.video import (
     SELF_FORCING_SIGMAS,
     Adapted,
     CachedNetwork,
@@ -38,8 +39,8 @@ class Script:
         self.prompts, self.failing, self.spare = prompts, set(failing), spare
         self.calls, self.inputs, self.said = [], [], []
 
-    def denoise(self, x, sigma, first, *, at, store):
-        self.calls.append((first, x.shape[2], round(sigma, 6), at, store))
+    def denoise(self, x, sigma, first, *, prompt_frame, store):
+        self.calls.append((first, x.shape[2], round(sigma, 6), prompt_frame, store))
         self.inputs.append(x.clone())
         if len(self.calls) - 1 in self.failing:
             raise torch.OutOfMemoryError("full")
@@ -100,6 +101,69 @@ def test_the_numbers_of_a_run():
     assert torch.equal(done[0], model.inputs[2]) and torch.equal(done[1], model.inputs[5])
     steps = [event.denoised for event in events if isinstance(event, StepDone)]
     assert torch.equal(steps[0], 0.1 * model.inputs[0]) and torch.equal(steps[3], 0.1 * model.inputs[4] + 3)
+
+
+def test_renoise_is_the_callers():
+    """A function of the caller's adds the noise, between two steps and for context noise, with the noise of the default."""
+    calls = []
+
+    def edm(denoised, sigma, noise):
+        calls.append((denoised, sigma, noise))
+        return denoised + sigma * noise
+
+    run = Run(frames=6, sigmas=(80, 2, 0.5, 0), context_noise=0.25)
+    model, _, events = played(run, renoise=edm)
+    assert [sigma for _, sigma, _ in calls] == 2 * [2, 0.5, 0.25]
+    steps = [event.denoised for event in events if isinstance(event, StepDone)]
+    assert [id(denoised) for denoised, _, _ in calls] == [id(steps[index]) for index in (0, 1, 2, 3, 4, 5)]
+    assert all(torch.equal(x, denoised + sigma * noise) for x, (denoised, sigma, noise) in zip(
+        [model.inputs[index] for index in (1, 2, 3, 5, 6, 7)], calls))
+    assert_noise(model.inputs[0] / 80)
+    for noise in (noise for _, _, noise in calls):
+        assert_noise(noise)
+    drawn = []
+    played(replace(run, sigmas=(1, 0.8, 0.5, 0)), renoise=lambda denoised, _, noise: drawn.append(noise) or denoised)
+    assert all(torch.equal(noise, same) for (_, _, noise), same in zip(calls, drawn, strict=True))
+
+
+def test_the_default_renoise_is_that_of_flow_matching():
+    run = Run(frames=6, sigmas=(1, 0.75, 0.5, 0), context_noise=0.1)
+    plain, _, _ = played(run)
+    same, _, _ = played(run, renoise=lambda denoised, sigma, noise: (1.0 - sigma) * denoised + sigma * noise)
+    assert all(torch.equal(a, b) for a, b in zip(plain.inputs, same.inputs, strict=True))
+
+
+def test_a_flow_model_has_sigmas_of_at_most_one():
+    with pytest.raises(ValueError, match=r"The sigmas are 1\.1, 0; .*pass its renoise"):
+        Sampler(Script(), Run(frames=3, sigmas=(1.1, 0)), SHAPE)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_callers_grad_mode_is_its_own(grad):
+    """The model runs without gradients, and between two events the caller has the mode that it chose."""
+    modes = []
+
+    class Watched(Script):
+        def denoise(self, *args, **kwargs):
+            modes.append(torch.is_grad_enabled())
+            return super().denoise(*args, **kwargs)
+
+    with torch.set_grad_enabled(grad):
+        for event in Sampler(Watched(failing=[1], spare=1), Run(frames=6, sigmas=(1, 0)), SHAPE):
+            assert torch.is_grad_enabled() == grad, event
+        assert torch.is_grad_enabled() == grad
+        for _ in Sampler(Watched(), Run(frames=6), SHAPE):
+            break
+        assert torch.is_grad_enabled() == grad
+    assert modes and not any(modes)
+
+
+def test_a_network_runs_without_gradients():
+    """Also where its weights need them, and outside of the loop."""
+    model = toy()
+    model.network.weight = torch.ones(1, requires_grad=True)
+    found = model.denoise(torch.randn(1, 64, 3, 4, 4), 0.5, 0, prompt_frame=0, store=True)
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("level", [0.1, 0.5])
@@ -169,16 +233,16 @@ def test_sigmas_that_do_not_end_in_zero():
     (2, 5, False, [2])])
 def test_lengths_of_chunks(frames, chunk, alone, lengths):
     run = Run(frames=frames, chunk_frames=chunk, first_alone=alone, sigmas=(1, 0))
-    assert list(run.pieces(0, frames)) == lengths and run.steps == 1
+    assert list(run.chunk_lengths(0, frames)) == lengths and run.steps == 1
     model, sampler, _ = played(run)
     assert [call[1] for call in model.calls if call[-1]] == lengths and sampler.chunk == len(lengths)
 
 
 def test_pieces_from_the_middle():
     """The first frame is alone only where it is the first."""
-    assert list(Run(frames=9, first_alone=True).pieces(4, 9)) == [3, 2]
-    assert list(Run(frames=9).pieces(9, 9)) == []
-    assert [Run(frames=9).given_pieces(frames) for frames in (0, 1, 3, 4, 8)] == [[], [1], [3], [1, 3], [2, 3, 3]]
+    assert list(Run(frames=9, first_alone=True).chunk_lengths(4, 9)) == [3, 2]
+    assert list(Run(frames=9).chunk_lengths(9, 9)) == []
+    assert [Run(frames=9).start_chunk_lengths(frames) for frames in (0, 1, 3, 4, 8)] == [[], [1], [3], [1, 3], [2, 3, 3]]
 
 
 def test_given_frames_are_stored_and_then_others_are_made():
@@ -257,11 +321,11 @@ class Toy:
     """Wan's forward with two layers of attention and nothing else: 8 heads of 8 channels are the latents' 64 channels."""
 
     def __init__(self):
-        self.timesteps = []
+        self.timesteps, self.weight = [], 1
 
     def __call__(self, x, timestep, context, attend):
         self.timesteps.append(timestep)
-        tokens = x.permute(0, 2, 3, 4, 1).flatten(1, 3).unflatten(-1, (8, 8)) + context
+        tokens = x.permute(0, 2, 3, 4, 1).flatten(1, 3).unflatten(-1, (8, 8)) * self.weight + context
         for layer in range(2):
             tokens = tokens + attend(layer, tokens, 0.5 * tokens, tokens.roll(1, -1))
         return tokens.flatten(2).unflatten(1, (-1, *x.shape[3:])).permute(0, 4, 1, 2, 3)
@@ -315,7 +379,7 @@ def test_a_denoised_chunk():
     model = toy(prompts=((0.1, 3.0), (-0.4, -2.0)))
     for condition in model.conditions:
         condition.cache = KVCache(EXACT, layers=2, heads=8, head_dim=8, grid=(4, 4), rope=Rope, batch=2, dtype=torch.float32)
-    found = model.denoise(x, 0.625, 0, at=0, store=False)
+    found = model.denoise(x, 0.625, 0, prompt_frame=0, store=False)
     torch.testing.assert_close(found, 3 * (x - 0.625 * flows[0]) - 2 * (x - 0.625 * flows[1]), rtol=1e-4, atol=1e-4)
     for timestep in model.network.timesteps:
         assert timestep.shape == (2, 3) and (timestep == 625).all()
@@ -393,7 +457,7 @@ def test_what_runs_default_to():
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"frames": 0}, "frames is 0"), ({"chunk_frames": 0}, "chunk_frames is 0"), ({"recache_frames": -1}, "recache_frames is -1"),
-    ({"sigmas": (1.1, 0)}, "The sigmas are 1.1, 0"), ({"sigmas": (1, -0.1)}, "at least 0"), ({"sigmas": ()}, "The sigmas are empty"),
+    ({"sigmas": (1e5, 0)}, "The sigmas are 100000, 0"), ({"sigmas": (1, -0.1)}, "at least 0"), ({"sigmas": ()}, "The sigmas are empty"),
     ({"sigmas": (0.5, 0.5)}, "that fall"), ({"context_noise": -0.1}, "at least 0"), ({"context_noise": 1}, "below 1")])
 def test_runs_that_cannot_be(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -405,7 +469,7 @@ SIGMAS = [1 - step / 20_000 for step in range(10_001)]
 
 @pytest.mark.parametrize("changes", [
     {"frames": 1}, {"frames": 1_000_000}, {"chunk_frames": 1}, {"chunk_frames": 256}, {"sigmas": (1, 0.5)}, {"sigmas": SIGMAS},
-    {"context_noise": 0.99}, {"recache_frames": 0}, {"recache_frames": 1_000_000}, {"seed": 0}, {"seed": 2**64 - 1}])
+    {"sigmas": (1e4, 0)}, {"context_noise": 0.99}, {"recache_frames": 0}, {"recache_frames": 1_000_000}, {"seed": 0}, {"seed": 2**64 - 1}])
 def test_runs_that_just_can_be(changes):
     Run(**{"frames": 3} | changes)
 
@@ -424,7 +488,7 @@ def test_runs_that_just_cannot_be(changes, words):
 def test_how_many_chunks_there_are():
     for chunk, alone, first, stop in product((1, 3, 4), (False, True), range(9), range(9)):
         run = Run(frames=9, chunk_frames=chunk, first_alone=alone)
-        assert run.count(first, stop) == len(list(run.pieces(first, stop)))
+        assert run.chunk_count(first, stop) == len(list(run.chunk_lengths(first, stop)))
 
 
 @pytest.mark.parametrize("level", [-0.1, 1.0, 1.5, float("nan")])

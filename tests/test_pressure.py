@@ -14,7 +14,7 @@ from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.kv_cache import KVCache, shrink
 from comfyui_qvg.qvg.settings import CODECS, PRESETS, QVGSettings, TensorSettings
 from comfyui_qvg.qvg.units import GIB
-from comfyui_qvg.qvg.video.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
+from comfyui_qvg.qvg.video import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 
 HEADS, DIM = 8, 64
 SETTINGS = replace(PRESETS["quality"].both(centroids=4), sink_frames=1, iterations=1)

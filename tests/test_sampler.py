@@ -13,7 +13,7 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import CacheStats, KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import QVGSettings
-from comfyui_qvg.qvg.video.sampler import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided
+from comfyui_qvg.qvg.video import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 # set where a test runs in a process of its own
@@ -327,7 +327,7 @@ def test_chunks_are_counted_without_making_them(chunk_frames, first_alone):
     run = Run(frames=9, chunk_frames=chunk_frames, first_alone=first_alone)
     for first in range(10):
         for stop in range(10):
-            assert run.count(first, stop) == len(list(run.pieces(first, stop)))
+            assert run.chunk_count(first, stop) == len(list(run.chunk_lengths(first, stop)))
 
 
 def test_an_error_behind_a_chunk_does_not_lose_it(network, monkeypatch):

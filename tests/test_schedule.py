@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_qvg.qvg.video.schedule import PromptTrack, Schedule, first_frame, latent_frames
+from comfyui_qvg.qvg.video import PromptTrack, Schedule, first_frame, latent_frames
 
 
 def test_notation():

@@ -16,8 +16,8 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
+from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 from comfyui_qvg.qvg.video import session as storage
-from comfyui_qvg.qvg.video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 from comfyui_qvg.qvg.video.session import SessionError
 
 SHAPE = (1, 16, 2, 4)

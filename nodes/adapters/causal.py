@@ -1,4 +1,4 @@
-"""Core's causal Wan as a `Model` of `qvg.sampler`: every condition of the guider has a cache and a cross-attention cache of its own.
+"""Core's causal Wan as a `Model` of `qvg.video`: every condition of the guider has a cache and a cross-attention cache of its own.
 
 For the time of a run the network's forward and its self-attention are replaced on the instance, and put back in `finally`. So this works
 with any guider, any loader and any LoRA, with or without Quantize KV Cache (QVG) on the model. A pass of several conditions in one batch
@@ -48,7 +48,7 @@ class Handle:
 
 
 class CausalWan:
-    """The model, its guider, and the caches; see `qvg.sampler.Model` for the methods.
+    """The model, its guider, and the caches; see `qvg.video.Model` for the methods.
 
     guider: core's CFGGuider or one of its kind during a run. make_cache: called once for each condition.
     """
@@ -87,11 +87,11 @@ class CausalWan:
 
     # what the sampler asks for
 
-    def denoise(self, x: torch.Tensor, sigma: float, first: int, *, at: int, store: bool) -> torch.Tensor:
+    def denoise(self, x: torch.Tensor, sigma: float, first: int, *, prompt_frame: int, store: bool) -> torch.Tensor:
         if not store:
             # a chunk that is finished is still stored, so that it can be saved
             comfy.model_management.throw_exception_if_processing_interrupted()
-        self._now = first, at, store
+        self._now = first, prompt_frame, store
         self._install()
         return self.guider(x, x.new_full([x.shape[0]], sigma), **self.extra_args)
 

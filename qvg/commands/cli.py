@@ -25,7 +25,7 @@ from ..models.catalogue import MODELS
 from ..models.weights import WEIGHTS
 from ..report import plan as planning
 from ..settings import PRESETS
-from ..video.sampler import MAX_FRAMES
+from ..video import MAX_FRAMES
 from . import demo, generate
 from .arguments import DAY, MOST_GIB, number, whole
 

@@ -15,7 +15,7 @@ from ..demo import CHUNK_FRAMES, PROMPTS
 from ..demo.run import COMPARED, DEFAULT, NOISE, Demo, draw, figures, hardware, render, write_video
 from ..files.places import PlaceError, Taken, check_place, write_atomically
 from ..report.chart import format_bytes
-from ..video.sampler import Run
+from ..video import Run
 from .arguments import device, whole
 from .progress import bar
 

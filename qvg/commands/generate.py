@@ -19,12 +19,11 @@ import torch
 from ..files.places import PlaceError, Taken, check_place
 from ..settings import PRESETS, QVGSettings
 from ..units import format_bytes
+from ..video import MAX_FRAMES, Adapted, ChunkDone, Run, Schedule, latent_frames
 from ..video import session as storage
 from ..video.generate import Job, Notice, auto_budget, generate, resumed
 from ..video.pictures import read_frames
 from ..video.recorder import same_place
-from ..video.sampler import MAX_FRAMES, Adapted, ChunkDone, Run
-from ..video.schedule import Schedule, latent_frames
 from ..video.session import Session
 from ..video.stream import encode_stream
 from .arguments import DAY, budget, device, number, whole

@@ -27,8 +27,8 @@ from ..cache.kv_cache import CacheStats, KVCache
 from ..report import metrics
 from ..settings import PRESETS
 from ..units import format_bytes
+from ..video import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..video.generate import cache_of
-from ..video.sampler import CachedNetwork, ChunkDone, Condition, Run, Sampler
 from ..video.stream import ChunkDecoder, VideoWriter, to_bytes
 from . import CHUNK_FRAMES, GRID, LATENT, embed_prompt, load_tiny
 

@@ -28,8 +28,11 @@ from ..models.wan_vae import WanVAE
 from ..settings import QVGSettings
 from ..units import GIB, format_bytes
 from . import session as storage
+from .events import ChunkDone, Event
+from .network import CachedNetwork, Condition, check_positions, guided
 from .recorder import Recorder
-from .sampler import MAX_FRAMES, CachedNetwork, ChunkDone, Condition, Event, Run, Sampler, check_positions, guided
+from .run import MAX_FRAMES, Run
+from .sampler import Sampler
 from .schedule import PromptTrack, Schedule
 from .session import Session
 

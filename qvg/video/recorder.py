@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ..cache.forecast import forecast
 from ..files.places import Lock, PlaceError, Taken, check_place, remove_parts
 from . import session as storage
-from .sampler import ChunkDone, Sampler
+from .events import ChunkDone
+from .sampler import Sampler
 from .session import Session
 from .stream import ChunkDecoder, VideoWriter, to_bytes
 

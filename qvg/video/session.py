@@ -40,7 +40,8 @@ from ..files.places import write_atomically
 from ..files.tensor_files import first_line
 from ..models.fingerprint import fingerprint as fingerprint
 from ..settings import QVGSettings
-from .sampler import Run, Sampler
+from .run import Run
+from .sampler import Sampler
 from .session_parts import KINDS, SIDES, Part, book_of, check_causal, parse
 
 # of a file with a tensor for each, and of one that joins them, see `packed`

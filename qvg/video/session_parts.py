@@ -39,7 +39,7 @@ from ..files.fields import (
 )
 from ..models.wan_vae import CHANNELS
 from ..settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
-from .sampler import MAX_CHUNK, MAX_FRAMES, MAX_SIGMAS, NOISES
+from .run import MAX_CHUNK, MAX_FRAMES, MAX_SIGMA, MAX_SIGMAS, NOISES
 from .schedule import latent_frames
 
 MAX_BYTES = 2 ** 50
@@ -75,7 +75,7 @@ BOOK = optional(integer(0, 2 * MAX_FRAMES))
 BITS = integer(1, max(PLAIN_BITS))
 
 RUN = record(
-    frames=integer(1, MAX_FRAMES), chunk_frames=integer(1, MAX_CHUNK), sigmas=list_of(real_number(0, 1), 2, MAX_SIGMAS),
+    frames=integer(1, MAX_FRAMES), chunk_frames=integer(1, MAX_CHUNK), sigmas=list_of(real_number(0, MAX_SIGMA), 2, MAX_SIGMAS),
     seed=integer(0, 2 ** 64 - 1), first_alone=boolean, context_noise=real_number(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES))
 GEOMETRY = record(
     layers=integer(1, 256), heads=integer(1, 1024), head_dim=integer(8, 1024), grid=tuple_of(SIZE, SIZE), batch=integer(1, 1024))

@@ -11,8 +11,8 @@ from test_long_video import build
 from comfy_client import ComfyError
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.video import CachedNetwork, Condition, Run, Sampler
 from comfyui_qvg.qvg.video import session as storage
-from comfyui_qvg.qvg.video.sampler import CachedNetwork, Condition, Run, Sampler
 from longcat_graphs import build as continue_video
 from longcat_graphs import write_files
 from random_models import write_random_models
