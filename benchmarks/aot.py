@@ -26,7 +26,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ..kernels import assign, decode, encode, hopper, rotate, store, update
 from ..kernels.tiles import Product
-from ..qvg.backends.dispatch import Unsupported
+from ..qvg.backends import Unsupported
 from ..qvg.codec import e4m3
 
 # bytes of shared memory that one program may take

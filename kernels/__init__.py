@@ -1,4 +1,4 @@
-"""Triton kernels: one op a file, each with the meaning of its reference implementation in `qvg`, which stays the definition.
+"""Triton kernels, one op a file. Each computes what its reference implementation in `qvg` defines.
 
-The only place that imports triton. `qvg.backends.dispatch` imports it on first use and keeps the reason where that fails.
+Only this folder imports triton. `qvg.backends` imports `ops` when an op first meets a GPU, and keeps the reason where that fails.
 """

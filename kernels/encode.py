@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.backends.dispatch import GIVE_UP, before_launch, note
-from ..qvg.backends.memory import ran_out
+from ..qvg.backends import Failures, before_launch, note, ran_out, sentence_of
 from ..qvg.codec import planes
 from ..qvg.codec.smoothing import Codebook
 from ..qvg.codec.spans import PlaneSpan
@@ -37,8 +36,7 @@ MAX_BORDERS = 2 ** (planes.MAX_PLANES - 1) - 1
 # scales that a program looks at together
 SCALES = 2048
 ON_HOPPER = "encode on Hopper"
-# what Hopper's kernel said when it failed, by what it was compiled for and by the shapes of the call
-_hopper_failures: dict[tuple, dict[tuple, str]] = {}
+_hopper_failures = Failures()
 
 
 def encode_warps(product: Product, head_dim: int, major: int) -> int:
@@ -242,10 +240,8 @@ def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
     odd = x.stride(0) % 2 or x.stride(1) % 2 or any(tensor.data_ptr() % 4 for tensor in xs)
     if major(x.device) != 9 or x.dtype != torch.bfloat16 or odd:
         return False
-    failed = _hopper_failures.get(_compiled_for(first), {})
-    reason = failed.get(x.shape) or (len(failed) >= GIVE_UP and next(iter(failed.values())))
-    if reason:
-        note(ON_HOPPER, reason)
+    if reason := _hopper_failures.reason(_compiled_for(first), x.shape):
+        note(ON_HOPPER, reason=reason)
         return False
     try:
         from . import hopper
@@ -257,10 +253,10 @@ def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
         if ran_out(error):
             raise
         # a Triton without Gluon, or with another one; the kernel for any GPU asks for less
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        _hopper_failures.setdefault(_compiled_for(first), {})[x.shape] = reason
+        reason = sentence_of(error)
+        _hopper_failures.add(_compiled_for(first), x.shape, reason)
         logging.warning("QVG: %s tokens in %s heads are encoded by the kernel for any GPU from here on: %s", *x.shape[:2], reason)
-        note(ON_HOPPER, reason)
+        note(ON_HOPPER, reason=reason)
         return False
     return cut is not None
 

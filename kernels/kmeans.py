@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..qvg.backends.dispatch import before_launch
+from ..qvg.backends import before_launch
 from .assign import Search
 from .tiles import Product
 from .update import Means

@@ -1,4 +1,4 @@
-"""The kernels by the names that `qvg.backends.dispatch` knows them by."""
+"""What `qvg.backends` imports of the kernels: a function for each op, and where they run besides a GPU."""
 
 from __future__ import annotations
 
@@ -16,4 +16,5 @@ OPS = {
     "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate, "turn": turn_chunk,
     "decode": read, "recover": recover,
 }
-INTERPRETED = not isinstance(assign_kernel, JITFunction)
+# with TRITON_INTERPRET=1 kernels run in Python on the CPU, which only tests ask for
+FORCED_DEVICES = () if isinstance(assign_kernel, JITFunction) else ("cpu",)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..qvg.attention.rope import axis_dims
-from ..qvg.backends.dispatch import Unsupported, before_launch, launching
+from ..qvg.backends import Unsupported, before_launch, launching
 from ..qvg.codec import planes
 from ..qvg.codec.spans import PaperSpan, PlainSpan, PlaneSpan
 from .decode import (

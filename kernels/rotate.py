@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.backends.dispatch import Unsupported, before_launch
+from ..qvg.backends import Unsupported, before_launch
 from .tiles import require_channels_last
 
 

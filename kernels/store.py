@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.backends.dispatch import before_launch
+from ..qvg.backends import before_launch
 from ..qvg.codec import e4m3
 from .assign import nearest, prepare, prepared
 from .tiles import Product, converts_e4m3, e4m3_to_float32, float32_to_e4m3, require_channels_last

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..qvg.backends.dispatch import Unsupported
+from ..qvg.backends import Unsupported
 
 HEAD_DIMS = (64, 128, 256)
 

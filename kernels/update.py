@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.backends.dispatch import before_launch
+from ..qvg.backends import before_launch
 from .assign import prepare
 from .tiles import Product, require_channels_last
 

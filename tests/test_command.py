@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.backends import Backend, launches, register, remove
 from comfyui_qvg.qvg.commands import generate as generate_command
 from comfyui_qvg.qvg.commands.cli import main
 from comfyui_qvg.qvg.demo import NETWORK_PATH, PROMPTS, VAE_PATH
@@ -89,11 +89,13 @@ def test_going_on_from_a_photo(tmp_path):
 def test_kernels_that_are_compiled_are_told_of(tmp_path, capsys, monkeypatch):
     """Of one kernel, in Triton's interpreter where there is no GPU: there, all of them take minutes."""
     ops = pytest.importorskip("comfyui_qvg.kernels.ops", reason="kernels are written in Triton")
-    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"rotate": ops.OPS["rotate"]}, ""))
-    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(dispatch, "_launched", set())
+    monkeypatch.setattr(launches, "_launched", set())
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert code_of("generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--out", tmp_path / "ball.mp4", "--device", device) == 0
+    register(Backend("one kernel", devices=(device,), ops={"rotate": ops.OPS["rotate"]}))
+    try:
+        assert code_of("generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--out", tmp_path / "ball.mp4", "--device", device) == 0
+    finally:
+        remove("one kernel")
     assert "Compiling GPU kernels (first run): rotate\n" in capsys.readouterr().err
 
 

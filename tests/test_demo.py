@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.backends import before_launch, launches
 from comfyui_qvg.qvg.cache.kv_cache import CacheStats
 from comfyui_qvg.qvg.commands.cli import main
 from comfyui_qvg.qvg.commands.demo import prepare_folder
@@ -119,12 +119,12 @@ def test_demo_prints_its_tables(report, capsys):
 def test_the_progress_bar_tells_of_kernels_that_are_compiled(capsys, monkeypatch):
     """On a terminal in the bar, in a file on a line of its own; both end with the time."""
     for live in (True, False):
-        monkeypatch.setattr(dispatch, "_launched", set())
+        monkeypatch.setattr(launches, "_launched", set())
         monkeypatch.setattr(sys.stderr, "isatty", lambda live=live: live)
         with bar("warm-up") as progress:
-            dispatch.before_launch("encode")
+            before_launch("encode")
             progress.show(1, 2)
-        dispatch.before_launch("decode")
+        before_launch("decode")
         said = capsys.readouterr().err
         assert "Compiling GPU kernels (first run): encode" in said and "decode" not in said
         assert ("1/2" in said) == live and said.splitlines()[-1].strip().startswith("warm-up") and said.endswith(" s\n")

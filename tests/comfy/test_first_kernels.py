@@ -22,16 +22,16 @@ class PretendGPU:
         return {"required": {"model": ("MODEL",), "label": ("STRING", {"default": ""})}}
 
     def run(self, model, label):
-        dispatch, rope = (next(module for name, module in sys.modules.items() if name.endswith(f".qvg.{part}"))
-                          for part in ("dispatch", "rope"))
+        backends, launches, rope = (next(module for name, module in sys.modules.items() if name.endswith(f".qvg.{part}"))
+                                    for part in ("backends", "backends.launches", "attention.rope"))
 
         def rotate(*arguments):
-            dispatch.before_launch("rotate", label)
+            backends.before_launch("rotate", label)
             return rope._rotate(*arguments)
 
-        dispatch._DEVICES = ("cuda", "cpu")
-        dispatch._kernels = lambda: ({"rotate": rotate}, "")
-        dispatch._launched.clear()
+        backends.remove("pretend")
+        backends.register(backends.Backend("pretend", devices=("cpu",), ops={"rotate": rotate}))
+        launches._launched.clear()
         return (model,)
 
 

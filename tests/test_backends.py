@@ -1,4 +1,4 @@
-"""Which backend an op gets, and what is said of the others."""
+"""Which backend runs an op, and the reasons given for the others."""
 
 import builtins
 import subprocess
@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.backends import Backend, launches, registry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.codec import smoothing
 from comfyui_qvg.qvg.commands import cli
@@ -20,31 +21,105 @@ X, TABLE = torch.randn(2, 30, 64), torch.randn(2, 5, 64)
 
 
 def test_importing_compiles_and_imports_nothing():
-    code = ("import sys, comfyui_qvg.qvg.cache.kv_cache, comfyui_qvg.qvg.backends.dispatch as d; "
+    code = ("import sys, comfyui_qvg.qvg.cache.kv_cache, comfyui_qvg.qvg.backends; "
             "assert 'triton' not in sys.modules and not any('comfyui_qvg.kernels' in name for name in sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_other_devices_take_the_twin(device):
-    for op, backend, reason in dispatch.report(device):
-        assert op in dispatch.OPS and backend == "torch" and device in reason
+def test_other_devices_use_the_reference(device):
+    for op, backend, reason in backends.report(device):
+        assert op in backends.OPS and backend == "torch" and device in reason
 
 
 def test_forced_triton_says_why_not_on_mps():
-    with dispatch.force("triton"):
-        assert "not mps" in dispatch.refusal("assign", "mps") or "triton cannot be imported" in dispatch.refusal("assign", "mps")
+    with backends.force("triton"):
+        assert "not mps" in backends.refusal("assign", "mps") or "triton cannot be imported" in backends.refusal("assign", "mps")
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="choose one of triton, torch"), dispatch.force("cuda"):
+    with pytest.raises(ValueError, match="choose one of triton, torch"), backends.force("cuda"):
         pass
 
 
+def test_unknown_op():
+    with pytest.raises(ValueError, match="no op 'asign'; the ops are assign, update"):
+        backends.run("asign", smoothing._assign, X, TABLE)
+    with pytest.raises(ValueError, match="pass at least one tensor"):
+        backends.run("assign", smoothing._assign, 1)
+
+
+class Toy:
+    """A backend for one op, as another pack would register it; it refuses fewer than ten tokens."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def assign(self, x, centroids):
+        if x.shape[1] < 10:
+            raise backends.Unsupported("it needs ten tokens")
+        self.calls += 1
+        return torch.cdist(x.float(), centroids.float()).argmin(-1)
+
+
+@pytest.fixture
+def toy():
+    toy = Toy()
+    backends.register(Backend("toy", devices=("cpu",), ops={"assign": toy.assign}))
+    yield toy
+    backends.remove("toy")
+
+
+def test_a_registered_backend_runs_its_op_first(toy):
+    """Above the built-in one and the reference; what it does not implement, on other devices, and what it refuses is left to them."""
+    calls = {}
+    with backends.recording(calls):
+        assert torch.equal(smoothing.assign(X, TABLE), smoothing._assign(X, TABLE))
+        smoothing.assign(X[:, :5], TABLE)
+        smoothing.update(X, torch.zeros(2, 30, dtype=torch.int64), TABLE)
+    assert toy.calls == 1 and backends.names() == ["toy", "triton", "torch"]
+    said = backends.summary(calls)
+    assert said["assign"].startswith("toy; 1 of 2 calls in torch (it needs ten tokens; ") and "toy" not in said["update"]
+    rows = {op: (name, reason) for op, name, reason in backends.report("cpu")}
+    assert rows["assign"] == ("toy", "") and rows["update"][0] == "torch" and not backends.refusal("assign", "cpu")
+    assert "toy kernels need cpu, not mps" in backends.refusal("assign", "mps")
+    with backends.force("torch"):
+        smoothing.assign(X, TABLE)
+    with backends.force("toy"), pytest.raises(backends.Unsupported, match="assign cannot run on toy: it needs ten tokens"):
+        smoothing.assign(X[:, :5], TABLE)
+    with backends.force("toy"), pytest.raises(backends.Unsupported, match="no toy kernel for update"):
+        smoothing.update(X, torch.zeros(2, 30, dtype=torch.int64), TABLE)
+    assert toy.calls == 1
+
+
+def test_a_backend_of_lower_priority_runs_after_the_others(monkeypatch):
+    """A kernel that fails leaves its call to the next backend, not to the reference."""
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    toy, calls = Toy(), {}
+    install(monkeypatch, fail)
+    backends.register(Backend("toy", devices=("cpu",), ops={"assign": toy.assign}, priority=-1))
+    with backends.recording(calls):
+        smoothing.assign(X, TABLE)
+    why = "the Triton kernel failed (RuntimeError: Failed to find C compiler)"
+    assert toy.calls == 1 and backends.summary(calls) == {"assign": f"toy ({why})"}
+    assert backends.report("cpu")[0] == ("assign", "toy", why)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"name": "triton"}, "already a backend named 'triton'"), ({"name": "torch"}, "choose another name"),
+    ({"ops": {"asign": len}}, "no op 'asign'; the ops are assign, update")])
+def test_a_backend_that_cannot_be_registered(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        backends.register(replace(Backend("toy", devices=("cpu",), ops={}), **changes))
+    assert backends.names() == ["triton", "torch"]
+
+
 def test_force_ends_with_its_block():
-    with dispatch.force("torch"), pytest.raises(RuntimeError), dispatch.force("triton"):
+    with backends.force("torch"), pytest.raises(RuntimeError), backends.force("triton"):
         raise RuntimeError
-    assert "cpu" in dispatch.refusal("assign", "cpu")
+    assert "cpu" in backends.refusal("assign", "cpu")
 
 
 @pytest.fixture
@@ -60,15 +135,14 @@ def without_triton(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("comfyui_qvg.kernels")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    dispatch._kernels.cache_clear()
-    yield
-    dispatch._kernels.cache_clear()
+    # one that has not imported its module yet
+    only(monkeypatch, replace(backends.TRITON))
 
 
 def test_without_triton(without_triton):
     assert smoothing.assign(X, TABLE).shape == (2, 30)
-    assert "No module named 'triton'" in dispatch.refusal("assign", "cuda")
-    with dispatch.force("triton"), pytest.raises(dispatch.Unsupported, match="No module named 'triton'"):
+    assert "No module named 'triton'" in backends.refusal("assign", "cuda")
+    with backends.force("triton"), pytest.raises(backends.Unsupported, match="No module named 'triton'"):
         smoothing.assign(X, TABLE)
 
 
@@ -78,7 +152,7 @@ def test_unsupported_shape_falls_back_and_a_forced_backend_says_why():
     assert smoothing.assign(x, x[:, :5]).shape == (2, 30)
     book, = smoothing.train([x.bfloat16().transpose(0, 1)], 2, 5, 1, torch.Generator(), [None])
     assert book.values(1).isfinite().all()
-    with dispatch.force("triton"), pytest.raises(dispatch.Unsupported, match="heads of 48 channels"):
+    with backends.force("triton"), pytest.raises(backends.Unsupported, match="heads of 48 channels"):
         smoothing.assign(x, x[:, :5])
 
 
@@ -91,19 +165,22 @@ def broken_kernel(monkeypatch):
     install(monkeypatch, fail)
 
 
+def only(monkeypatch, *found):
+    """These backends alone, in a process where no kernel has failed yet."""
+    monkeypatch.setattr(registry._backends, "_known", {backend.name: backend for backend in found})
+    monkeypatch.setattr(launches.FAILURES, "_reasons", {})
+
+
 def install(monkeypatch, assign):
-    """A kernel on this device, in a process where none has failed yet."""
-    monkeypatch.setattr(dispatch, "_kernels", lambda: ({"assign": assign}, ""))
-    monkeypatch.setattr(dispatch, "_interprets", lambda: True)
-    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(dispatch, "_failures", {})
+    """A kernel on this device."""
+    only(monkeypatch, replace(backends.TRITON, devices=("cuda", "cpu"), ops={"assign": assign}))
 
 
 def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel):
-    with dispatch.force("triton"), pytest.raises(RuntimeError, match="C compiler"):
+    with backends.force("triton"), pytest.raises(RuntimeError, match="C compiler"):
         smoothing.assign(X, TABLE)
     assert smoothing.assign(X, TABLE).shape == (2, 30)
-    assert "C compiler" in dispatch.refusal("assign", "cpu")
+    assert "C compiler" in backends.refusal("assign", "cpu")
 
 
 class Kernel:
@@ -113,7 +190,7 @@ class Kernel:
         self.fails, self.tried = fails, []
 
     def __call__(self, x, centroids):
-        dispatch.before_launch("assign", x.shape[-1])
+        backends.before_launch("assign", x.shape[-1])
         self.tried.append(x.shape)
         if self.fails(x):
             raise RuntimeError("Triton Error [CUDA]: misaligned address")
@@ -128,11 +205,11 @@ def assigned(tokens: int, dim: int = 64) -> None:
 def test_a_failed_launch_leaves_other_shapes_to_the_kernel(monkeypatch, caplog):
     kernel, calls = Kernel(lambda x: x.shape[1] == 30), {}
     install(monkeypatch, kernel)
-    with dispatch.recording(calls):
+    with backends.recording(calls):
         for tokens in (30, 30, 31, 30, 32):
             assigned(tokens)
     assert [shape[1] for shape in kernel.tried] == [30, 31, 32], "what failed is not tried again at the same shapes, and at no others"
-    assert dispatch.summary(calls) == {
+    assert backends.summary(calls) == {
         "assign": "triton; 3 of 5 calls in torch (the Triton kernel failed (RuntimeError: Triton Error [CUDA]: misaligned address))"}
     assert len(caplog.records) == 1 and "misaligned address" in caplog.text
 
@@ -144,12 +221,12 @@ def test_a_kernel_that_fails_at_every_shape_is_given_up_for_its_variant_alone(mo
     for tokens in range(30, 40):
         assigned(tokens)
         assigned(tokens, 128)
-    assert sum(shape[-1] == 64 and shape[1] < 30 + dispatch.GIVE_UP for shape in kernel.tried) == dispatch.GIVE_UP
+    assert sum(shape[-1] == 64 and shape[1] < 30 + backends.GIVE_UP for shape in kernel.tried) == backends.GIVE_UP
     assert sum(shape[-1] == 128 for shape in kernel.tried) == 10
     calls = {}
-    with dispatch.recording(calls):
+    with backends.recording(calls):
         assigned(50)
-    assert "misaligned address" in dispatch.summary(calls)["assign"]
+    assert "misaligned address" in backends.summary(calls)["assign"]
 
 
 def test_a_launch_without_memory_is_no_failure_of_the_kernel(monkeypatch):
@@ -160,7 +237,7 @@ def test_a_launch_without_memory_is_no_failure_of_the_kernel(monkeypatch):
     install(monkeypatch, full)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
         smoothing.assign(X, TABLE)
-    assert not dispatch.refusal("assign", "cpu")
+    assert not backends.refusal("assign", "cpu")
 
 
 @pytest.mark.parametrize("error", [KeyError("a listener of the progress text"), KeyboardInterrupt()])
@@ -171,14 +248,14 @@ def test_what_a_listener_raises_is_no_failure_of_the_kernel(monkeypatch, error):
 
     kernel, calls = Kernel(lambda x: False), {}
     install(monkeypatch, kernel)
-    monkeypatch.setattr(dispatch, "_launched", set())
-    with dispatch.on_compile(listener), pytest.raises(type(error)) as raised:
+    monkeypatch.setattr(launches, "_launched", set())
+    with backends.on_compile(listener), pytest.raises(type(error)) as raised:
         smoothing.assign(X, TABLE)
-    assert raised.value is error and not dispatch.refusal("assign", "cpu")
+    assert raised.value is error and not backends.refusal("assign", "cpu")
     said = []
-    with dispatch.on_compile(said.append), dispatch.recording(calls):
+    with backends.on_compile(said.append), backends.recording(calls):
         assigned(30)
-    assert dispatch.summary(calls) == {"assign": "triton"}
+    assert backends.summary(calls) == {"assign": "triton"}
     assert said == [TOLD.format("assign"), ""], "it was not compiled then, so it is told of now"
 
 
@@ -187,8 +264,7 @@ def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
     ops = pytest.importorskip("comfyui_qvg.kernels.ops")
     from comfyui_qvg.kernels import reader
 
-    monkeypatch.setattr(dispatch, "_failures", {})
-    monkeypatch.setattr(dispatch, "_DEVICES", ("cuda", "cpu"))
+    only(monkeypatch, replace(backends.TRITON, devices=("cuda", "cpu")))
     real = reader.decode_kernel
 
     class Broken:
@@ -205,13 +281,13 @@ def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
     found = []
     for chosen in (settings, replace(settings, sink_frames=0)):
         cache = KVCache(chosen, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
-        for frame in range(3 + dispatch.GIVE_UP):
+        for frame in range(3 + backends.GIVE_UP):
             q, k, v = torch.randn(3, 1, 4, 1, 64, device=DEVICE)
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
         found.append(cache.stats().backends["decode"])
     assert found[0].startswith("torch (") and "out of registers" in found[0]
     assert found[1] == "triton"
-    assert {launch[2].bits for launch in dispatch._failures} == {4}
+    assert {launch[3].bits for launch, _ in launches.FAILURES.items()} == {4}
 
 
 def test_the_bytes_of_a_cache_come_with_its_backends_and_their_reasons():
@@ -238,7 +314,7 @@ def test_the_bytes_of_a_cache_come_with_its_backends_and_their_reasons():
 def fresh(monkeypatch):
     """A process that has launched no kernel yet."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "_launched", set())
+    monkeypatch.setattr(launches, "_launched", set())
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -249,9 +325,9 @@ def test_a_kernel_is_told_of_before_it_is_compiled(fresh):
     """Once for what it must be compiled for, and again when that is done; to all listeners, and to nobody afterwards."""
     x, table = X.to(DEVICE), TABLE.to(DEVICE)
     said, outer = [], []
-    with dispatch.force("triton"):
-        with dispatch.on_compile(outer.append):
-            with dispatch.on_compile(said.append):
+    with backends.force("triton"):
+        with backends.on_compile(outer.append):
+            with backends.on_compile(said.append):
                 smoothing.assign(x, table)
                 assert said == [TOLD.format("assign"), ""]
                 smoothing.assign(x[:, :11], table[:, :2])
@@ -269,29 +345,29 @@ def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
     settings = replace(PRESETS["balanced"], sink_frames=1, recent_frames=1)
     cache = KVCache(settings, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
     said = []
-    with dispatch.force("triton"), dispatch.on_compile(said.append):
+    with backends.force("triton"), backends.on_compile(said.append):
         for frame in range(4):
             q, k, v = torch.randn(3, 1, 4, 1, 64, device=DEVICE)
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
             if frame == 1:
                 early = len(said)
     # kernels that do several things in a go stand for those that do one
-    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(dispatch.OPS) - {"assign", "update", "rotate"}
+    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(backends.OPS) - {"assign", "update", "rotate"}
     assert said[-1] == "" and TOLD.format("decode") in said[early:]
     seen = len(said)
-    with dispatch.force("triton"), dispatch.on_compile(said.append):
+    with backends.force("triton"), backends.on_compile(said.append):
         CachedAttention(cache, start_frame=4, frames=1, store=True)(0, q, k, v)
     assert len(said) == seen
 
 
 def test_a_kernel_that_fails_is_no_longer_told_of(fresh, broken_kernel, monkeypatch):
     def fail(*arguments):
-        dispatch.before_launch("assign")
+        backends.before_launch("assign")
         raise RuntimeError("Failed to find C compiler")
 
     install(monkeypatch, fail)
     said = []
-    with dispatch.on_compile(said.append):
+    with backends.on_compile(said.append):
         assert smoothing.assign(X, TABLE).shape == smoothing.assign(X, TABLE).shape == (2, 30)
     assert said == [TOLD.format("assign"), ""]
 
@@ -299,13 +375,13 @@ def test_a_kernel_that_fails_is_no_longer_told_of(fresh, broken_kernel, monkeypa
 def test_info_prints_backends_and_reasons(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    assert all(op in text for op in dispatch.OPS)
+    assert all(op in text for op in backends.OPS)
     assert torch.cuda.is_available() or "not cpu" in text
 
 
-def test_gradients_take_the_twin():
+def test_gradients_use_the_reference():
     x = torch.randn(1, 4, 2, 128, requires_grad=True)
     Rope(128, (2, 2)).apply(x, 0, 1).square().sum().backward()
     assert torch.allclose(x.grad, 2 * x.detach(), atol=1e-5)
-    with dispatch.force("triton"), pytest.raises(dispatch.Unsupported, match=r"no gradients|need a CUDA|cannot be imported"):
+    with backends.force("triton"), pytest.raises(backends.Unsupported, match=r"no gradients|need a CUDA|cannot be imported"):
         Rope(128, (2, 2)).apply(x, 0, 1)
