@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -110,7 +111,11 @@ def remove(name: str) -> None:
 
 def names() -> list[str]:
     """All backends in the order in which they are tried."""
-    return [*(backend.name for backend in sorted(_backends.values(), key=lambda backend: -backend.priority)), REFERENCE]
+    return [*(backend.name for backend in _ordered()), REFERENCE]
+
+
+def _ordered() -> list[Backend]:
+    return sorted(_backends.values(), key=attrgetter("priority"), reverse=True)
 
 
 @contextmanager
@@ -141,9 +146,9 @@ def run(op: str, reference: Callable, *arguments) -> Any:
                 note(op, backend.name, "; ".join(reasons))
                 return result
         reasons.append(reason)
-    reason = "; ".join(reasons) or _no_candidate()
-    if _forced.get() not in (None, REFERENCE):
-        raise Unsupported(f"{op} cannot run on {_forced.get()}: {reason}.")
+    reason, forced = "; ".join(reasons) or _no_candidate(), _forced.get()
+    if forced not in (None, REFERENCE):
+        raise Unsupported(f"{op} cannot run on {forced}: {reason}.")
     note(op, REFERENCE, reason)
     return reference(*arguments)
 
@@ -175,7 +180,7 @@ def _candidates(op: str) -> list[Backend]:
     forced = _forced.get()
     if forced is not None:
         return [] if forced == REFERENCE else [_backends[forced]]
-    return [_backends[name] for name in names()[:-1] if _backends[name].ops is None or op in _backends[name].ops]
+    return [backend for backend in _ordered() if backend.ops is None or op in backend.ops]
 
 
 def _no_candidate() -> str:
