@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..qvg.report.chart import draw_comparison
+from ..qvg.report.chart import describe_comparison
+from ..qvg.report.draw import draw_comparison
 from ..qvg.report.metrics import heat, psnr, ssim
 from .live import TEXT
 
@@ -42,7 +43,7 @@ class QVGCompare(io.ComfyNode):
         decibels, indices = psnr(first, second).tolist(), ssim(first, second).tolist()
         means = {"psnr": sum(decibels) / len(decibels), "ssim": sum(indices) / len(indices)}
         summary = f"PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}, {len(decibels)} frames"
-        chart = draw_comparison(decibels, indices, title=summary)
+        chart = draw_comparison(describe_comparison(decibels, indices), title=summary)
         report = {"frames": len(decibels), **means, "psnr_of_frame": decibels, "ssim_of_frame": indices}
         return io.NodeOutput(
             torch.cat([first[..., :3], second[..., :3]], dim=2), heat(first, second, white_at),

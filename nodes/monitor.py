@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..qvg.report.chart import draw_chart
+from ..qvg.report.chart import describe
+from ..qvg.report.draw import draw_chart
 from . import where
 from .live import REPORT
 from .run_log import ATTACHMENT, RunLog
@@ -50,7 +51,7 @@ class QVGMemoryMonitor(io.ComfyNode):
         if frames != run.total_frames:
             title += f" (the latent has {frames})"
         report = run.report()
-        chart = draw_chart(run.history, forecast=run.forecast, total_frames=run.total_frames, title=title, notes=run.notes(),
-                           budget_bytes=report["budget_bytes"])
-        image = torch.from_numpy(np.asarray(chart, dtype=np.float32) / 255)[None]
+        chart = describe(run.history, forecast=run.forecast, total_frames=run.total_frames, budget_bytes=report["budget_bytes"])
+        picture = draw_chart(chart, title=title, notes=run.notes())
+        image = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
         return io.NodeOutput(image, json.dumps(report, indent=1), ui={REPORT: [run.page()]})

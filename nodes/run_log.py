@@ -20,6 +20,7 @@ import torch
 
 from ..qvg.cache.forecast import Forecast
 from ..qvg.cache.kv_cache import KINDS, CacheStats
+from ..qvg.report.chart import Chart
 from ..qvg.settings import QVGSettings
 from ..qvg.units import GIB, format_bytes
 from . import live, where
@@ -86,6 +87,7 @@ class Run:
                  forecast: Forecast | None = None):
         self.settings, self.place, self.total_frames, self.forecast = settings, place, total_frames, forecast
         self.history: list[CacheStats] = []
+        self._chart = Chart(total_frames, forecast, int(settings.budget_gib * GIB))
         self.free_bytes = 0
         self.ended = place is None
         self.sampling_seconds = self.own_seconds = 0.0
@@ -112,6 +114,7 @@ class Run:
             now = stats() if callable(stats) else stats
             with self._lock:
                 self.history.append(now)
+                self._chart.add(now)
             self._show_sometimes()
 
     def tick(self) -> None:
@@ -151,7 +154,7 @@ class Run:
         self.free_bytes = int(comfy.model_management.get_free_memory())
         self._write(self.text())
         if self.watched.nodes:
-            live.send(self.watched, self.state() | {"points": [point(stats) for stats in self.history[self._sent:]]})
+            live.send(self.watched, self.state() | {"chart": self._chart.describe(self._sent, *self._available())})
         self._sent = len(self.history)
 
     def _write(self, text: str) -> None:
@@ -202,10 +205,19 @@ class Run:
             "monitor_seconds": self.own_seconds, "history": [point(stats) for stats in history]}
 
     def page(self) -> dict:
-        """The report for a page, which is sent at once: of a long history a part, the newest moment in it."""
-        report = self.report()
-        every = -(-len(report["history"]) // MOMENTS_SENT) or 1
-        return report | {"history": report["history"][::-every][::-1]}
+        """The state and the whole chart, as one message for a page. Of a long history the chart has a part, the newest moment in it."""
+        with self._lock:
+            history = self.history[::-(-(-len(self.history) // MOMENTS_SENT) or 1)][::-1]
+        chart = Chart(self.total_frames, self.forecast, int(self.settings.budget_gib * GIB))
+        for stats in history:
+            chart.add(stats)
+        now = {"now": history[-1].as_dict() if history else None}
+        return self.state() | now | {"chart": chart.describe(0, *self._available())}
+
+    def _available(self) -> tuple[int, str]:
+        """The most bytes that the cache could take on the device: what it holds, and what is free besides."""
+        now = self.history[-1] if self.history else None
+        return self.free_bytes + (now.stored_bytes + now.workspace_bytes if now else 0), str(comfy.model_management.get_torch_device())
 
 
 def point(stats: CacheStats) -> dict:

@@ -1,12 +1,12 @@
 """The chart draws every history that a run can leave, and shows what it should."""
 
-import re
-from pathlib import Path
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from comfyui_qvg.qvg.report.chart import BACKGROUND, BF16, BUDGET, KINDS, PEAK, PSNR, SSIM, draw_chart, draw_comparison, round_steps
+from comfyui_qvg.qvg.report.chart import BF16, COLOURS, LIMIT, PALETTE, PEAK, PSNR, SSIM, Chart, describe, describe_comparison, round_steps
+from comfyui_qvg.qvg.report.draw import BACKGROUND, draw_chart, draw_comparison
 from comfyui_qvg.qvg.units import format_bytes
 
 
@@ -39,35 +39,74 @@ def test_axes_have_round_steps(most, count, base, steps):
 
 
 def test_precisions_peak_and_bf16_are_drawn():
-    image = draw_chart([stats(frames) for frames in range(3, 31, 3)])
+    image = draw_chart(describe([stats(frames) for frames in range(3, 31, 3)]))
     assert image.size == (960, 540) and image.mode == "RGB"
-    for colour in (BACKGROUND, KINDS[2], KINDS[4], KINDS["workspace"], BF16, PEAK):
+    for colour in (BACKGROUND, COLOURS["2"], COLOURS["4"], COLOURS["workspace"], BF16, PEAK):
         assert has(image, colour)
-    assert not has(image, KINDS[16]) and not has(image, BUDGET)
-    assert has(draw_chart([stats(9)], budget_bytes=20_000, notes="9 frames"), BUDGET)
+    assert not has(image, COLOURS["16"]) and not has(image, LIMIT)
+    assert has(draw_chart(describe([stats(9)], budget_bytes=20_000), notes="9 frames"), LIMIT)
 
 
-def test_the_widget_has_the_same_colours():
-    script = (Path(__file__).resolve().parents[1] / "web" / "js" / "chart.js").read_text().partition("COLOURS = {")[2].partition("}")[0]
-    assert {int(name) if name.isdigit() else name: colour for name, colour in re.findall(r'(\w+): "(#\w+)"', script)} == KINDS
+def test_areas_are_stacked_from_codebooks_to_workspace():
+    chart = describe([stats(3), stats(6, bits={2: 900, 16: 60})], total_frames=12)
+    assert [(area["id"], area["name"]) for area in chart["areas"]] == [
+        ("codebooks", "codebooks"), ("2", "2-bit planes"), ("4", "4-bit planes"), ("16", "16-bit values"), ("workspace", "workspace")]
+    assert [area["points"] for area in chart["areas"]] == [
+        [[0, 0, 0], [3, 0, 500], [6, 0, 500]], [[0, 0, 0], [3, 500, 2900], [6, 500, 1400]], [[0, 0, 0], [3, 2900, 3800], [6, 1400, 1400]],
+        [[3, 3800, 3800], [6, 1400, 1460]], [[0, 0, 0], [3, 3800, 6800], [6, 1460, 4460]]]
+    assert chart["frames"]["end"] == 12 and chart["bytes"]["ticks"]["decimal"][1] == [10_000, "10 kB"]
+
+
+def test_parts_with_names_of_their_own():
+    """A codec whose spans share something else than codebooks, and hold bits that no colour is listed for."""
+    part = stats(3, codebooks=0, bits={5: 700})
+    part.by_kind, part.stored_bytes = {"codes": 700, "basis": 100}, 800
+    chart = describe([part])
+    names = [(area["name"], area["key"]) for area in chart["areas"]]
+    assert names == [("basis", ""), ("5-bit values", "plain"), ("workspace", "workspace")]
+    assert {area["colour"] for area in chart["areas"][:2]} <= set(PALETTE) and has(draw_chart(chart), chart["areas"][0]["colour"])
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_chart_in_pieces_is_the_whole_chart(step):
+    """As the browser joins them: web/js/chart.js, continued()."""
+    history = [stats(frames, bits={2: frames * 100} | ({16: 40} if frames > 12 else {})) for frames in range(3, 31, 3)]
+    forecast = SimpleNamespace(stored_bytes=20_000, peak_bytes=24_000, bf16_bytes=300_000)
+    chart, joined, sent = Chart(36, forecast, 20_000), {}, 0
+    for number, moment in enumerate(history, 1):
+        chart.add(moment)
+        if number % step == 0:
+            piece = json.loads(json.dumps(chart.describe(sent)))
+            assert piece["since"] == sent
+            sent = number
+            for series in piece["areas"] + piece["lines"]:
+                before = [] if series["whole"] else joined.get(series["id"], [])
+                joined[series["id"]] = before + series["points"]
+    whole = describe(history, forecast=forecast, total_frames=36, budget_bytes=20_000)
+    assert joined == {series["id"]: series["points"] for series in whole["areas"] + whole["lines"]}
 
 
 def test_forecast_changes_the_picture():
     history = [stats(3), stats(6)]
     forecast = SimpleNamespace(stored_bytes=20_000, peak_bytes=24_000, bf16_bytes=160_000)
-    assert draw_chart(history, forecast=forecast, total_frames=20).tobytes() != draw_chart(history).tobytes()
+    drawn = [draw_chart(describe(history, forecast=ahead, total_frames=20)).tobytes() for ahead in (None, forecast)]
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.parametrize("history", [
     [], [stats(0, bits={})], [stats(1)], [stats(3), stats(3)], [stats(9), stats(12, bits={1: 10})], [stats(5, layers=48, bits={32: 9})]])
 @pytest.mark.parametrize("size", [(960, 540), (320, 180)])
 def test_odd_histories(history, size):
-    assert draw_chart(history, size=size).size == size
+    assert draw_chart(describe(history), size=size).size == size
+
+
+def compared(psnr, ssim):
+    return draw_comparison(describe_comparison(psnr, ssim), title="two")
 
 
 @pytest.mark.parametrize("values", [[100.0], [30.0, 30.0], [30.0, 28.0, 31.0, 12.0]])
 def test_comparison_draws_both_lines(values):
-    image = draw_comparison(values, [1 - 0.01 * number for number in range(len(values))], title="two")
-    flat = draw_comparison([values[0]] * len(values), [1.0] * len(values), title="two")
+    image = compared(values, [1 - 0.01 * number for number in range(len(values))])
+    flat = compared([values[0]] * len(values), [1.0] * len(values))
     assert image.size == (960, 540) and has(flat, PSNR) and has(flat, SSIM)
     assert len(values) == 1 or image.tobytes() != flat.tobytes()

@@ -1,27 +1,36 @@
-"""The history of one run's KV cache as a picture, drawn with Pillow.
+"""What a chart shows, as plain data: areas, lines, axes, names and colours, in bytes and frames, never in pixels.
 
-Left: bytes over committed latent frames. The stacked areas are codebooks, frames by the bits in which they are held, and the workspace;
-the line above them is the peak; the grey line is the same cache in bf16; the red one the budget; dashes continue to the forecast. Right:
-bytes of each layer. Every figure is a count of real tensors, except the dashed ones.
+`draw` (Pillow) and web/js/chart.js map it to pixels and add nothing. All values are JSON.
+
+    {"frames": AXIS, "bytes": AXIS, "areas": [SERIES], "lines": [SERIES], "since": 0}
+    AXIS    {"start", "end", "ticks", "label"}; ticks: [[value, text]], for bytes one list for "binary" and one for "decimal" units
+    SERIES  {"id", "name", "key", "values", "colour", "dashed", "whole", "points"}
+
+An area's points are [frame, bottom, top], lowest area first; a line's are [frame, value]. A series without a name is not in the legend.
+key and values: the name's entry in web/js/strings.js, for translation; "" where only the name itself can be shown. since: how many moments
+were described before; points then continue those, except in a series that is `whole`. The browser gets a run's chart in this way while it
+grows.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
-
-from PIL import Image, ImageDraw, ImageFont
 
 from ..units import format_bytes
 
-BACKGROUND, PANEL, GRID, INK, FAINT = "#17181c", "#1f2127", "#34363e", "#e8e8ea", "#9a9ca6"
-BF16, PEAK, BUDGET = "#8b8d98", "#f2b544", "#e0483e"
-# web/js/chart.js has the same: what lies lowest first; numbers are bits
-KINDS = {"codebooks": "#d9609b", 1: "#2f6fd6", 2: "#4c8dff", 3: "#27a3b8", 4: "#2fa67f", 8: "#7fae3f", 16: "#c78a2c", 32: "#b8703a",
-         "workspace": "#8f7bd8"}
+BF16, PEAK, LIMIT = "#8b8d98", "#e5a52e", "#e0483e"
 LAYERS, PSNR, SSIM = "#4c8dff", "#4c8dff", "#37b6a5"
-
-SCALE = 2  # drawn larger and reduced, which smooths the edges
+# readable on dark and on light; numbers are bits per element
+COLOURS = {"codebooks": "#d9609b", "1": "#2f6fd6", "2": "#4c8dff", "3": "#27a3b8", "4": "#2fa67f", "8": "#7fae3f", "16": "#c78a2c",
+           "32": "#b8703a", "workspace": "#8f7bd8"}
+# for parts of codecs that are not listed above
+PALETTE = ("#c2557a", "#a08f3c", "#4fa3a5", "#7d86c9", "#b0764a", "#6d9e5b")
+# how far the axis of bytes goes beyond the highest value
+HEADROOM = 1.04
+TICKS = 5
+UNITS = {"binary": (1024, ("B", "KiB", "MiB", "GiB", "TiB")), "decimal": (1000, ("B", "kB", "MB", "GB", "TB"))}
 
 
 def round_steps(most: float, count: int, base: int = 1) -> list[float]:
@@ -37,172 +46,151 @@ def round_steps(most: float, count: int, base: int = 1) -> list[float]:
     return [step * number for number in range(math.floor(most / step) + 1)]
 
 
-def amount(stats, kind: str | int) -> int:
-    """Bytes of one of `KINDS`."""
-    if kind == "workspace":
-        return stats.workspace_bytes
-    return stats.by_kind.get(kind, 0) if kind == "codebooks" else stats.by_bits.get(kind, 0)
+def parts_of(stats) -> dict[str, int]:
+    """Bytes of each part of a `CacheStats`: what spans share, the spans by bits per element, the workspace."""
+    shared = stats.stored_bytes - sum(stats.by_bits.values())
+    # the codec's own name for it
+    name = next((kind for kind, count in stats.by_kind.items() if count == shared), "codebooks")
+    parts = {name: shared, **{str(bits): count for bits, count in stats.by_bits.items()}, "workspace": stats.workspace_bytes}
+    return {name: count for name, count in parts.items() if count}
 
 
-def kinds_of(history: Sequence) -> list[str | int]:
-    return [kind for kind in KINDS if any(amount(stats, kind) for stats in history)]
+def name_of(part: str) -> dict:
+    """Name, translation key and colour of a part of a cache; a codec's own part has the name it came with and a colour of `PALETTE`."""
+    colour = COLOURS.get(part) or PALETTE[zlib.crc32(part.encode()) % len(PALETTE)]
+    if part.isdigit():
+        key = "planes" if int(part) <= 4 else "plain"
+        return {"name": f"{part}-bit {'planes' if key == 'planes' else 'values'}", "key": key, "values": {"bits": part}, "colour": colour}
+    return {"name": part, "key": part if part in COLOURS else "", "values": {}, "colour": colour}
 
 
-def draw_chart(history: Sequence, *, forecast=None, total_frames: int = 0, title: str = "", notes: str = "", budget_bytes: int = 0,
-               size: tuple[int, int] = (960, 540)) -> Image.Image:
-    """RGB picture of a run.
+def series(id: str, points: list, colour: str, name: str = "", key: str = "", *, values: dict | None = None, dashed: bool = False,
+           whole: bool = False) -> dict:
+    return {"id": id, "name": name, "key": key, "values": values or {}, "colour": colour, "dashed": dashed, "whole": whole,
+            "points": points}
 
-    history: `CacheStats` in the order in which they were taken; may be empty. forecast: has stored_bytes, peak_bytes and
-    bf16_bytes for `total_frames` latent frames, or None. notes: a line below the figures. size: pixels, width and height.
+
+class _Growing:
+    """The points of one series. first: the moment at which it begins, one point after the first of `points`."""
+
+    def __init__(self, first: int, point: list):
+        self.first, self.points = first, [point]
+
+    def since(self, moment: int) -> list:
+        # before the first moment there is only the point from which it starts
+        if len(self.points) == 1:
+            return []
+        return self.points[1 + moment - self.first if moment > self.first else 0:]
+
+
+class Chart:
+    """The chart of one run's KV cache, which grows with each `CacheStats`; `describe` gives it, or what is new in it."""
+
+    def __init__(self, total_frames: int = 0, forecast=None, budget_bytes: int = 0):
+        self.total_frames, self.forecast, self.budget_bytes = total_frames, forecast, budget_bytes
+        self.moments = 0
+        self._frame = self._last_frame = self._highest = 0
+        self._areas: dict[str, _Growing] = {}
+        self._peak, self._bf16 = _Growing(0, [0, 0]), _Growing(0, [0, 0])
+
+    def add(self, stats) -> None:
+        amounts = parts_of(stats)
+        floor = before = 0
+        for part in sorted({*amounts, *self._areas}, key=_order):
+            area = self._areas.get(part)
+            if area is None:
+                # it rises from the top of the area below it, as that was one moment earlier
+                area = self._areas[part] = _Growing(self.moments, [self._frame, before, before])
+            before, top = area.points[-1][2], floor + amounts.get(part, 0)
+            area.points.append([stats.frames, floor, top])
+            floor = top
+        self._peak.points.append([stats.frames, stats.peak_bytes])
+        self._bf16.points.append([stats.frames, stats.bf16_bytes])
+        self._frame, self._last_frame = stats.frames, max(self._last_frame, stats.frames)
+        self._highest = max(self._highest, stats.bf16_bytes, stats.peak_bytes)
+        self.moments += 1
+
+    def describe(self, since: int = 0, free_bytes: int = 0, device: str = "") -> dict:
+        """The chart, with the points of the moments from `since` on. free_bytes: the most that the cache could take on `device`; 0 draws
+        no line."""
+        frames = max(self._last_frame, self.total_frames, 1)
+        forecast = self.forecast
+        highest = max(self._highest, *((forecast.peak_bytes, forecast.bf16_bytes) if forecast else ()), 1)
+        lines = [series("peak", self._peak.since(since), PEAK, "peak", "peak"), series("bf16", self._bf16.since(since), BF16, "bf16")]
+        if forecast and self.moments and self._last_frame < frames:
+            for line, count, name in ((self._peak, forecast.peak_bytes, "forecast"), (self._bf16, forecast.bf16_bytes, "")):
+                id, colour = ("peak-forecast", PEAK) if name else ("bf16-forecast", BF16)
+                lines.append(series(id, [line.points[-1], [frames, count]], colour, name, name, dashed=True, whole=True))
+        if 0 < self.budget_bytes < HEADROOM * highest:
+            lines.append(series("budget", _level(self.budget_bytes, frames), LIMIT, "budget", "budget", whole=True))
+        if 0 < free_bytes < HEADROOM * highest:
+            lines.append(series("available", _level(free_bytes, frames), LIMIT, f"available on {device}", "available",
+                                values={"device": device}, dashed=True, whole=True))
+        areas = [series(part, self._areas[part].since(since), **name_of(part)) for part in sorted(self._areas, key=_order)]
+        return {"frames": frame_axis(frames), "bytes": byte_axis(highest), "since": since, "areas": areas, "lines": lines}
+
+
+def _level(count: int, frames: int) -> list:
+    return [[0, count], [frames, count]]
+
+
+def _order(part: str) -> tuple:
+    """Lowest area first: what spans share, bits rising, the workspace."""
+    return part == "workspace", part.isdigit(), int(part) if part.isdigit() else 0, part
+
+
+def frame_axis(frames: int) -> dict:
+    return {"start": 0, "end": frames, "ticks": [[frame, str(frame)] for frame in round_steps(frames, TICKS)],
+            "label": f"{frames} latent frames"}
+
+
+def byte_axis(highest: int) -> dict:
+    ticks = {system: [[count, tick_text(count, system)] for count in round_steps(highest, TICKS, base)]
+             for system, (base, _) in UNITS.items()}
+    return {"start": 0, "end": HEADROOM * highest, "ticks": ticks, "label": ""}
+
+
+def tick_text(count: float, system: str) -> str:
+    """5 * 2**20 -> "5 MiB", 1.5e9 -> "1.5 GB"."""
+    base, names = UNITS[system]
+    unit = 0
+    while count >= base and unit < len(names) - 1:
+        count, unit = count / base, unit + 1
+    return f"{count:.0f} {names[unit]}" if abs(count - round(count)) < 1e-9 else f"{count:.1f} {names[unit]}"
+
+
+def describe(history: Sequence, *, forecast=None, total_frames: int = 0, budget_bytes: int = 0) -> dict:
+    """The whole chart of a run, with a summary in words and the bytes of each layer.
+
+    history: `CacheStats` in the order in which they were taken; may be empty. forecast: has peak_bytes and bf16_bytes for `total_frames`
+    latent frames, or None.
     """
-    width, height = size[0] * SCALE, size[1] * SCALE
-    image = Image.new("RGB", (width, height), BACKGROUND)
-    canvas = _Canvas(ImageDraw.Draw(image), unit=height / 540)
-    margin = 24 * canvas.unit
-    canvas.text(margin, 18 * canvas.unit, title or "KV cache", 20, INK)
-    if not history:
-        canvas.text(margin, height / 2, "No cache yet: run the sampler that uses this model.", 16, FAINT)
-        return image.resize(size, Image.Resampling.LANCZOS)
-
-    last = history[-1]
-    canvas.text(margin, 48 * canvas.unit, _summary(last), 14, FAINT)
-    if notes:
-        canvas.text(margin, 70 * canvas.unit, notes, 14, FAINT)
-    top, bottom, split = (106 if notes else 84) * canvas.unit, height - 64 * canvas.unit, 0.68 * width
-    _draw_history(canvas, (margin + 64 * canvas.unit, top, split, bottom), history, forecast, total_frames, budget_bytes)
-    _draw_layers(canvas, (split + 56 * canvas.unit, top, width - margin, bottom), last)
-    _draw_legend(canvas, margin + 64 * canvas.unit, height - 24 * canvas.unit, kinds_of(history), forecast, budget_bytes)
-    return image.resize(size, Image.Resampling.LANCZOS)
+    chart = Chart(total_frames, forecast, budget_bytes)
+    for stats in history:
+        chart.add(stats)
+    whole = chart.describe() | {"summary": "", "layers": []}
+    return whole | {"summary": summary(history[-1]), "layers": list(history[-1].by_layer)} if history else whole
 
 
-def draw_comparison(psnr: Sequence[float], ssim: Sequence[float], *, title: str = "", size: tuple[int, int] = (960, 540)) -> Image.Image:
-    """RGB picture of PSNR (dB, upper half) and SSIM (lower half) of each frame."""
-    width, height = size[0] * SCALE, size[1] * SCALE
-    image = Image.new("RGB", (width, height), BACKGROUND)
-    canvas = _Canvas(ImageDraw.Draw(image), unit=height / 540)
-    margin = 24 * canvas.unit
-    canvas.text(margin, 18 * canvas.unit, title or "Comparison", 20, INK)
-    left, right = margin + 64 * canvas.unit, width - margin
-    middle = height / 2
-    _draw_frames(canvas, (left, 56 * canvas.unit, right, middle - 16 * canvas.unit), psnr, "PSNR, dB", "{:.1f}", PSNR)
-    _draw_frames(canvas, (left, middle + 30 * canvas.unit, right, height - 40 * canvas.unit), ssim, "SSIM", "{:.4f}", SSIM)
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _draw_frames(canvas: _Canvas, box, values: Sequence[float], name: str, form: str, colour: str) -> None:
-    left, top, right, bottom = box
-    low, high = min(values), max(values)
-    room = max(1e-3 * abs(high), (high - low) / 8, 1e-3)
-    low, high = low - room, high + room
-
-    def at(frame: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * frame / max(1, len(values) - 1), bottom - (bottom - top) * (value - low) / (high - low)
-
-    canvas.draw.rectangle(box, fill=PANEL)
-    for part in range(4):
-        value = low + (high - low) * part / 3
-        y = at(0, value)[1]
-        canvas.draw.line((left, y, right, y), fill=GRID, width=round(canvas.unit))
-        canvas.text(left - 8 * canvas.unit, y, form.format(value), 12, FAINT, "rm")
-    canvas.line([at(frame, value) for frame, value in enumerate(values)], colour, 3)
-    canvas.text(left, top - 10 * canvas.unit, f"{name}: mean {form.format(sum(values) / len(values))}", 12, FAINT)
-    for frame in sorted({0, (len(values) - 1) // 2, len(values) - 1}):
-        canvas.text(at(frame, low)[0], bottom + 12 * canvas.unit, str(frame) if frame else "frame 0", 12, FAINT, "mm")
-
-
-def _summary(stats) -> str:
+def summary(stats) -> str:
     return (f"{format_bytes(stats.stored_bytes)} instead of {format_bytes(stats.bf16_bytes)} in bf16 ({stats.ratio:.2f}x), "
             f"peak {format_bytes(stats.peak_bytes)} ({stats.peak_ratio:.2f}x), {stats.bits_per_element:.2f} bits per element"
             + (f", {format_bytes(stats.host_bytes)} in host memory" if getattr(stats, "host_bytes", 0) else ""))
 
 
-class _Canvas:
-    """A drawing surface in which lengths count in pixels of the reduced picture, times `unit`."""
-
-    def __init__(self, draw: ImageDraw.ImageDraw, unit: float):
-        self.draw, self.unit = draw, unit
-
-    def text(self, x: float, y: float, text: str, points: int, fill: str, anchor: str = "lm") -> float:
-        """Writes and returns the x where the text ends."""
-        self.draw.text((x, y), text, font=ImageFont.load_default(points * self.unit), fill=fill, anchor=anchor)
-        return x + self.width(text, points)
-
-    def width(self, text: str, points: int) -> float:
-        return self.draw.textlength(text, font=ImageFont.load_default(points * self.unit))
-
-    def line(self, points: Sequence[tuple[float, float]], fill: str, width: float = 2) -> None:
-        if len(points) > 1:
-            self.draw.line(list(points), fill=fill, width=round(width * self.unit), joint="curve")
-        radius = width * self.unit
-        x, y = points[-1]
-        self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-
-    def dashes(self, start: tuple[float, float], end: tuple[float, float], fill: str) -> None:
-        length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
-        steps = max(2, round(length / (6 * self.unit)))
-        points = [tuple(a + (b - a) * i / steps for a, b in zip(start, end)) for i in range(steps + 1)]
-        for a, b in zip(points[::2], points[1::2]):
-            self.draw.line((a, b), fill=fill, width=round(2 * self.unit))
+def describe_frames(values: Sequence[float], name: str, form: str, colour: str) -> dict:
+    """A chart of one figure per frame, such as PSNR. form: how its values are written, such as "{:.1f}"."""
+    low, high = min(values), max(values)
+    margin = max(1e-3 * abs(high), (high - low) / 8, 1e-3)
+    low, high, last = low - margin, high + margin, len(values) - 1
+    ticks = [low + (high - low) * part / 3 for part in range(4)]
+    return {"title": f"{name}: mean {form.format(sum(values) / len(values))}", "areas": [],
+            "frames": {"start": 0, "end": max(1, last), "label": "",
+                       "ticks": [[frame, str(frame) if frame else "frame 0"] for frame in sorted({0, last // 2, last})]},
+            "bytes": {"start": low, "end": high, "ticks": {"binary": [[value, form.format(value)] for value in ticks]}, "label": ""},
+            "lines": [series(name, [[frame, value] for frame, value in enumerate(values)], colour)]}
 
 
-def _draw_history(canvas: _Canvas, box, history, forecast, total_frames: int, budget_bytes: int) -> None:
-    left, top, right, bottom = box
-    last = history[-1]
-    last_frame = max(stats.frames for stats in history)
-    frames = max(last_frame, total_frames if forecast else 0, 1)
-    highest = max(max(max(s.bf16_bytes, s.peak_bytes) for s in history), forecast.bf16_bytes if forecast else 0, 1)
-
-    def at(frame: float, count: float) -> tuple[float, float]:
-        return left + (right - left) * frame / frames, bottom - (bottom - top) * count / (1.04 * highest)
-
-    canvas.draw.rectangle(box, fill=PANEL)
-    for count in round_steps(highest, 5, 1024):
-        x, y = at(0, count)
-        canvas.draw.line((left, y, right, y), fill=GRID, width=round(canvas.unit))
-        canvas.text(x - 8 * canvas.unit, y, format_bytes(count), 12, FAINT, "rm")
-    end = right - canvas.width(f"{frames} latent frames", 12)
-    canvas.text(right, bottom + 14 * canvas.unit, f"{frames} latent frames", 12, FAINT, "rm")
-    for frame in round_steps(frames, 5):
-        if at(frame, 0)[0] < end - 24 * canvas.unit:
-            canvas.text(at(frame, 0)[0], bottom + 14 * canvas.unit, str(frame), 12, FAINT, "mm")
-
-    # a run starts with nothing, and one sample alone has no area
-    floor = [0] * len(history)
-    for kind in kinds_of(history):
-        ceiling = [low + amount(stats, kind) for low, stats in zip(floor, history)]
-        outline = [at(0, 0)] + [at(stats.frames, count) for stats, count in zip(history, ceiling)]
-        outline += [at(stats.frames, count) for stats, count in reversed(list(zip(history, floor)))]
-        canvas.draw.polygon(outline, fill=KINDS[kind])
-        floor = ceiling
-    canvas.line([at(0, 0)] + [at(stats.frames, stats.bf16_bytes) for stats in history], BF16)
-    canvas.line([at(0, 0)] + [at(stats.frames, stats.peak_bytes) for stats in history], PEAK)
-    if forecast and total_frames > last_frame:
-        for start, end, colour in ((last.bf16_bytes, forecast.bf16_bytes, BF16), (last.peak_bytes, forecast.peak_bytes, PEAK)):
-            canvas.dashes(at(last.frames, start), at(total_frames, end), colour)
-    if 0 < budget_bytes < highest:
-        canvas.draw.line((*at(0, budget_bytes), *at(frames, budget_bytes)), fill=BUDGET, width=round(2 * canvas.unit))
-
-
-def _draw_layers(canvas: _Canvas, box, stats) -> None:
-    left, top, right, bottom = box
-    canvas.draw.rectangle(box, fill=PANEL)
-    highest = max(max(stats.by_layer, default=0), 1)
-    step = (bottom - top) / max(len(stats.by_layer), 1)
-    gap = min(2 * canvas.unit, step / 5)
-    for layer, count in enumerate(stats.by_layer):
-        y = top + layer * step
-        canvas.draw.rectangle((left, y + gap, left + (right - left) * count / highest, y + step - gap), fill=LAYERS)
-    every = -(-len(stats.by_layer) // 12) or 1
-    for layer in range(0, len(stats.by_layer), every):
-        canvas.text(left - 8 * canvas.unit, top + (layer + 0.5) * step, str(layer), 12, FAINT, "rm")
-    canvas.text(left, bottom + 14 * canvas.unit, f"bytes of each layer, at most {format_bytes(highest)}", 12, FAINT)
-
-
-def _draw_legend(canvas: _Canvas, x: float, y: float, kinds: list, forecast, budget_bytes: int) -> None:
-    names = {kind: f"{kind} bits" if isinstance(kind, int) else kind for kind in kinds}
-    entries = [(names[kind], KINDS[kind]) for kind in kinds] + [("peak", PEAK), ("bf16", BF16)]
-    for name, colour in entries + ([("budget", BUDGET)] if budget_bytes else []):
-        canvas.draw.rectangle((x, y - 5 * canvas.unit, x + 10 * canvas.unit, y + 5 * canvas.unit), fill=colour)
-        x = canvas.text(x + 16 * canvas.unit, y, name, 12, INK) + 18 * canvas.unit
-    if forecast:
-        canvas.text(x, y, "dashed: forecast", 12, FAINT)
+def describe_comparison(psnr: Sequence[float], ssim: Sequence[float]) -> list[dict]:
+    """Charts of PSNR (dB) and SSIM, one value per frame."""
+    return [describe_frames(psnr, "PSNR, dB", "{:.1f}", PSNR), describe_frames(ssim, "SSIM", "{:.4f}", SSIM)]

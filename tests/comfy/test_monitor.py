@@ -68,7 +68,7 @@ def test_moments_reach_the_monitor_while_sampling(comfy):
     assert kinds.index("qvg.memory") < kinds.index("executing"), "nothing was sent before the monitor was executed"
     events = comfy.of_type("qvg.memory")
     assert all(event["nodes"] == ["monitor"] for event in events)
-    assert [point["frames"] for event in events for point in event["points"]] == [3, 6, 9, 12]
+    assert [frame for event in events for frame, _ in event["chart"]["lines"][0]["points"]] == [0, 3, 6, 9, 12]
     assert [event["ended"] for event in events] == [False] * (len(events) - 1) + [True]
     assert events[-1]["now"]["stored_bytes"] == events[-1]["forecast"]["stored_bytes"] and events[-1]["free_bytes"] > 0
     text = comfy.wait_for("qvg.text", lambda data: data["node"] == "quantize" and "12 of 12" in data["text"])["text"]
@@ -79,7 +79,7 @@ def test_a_page_that_comes_later_gets_the_whole_run(comfy):
     outputs = comfy.run(graph("Balanced", seed=11), timeout=120)
     (report,) = outputs["monitor"]["qvg_memory"]
     run = comfy.get(comfy.url + "/qvg/memory?workflow=")["runs"][-1]
-    assert run["nodes"] == ["monitor"] and run["history"] == report["history"] and run["now"] == report["now"]
+    assert run["nodes"] == ["monitor"] and run["chart"] == report["chart"] and run["now"] == report["now"]
     assert comfy.get(comfy.url + "/qvg/memory?workflow=none")["runs"] == []
 
 

@@ -1,19 +1,23 @@
 """The monitor's widget in the real frontend: classic canvas and Nodes 2.0, live, after a refresh, interrupted, in a subgraph."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from comfy_browser import wait_until_ready
 from comfy_paths import REPOSITORY
+from comfyui_qvg.qvg.report.chart import Chart
+from comfyui_qvg.qvg.units import GIB
 
+FORECAST = SimpleNamespace(stored_bytes=8 * GIB, peak_bytes=8.5 * GIB, bf16_bytes=48.2 * GIB)
 TEMPLATE = REPOSITORY / "workflows" / "Tiny model - text to video.json"
 LOAD = "async workflow => { await app.loadGraphData(workflow, true, true) }"
 # (phase, stored bytes, number of areas) of the one monitor on the page
 READ = """() => {
   const root = document.querySelector('.qvg-monitor')
   return root && {phase: root.dataset.phase, stored: Number(root.dataset.stored), text: root.innerText,
-                  areas: [...root.querySelectorAll('path[data-kind]')].map(path => path.dataset.kind)}
+                  areas: [...root.querySelectorAll('path[data-part]')].map(path => path.dataset.part)}
 }"""
 
 
@@ -108,48 +112,52 @@ def test_updates_are_few_and_small(same_page, comfy):
     span = moments[-1].at - moments[0].at
     assert len(moments) <= 3 + 4 * span
     assert sum(len(json.dumps(message.data)) for message in moments) < 20_000 * max(1, span)
-    points = [point["frames"] for message in moments for point in message.data["points"]]
-    assert points == list(range(1, 25)), "each chunk is sent once"
+    points = [frame for message in moments for frame, _ in message.data["chart"]["lines"][0]["points"]]
+    assert points == list(range(25)), "each chunk is sent once"
 
 
-# a run of another machine: 60 of 180 latent frames of Self-Forcing, on a card with 9 GiB free
-SENT = """({frames, run}) => {
-  const node = app.graph.nodes.find(node => node.type === 'QVGMemoryMonitor')
-  const gib = 2 ** 30, bf16 = 0.268 * gib * frames
-  const point = {frames, stored_bytes: bf16 / 6, workspace_bytes: gib / 4, peak_bytes: bf16 / 6 + gib / 4, bf16_bytes: bf16,
-                 codebook_bytes: bf16 / 60, by_bits: {2: bf16 / 6 - bf16 / 60}}
-  app.api.dispatchCustomEvent('qvg.memory', {
-    nodes: [String(node.id)], workflow: '', run, points: [point], preset: 'balanced', latent_frames: 180, ended: frames === 180,
-    budget_bytes: 12 * gib, device: 'cuda:0', free_bytes: 9 * gib, free_host_bytes: 40 * gib,
-    forecast: {stored_bytes: 8 * gib, peak_bytes: 8.5 * gib, bf16_bytes: 48.2 * gib},
-    now: {...point, held_frames: frames, tokens: 1560 * frames, ratio: 6, peak_ratio: 5, bits_per_element: 2.7, by_layer: [1, 2, 3]}})
-}"""
+SEND = "message => app.api.dispatchCustomEvent('qvg.memory', {...message, nodes: app.graph.nodes.filter(node => " \
+       "node.type === 'QVGMemoryMonitor').map(node => String(node.id))})"
+
+
+def send(page, chart, frames, run):
+    """A moment of a run of another machine: of 180 latent frames of Self-Forcing, on a card with 9 GiB free."""
+    bf16, since = 0.268 * GIB * frames, chart.moments
+    now = {"frames": frames, "stored_bytes": bf16 / 6, "workspace_bytes": GIB / 4, "peak_bytes": bf16 / 6 + GIB / 4, "bf16_bytes": bf16}
+    chart.add(SimpleNamespace(**now, by_kind={"codebooks": bf16 / 60}, by_bits={2: bf16 / 6 - bf16 / 60}))
+    page.evaluate(SEND, {
+        "workflow": "", "run": run, "preset": "balanced", "latent_frames": 180, "ended": frames == 180, "budget_bytes": 12 * GIB,
+        "device": "cuda:0", "free_bytes": 9 * GIB, "free_host_bytes": 40 * GIB, "forecast": vars(FORECAST),
+        "chart": chart.describe(since, 9 * GIB + bf16 / 6 + GIB / 4, "cuda:0"),
+        "now": now | {"held_frames": frames, "tokens": 1560 * frames, "ratio": 6, "peak_ratio": 5, "bits_per_element": 2.7,
+                      "by_layer": [1, 2, 3]}})
 
 
 def test_keyboard_screen_reader_and_limits(same_page):
     page = same_page
     """What has the focus keeps it while values change; a run's begin and end are read aloud; budget and the card's end are drawn."""
+    chart = Chart(180, FORECAST, 12 * GIB)
     page.evaluate(LOAD, workflow(1))
     page.wait_for_selector(".qvg-monitor", state="attached")
-    page.evaluate(SENT, {"frames": 30, "run": "a"})
+    send(page, chart, 30, "a")
     page.wait_for_timeout(600)
     page.evaluate("document.querySelector('.qvg-monitor summary').focus()")
     page.keyboard.press("Enter")
     assert page.evaluate("document.querySelector('.qvg-monitor [role=status]').textContent") == "Sampling: 30 of 180 latent frames"
-    page.evaluate(SENT, {"frames": 60, "run": "a"})
+    send(page, chart, 60, "a")
     page.wait_for_timeout(600)
     assert page.evaluate("document.activeElement.matches('.qvg-monitor summary') && document.querySelector('.qvg-monitor details').open")
     assert page.evaluate("[...document.querySelectorAll('.qvg-monitor details dd')].map(item => item.textContent)") == ["1 B", "2 B", "3 B"]
     assert page.evaluate("document.querySelector('.qvg-monitor [role=status]').textContent") == "Sampling: 30 of 180 latent frames"
     text = page.evaluate(READ)["text"]
     for words in ("Sampling: 60 of 180", "8.0 GiB held, 8.5 GiB peak", "60 frames, 93600 tokens", "Free on cuda:0", "40.0 GiB", "12.0 GiB",
-                  "Room on cuda:0"):
+                  "Available on cuda:0"):
         assert words in text
-    lines = "['qvg-bf16', 'qvg-peak', 'qvg-budget', 'qvg-room'].map(name => document.querySelectorAll(`.qvg-chart .${name}`).length)"
-    assert page.evaluate(lines) == [2, 2, 1, 1], "bf16 and peak with their forecasts, budget, room"
+    lines = page.evaluate("[...document.querySelectorAll('.qvg-chart [data-line]')].map(line => line.dataset.line)")
+    assert lines == ["peak", "bf16", "peak-forecast", "bf16-forecast", "budget", "available"]
     assert "at the peak" in page.evaluate("document.querySelector('.qvg-chart').getAttribute('aria-label')")
     assert page.evaluate("document.querySelector('.qvg-monitor').getAttribute('aria-label')") == "KV Memory Monitor (QVG)"
-    page.evaluate(SENT, {"frames": 180, "run": "a"})
+    send(page, chart, 180, "a")
     assert "finished" in page.evaluate("document.querySelector('.qvg-monitor [role=status]').textContent")
     # a smaller node makes a smaller chart
     page.evaluate("app.graph.nodes.find(node => node.type === 'QVGMemoryMonitor').setSize([340, 480])")
@@ -162,7 +170,7 @@ def test_settings_and_badge(page, tmp_path_factory):
     shots = tmp_path_factory.getbasetemp()
     page.evaluate(LOAD, workflow(2))
     page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Units', 'decimal')")
-    page.evaluate(SENT, {"frames": 180, "run": "b"})
+    send(page, Chart(180, FORECAST, 12 * GIB), 180, "b")
     assert "9.7 GB" in page.evaluate(READ)["text"]
     page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Units', 'binary')")
     assert page.evaluate("['Rate', 'Toasts'].map(name => app.extensionManager.setting.get(`QVG.Monitor.${name}`))") == [4, True]

@@ -74,7 +74,7 @@ def test_a_monitor_elsewhere_gets_its_report(comfy):
     prompt["elsewhere"] = {"class_type": "QVGMemoryMonitor", "inputs": {"model": ["lora", 0], "samples": ["later", 0]}}
     _, charts, outputs = shown(comfy, prompt)
     assert charts == {"monitor", "elsewhere"}
-    assert outputs["elsewhere"]["qvg_memory"][0]["history"] == outputs["monitor"]["qvg_memory"][0]["history"]
+    assert outputs["elsewhere"]["qvg_memory"][0]["chart"] == outputs["monitor"]["qvg_memory"][0]["chart"]
 
 
 def test_each_of_two_samplers_has_its_own_chart(comfy):

@@ -3,7 +3,7 @@
 
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"
-import { colourOf, drawChart, kindsOf, nameOf } from "./chart.js"
+import { continued, drawChart, legendOf, nameOf } from "./chart.js"
 import { addShown, chain, isOnScreen, make, nodeByExecutionId, workflowOnScreen } from "./nodes.js"
 import { showText } from "./text.js"
 import { bytes, loadStrings, say } from "./strings.js"
@@ -25,15 +25,12 @@ const STYLE = `
 .qvg-chart { display: block; }
 .qvg-chart text { fill: color-mix(in srgb, var(--input-text, #ddd) 72%, var(--comfy-input-bg, #222)); font-size: 11px; }
 .qvg-chart .qvg-grid { stroke: var(--border-color, #4e4e4e); stroke-width: 0.6; }
-.qvg-chart path.qvg-bf16, .qvg-chart path.qvg-peak, .qvg-chart path.qvg-budget, .qvg-chart path.qvg-room { fill: none; stroke-width: 2; }
-.qvg-bf16 { stroke: var(--descrip-text, #999); border-color: var(--descrip-text, #999); }
-.qvg-peak { stroke: #e5a52e; border-color: #e5a52e; } .qvg-budget { stroke: #e0483e; border-color: #e0483e; }
-.qvg-room { stroke: #e0483e; border-color: #e0483e; stroke-dasharray: 2 3; border-style: dotted; }
-.qvg-chart .qvg-ahead { stroke-dasharray: 5 4; opacity: 0.8; }
+.qvg-chart .qvg-line { fill: none; stroke-width: 2; }
+.qvg-chart .qvg-dashed { stroke-dasharray: 5 4; opacity: 0.8; }
 .qvg-monitor .qvg-legend { display: flex; gap: 3px 12px; flex-wrap: wrap; list-style: none; margin: 0 0 8px; padding: 0; }
 .qvg-legend i { display: inline-block; width: 10px; height: 10px; margin-right: 5px; border-radius: 2px; }
-.qvg-legend i[class] { height: 0; border-width: 2px 0 0; border-radius: 0; vertical-align: middle; width: 14px; }
-.qvg-legend i:not(.qvg-room)[class] { border-top-style: solid; }
+.qvg-legend i[class] { height: 0; border-width: 2px 0 0; border-style: solid; border-radius: 0; vertical-align: middle; width: 14px; }
+.qvg-legend i.qvg-dashed { border-style: dashed; }
 .qvg-monitor dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 4px 14px; margin: 0 0 6px; }
 .qvg-monitor dd { margin: 0; font-variant-numeric: tabular-nums; }
 .qvg-monitor summary { cursor: pointer; }
@@ -87,10 +84,8 @@ class Monitor {
 
   // message: a whole report, or an event that continues one with further points
   take(message) {
-    const before = this.state && this.state.run === message.run ? this.state.history : []
-    // a page that asked in between has some of the points already
-    const history = message.history ?? [...before, ...message.points.filter((point) => !(point.frames <= before.at(-1)?.frames))]
-    this.state = { ...message, run: message.run ?? this.state?.run, history }
+    const before = this.state && (!message.run || this.state.run === message.run) ? this.state.chart : null
+    this.state = { ...message, run: message.run ?? this.state?.run, chart: continued(before, message.chart) }
     if (message.ended) return this.draw()
     const wait = 1000 / (app.extensionManager.setting.get("QVG.Monitor.Rate") || 4)
     this.waiting ||= setTimeout(() => this.draw(), wait - 10)
@@ -125,22 +120,18 @@ class Monitor {
     const { clientWidth, clientHeight } = this.plot
     // a node out of sight has no size
     if (!this.state) return this.plot.replaceChildren()
-    this.plot.replaceChildren(drawChart(this.state, clientWidth || 520, clientHeight || 200))
+    this.plot.replaceChildren(drawChart(this.state.chart, this.state.now, clientWidth || 520, clientHeight || 200))
   }
 
-  drawLegend(state) {
+  drawLegend({ chart }) {
     this.legend.replaceChildren()
-    const entry = (text, className, colour) => {
+    for (const series of legendOf(chart)) {
       const item = make("li", "", this.legend)
-      const mark = make("i", className, item)
-      if (colour) mark.style.background = colour
-      item.append(text)
+      const isLine = chart.lines.includes(series)
+      const mark = make("i", isLine ? `qvg-line${series.dashed ? " qvg-dashed" : ""}` : "", item)
+      mark.style[isLine ? "borderColor" : "background"] = series.colour
+      item.append(nameOf(series))
     }
-    for (const kind of kindsOf(state.history)) entry(nameOf(kind), "", colourOf(kind))
-    entry(say("peak"), "qvg-peak")
-    entry("bf16", "qvg-bf16")
-    if (this.plot.querySelector(".qvg-budget")) entry(say("budget"), "qvg-budget")
-    if (this.plot.querySelector(".qvg-room")) entry(say("room", { device: state.device }), "qvg-room")
   }
 
   drawFigures(state, now) {

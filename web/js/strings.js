@@ -24,14 +24,14 @@ export const ENGLISH = {
   freeHost: "Free host memory",
   host: "Offloaded to host memory",
   budget: "Budget",
-  room: "Room on {device}",
+  available: "Available on {device}",
   none: "none",
   layers: "Bytes of each layer",
   layer: "Layer {number}",
   codebooks: "codebooks",
   workspace: "workspace",
   planes: "{bits}-bit planes",
-  plain: "{bits}-bit numbers",
+  plain: "{bits}-bit values",
   pressure: "The KV cache will need {need}, but {free} are free. Choose a smaller preset in QVG Settings, set a budget there, or make the video shorter.",
   pressureTitle: "KV cache may not fit",
   settingsOff: "The model's own cache. Nothing below changes it.",
@@ -59,25 +59,12 @@ export function say(key, values = {}) {
 
 const BINARY = ["B", "KiB", "MiB", "GiB", "TiB"]
 const DECIMAL = ["B", "kB", "MB", "GB", "TB"]
-const isDecimal = () => app.extensionManager?.setting?.get("QVG.Monitor.Units") === "decimal"
+export const isDecimal = () => app.extensionManager?.setting?.get("QVG.Monitor.Units") === "decimal"
 
-// round: 5 MiB instead of 5.0 MiB
-export function bytes(count, round = false) {
+export function bytes(count) {
   const decimal = isDecimal()
   const step = decimal ? 1000 : 1024
   let unit = 0
   while (count >= step && unit < 4) { count /= step; unit++ }
-  const whole = !unit || (round && Math.abs(count - Math.round(count)) < 1e-9)
-  return `${whole ? Math.round(count) : count.toFixed(1)} ${(decimal ? DECIMAL : BINARY)[unit]}`
-}
-
-// [0, step, 2 step, ...] up to most, about `count` steps of 1, 2 or 5 times a power of ten, in the unit that bytes() would choose
-export function roundSteps(most, count, ofBytes = false) {
-  const base = isDecimal() ? 1000 : 1024
-  let unit = 1
-  while (ofBytes && most / count >= unit * base) unit *= base
-  const rough = most / count / unit
-  const power = 10 ** Math.floor(Math.log10(rough))
-  const step = Math.max([1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999) * power, ofBytes && unit > 1 ? 0 : 1) * unit
-  return Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => i * step)
+  return `${unit ? count.toFixed(1) : Math.round(count)} ${(decimal ? DECIMAL : BINARY)[unit]}`
 }
