@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ..qvg.settings import PRESETS, QVGSettings
-from .adapters import longcat, wan
+from .adapters.families import adapter_of, family_of
 
 Settings = io.Custom("QVG_SETTINGS")
 LABELS = {name.capitalize(): name for name in PRESETS}
@@ -123,5 +123,9 @@ class QVGQuantizeKVCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, settings=None) -> io.NodeOutput:
-        adapter = longcat if longcat.is_longcat(model) else wan
-        return io.NodeOutput(adapter.quantize(model, settings or QVGSettings.preset("balanced"), cls.hidden.unique_id))
+        network = model.get_model_object("diffusion_model")
+        family = family_of(network)
+        if family is None:
+            raise ValueError(f"{type(network).__name__} is not an autoregressive video model: it has no KV cache to quantize. Load a "
+                             "Self-Forcing or Causal-Forcing checkpoint with Load AR Video Model (QVG).")
+        return io.NodeOutput(adapter_of(family).quantize(model, settings or QVGSettings.preset("balanced"), cls.hidden.unique_id))

@@ -2,22 +2,22 @@
 
     QVGLoadARVideoModel  file in models/diffusion_models -> MODEL
 
-Core builds its causal network only when the file's metadata asks for it, and published files do not. This node reads what
-is in the file (`qvg.models.checkpoint`) and hands core the metadata. LongCat-Video, which core does not know, is built by the pack.
+Core builds its causal network only if the file's metadata asks for it, and published files do not. This node identifies the model family
+from the weights (`qvg.models.checkpoint`) and loads it through the family's adapter (`adapters.families`).
 """
 
 from __future__ import annotations
 
 import logging
 
-import comfy.sd
 import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..qvg.files.tensor_files import first_line
+from ..qvg.models import FAMILIES
 from ..qvg.models.checkpoint import SUFFIXES, open_checkpoint
-from .adapters import longcat
+from .adapters.families import adapter_of
 from .live import TEXT
 
 FOLDER = "diffusion_models"
@@ -25,22 +25,18 @@ WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn}
 
 
 def load_model(path: str, weight_dtype: str = "default", disable_dynamic: bool = False) -> tuple:
-    """(ModelPatcher, Description) of a causal Wan or LongCat-Video. Raises ValueError with a sentence when the file is something else."""
+    """(ModelPatcher, Description) of a checkpoint of any registered family. Raises ValueError with a sentence for any other file."""
     state, found = open_checkpoint(path)
-    dtype = WEIGHT_DTYPES[weight_dtype]
+    adapter = adapter_of(FAMILIES[found.family])
     try:
-        if found.model == "longcat":
-            model = longcat.load(state, dtype, disable_dynamic)
-        else:
-            model = comfy.sd.load_diffusion_model_state_dict(
-                state, model_options={"dtype": dtype} if dtype else {}, metadata=found.metadata(), disable_dynamic=disable_dynamic)
+        model = adapter.load(state, config=found.config, dtype=WEIGHT_DTYPES[weight_dtype], disable_dynamic=disable_dynamic)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    # what is packed into quantized weights only core can tell, which has no error of its own for what is false there
+    # only core can read packed, quantized weights, and it has no error class of its own for damaged ones
     except Exception as error:
         raise ValueError(f"ComfyUI could not make a model of {found.file}: {first_line(error)}. If it is quantized, get another "
                          "version of it; otherwise download it again.") from error
-    # with this core can load the same file again where it needs a second copy of the weights
+    # lets core load the same file again when it needs a second copy of the weights
     model.cached_patcher_init = (load_model, (path, weight_dtype), 0)
     logging.info("QVG: %s", found)
     return model, found

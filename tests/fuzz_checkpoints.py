@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from comfyui_qvg.qvg.models import FAMILIES
 from comfyui_qvg.qvg.models.checkpoint import open_checkpoint
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
-from comfyui_qvg.qvg.models.names import official_name
-from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.models.longcat import PUBLISHED, LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes, causal_metadata
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int64, torch.bool, torch.complex64,
          torch.float8_e4m3fn]
@@ -34,7 +34,7 @@ def states() -> list[dict[str, torch.Tensor]]:
     long = LongCat(LongCatSizes(dim=32, head_dim=16, ffn_dim=64, layers=2, text_dim=8, time_dim=16, freq_dim=16)).state_dict()
     fused: dict[str, list[torch.Tensor]] = {}
     for name, tensor in long.items():
-        fused.setdefault(official_name(name)[0], []).append(tensor)
+        fused.setdefault(PUBLISHED.published_name(name)[0], []).append(tensor)
     packed = wan | {"blocks.1.ffn.0.weight": torch.zeros(16, 64, dtype=torch.uint8), "blocks.1.ffn.0.weight_scale": torch.ones(16, 8),
                     "blocks.1.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}
     return [wan, dict(long), {name: torch.cat(parts) for name, parts in fused.items()}, packed]
@@ -211,10 +211,10 @@ class Checkpoints:
                 raise TypeError(f"a refusal that names no file: {error}") from error
             raise
         self.opened = True
-        json.loads(found.metadata()["config"])
-        kind, sizes = (LongCat, LongCatSizes) if found.model == "longcat" else (CausalWan, WanSizes)
+        json.loads(causal_metadata(found.sizes, found.config)["config"])
+        family = FAMILIES[found.family]
         with torch.device("meta"):
-            expected = kind(sizes.read(state)).state_dict()
+            expected = family.network(family.sizes(state)).state_dict()
         if not expected.keys() <= state.keys():
             return "weights are missing"
         if any(f"{key[:-6]}comfy_quant" not in state and state[key].shape != weight.shape for key, weight in expected.items()):

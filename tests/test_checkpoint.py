@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_qvg.qvg.models.checkpoint import Description, open_checkpoint
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
-from comfyui_qvg.qvg.models.names import official_name
-from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.models.longcat import PUBLISHED, LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes, causal_metadata
 
 
 def wan_state(layers=2, dim=256, channels=16, text_dim=64):
@@ -19,6 +18,11 @@ def wan_state(layers=2, dim=256, channels=16, text_dim=64):
     with torch.device("meta"):
         state = CausalWan(WanSizes(dim=dim, ffn_dim=32, layers=layers, text_dim=text_dim, channels=channels)).state_dict()
     return {key: torch.zeros(tensor.shape) for key, tensor in state.items()}
+
+
+def config_of(found):
+    """What ComfyUI is told about a causal Wan."""
+    return json.loads(causal_metadata(found.sizes, found.config)["config"])
 
 
 def wrapped(state, prefix):
@@ -33,8 +37,8 @@ def test_training_checkpoints_are_unwrapped(tmp_path, container, prefix):
     torch.save({container: content} if container else content, path)
     state, found = open_checkpoint(path)
     assert state.keys() == wan_state().keys()
-    assert (found.container, found.layers, found.heads, found.text_dim) == (container or "", 2, 2, 64)
-    assert found.family.startswith("causal Wan 2.1 layout, 2 layers, 2 heads")
+    assert (found.container, found.layers, found.heads, found.sizes.text_dim) == (container or "", 2, 2, 64)
+    assert found.label.startswith("causal Wan 2.1 layout, 2 layers, 2 heads")
 
 
 def test_averaged_weights_are_preferred(tmp_path):
@@ -61,19 +65,18 @@ def test_safetensors(tmp_path, prefix):
     save_file(wrapped(wan_state(text_dim=4096), prefix), path)
     state, found = open_checkpoint(path)
     assert state.keys() == wan_state().keys()
-    assert json.loads(found.metadata()["config"]) == {"transformer": {"causal_ar": True}}
+    assert config_of(found) == {"transformer": {"causal_ar": True}}
 
 
 def test_metadata_keeps_the_files_own_config_and_adds_text_width(tmp_path):
     path = tmp_path / "tiny.safetensors"
     save_file(wan_state(text_dim=64), path, metadata={"config": json.dumps({"transformer": {"eps": 1e-5}})})
-    config = json.loads(open_checkpoint(path)[1].metadata()["config"])
-    assert config == {"transformer": {"eps": 1e-5, "causal_ar": True, "text_dim": 64}}
+    assert config_of(open_checkpoint(path)[1]) == {"transformer": {"eps": 1e-5, "causal_ar": True, "text_dim": 64}}
 
 
 def test_known_sizes_are_named():
-    found = Description("self_forcing_dmd.pt", "generator", 30, 1536, 8960, 4096, 1_419_000_000, "bfloat16")
-    assert "30 layers, 12 heads" in found.family and "1.3B" in found.family and "Self-Forcing" in found.family
+    found = Description("self_forcing_dmd.pt", "generator", "wan", WanSizes(1536, 8960, 30, 4096), 1_419_000_000, "bfloat16")
+    assert "30 layers, 12 heads" in found.label and "1.3B" in found.label and "Self-Forcing" in found.label
     assert str(found).startswith("self_forcing_dmd.pt: causal Wan 2.1 layout")
 
 
@@ -91,7 +94,7 @@ WRONG = {
     "longcat": ({"blocks.0.pre_crs_attn_norm.weight": torch.zeros(1)}, "LongCat"),
     "vae": ({"decoder.conv1.weight": torch.zeros(1)}, "VAELoader"),
     "text_encoder": ({"shared.weight": torch.zeros(1)}, "CLIPLoader"),
-    "unknown": ({"layers.0.weight": torch.zeros(1)}, "not a Wan 2.1 video model"),
+    "unknown": ({"layers.0.weight": torch.zeros(1)}, "not a video model of a known family .* Wan 2.1 \\(Self-Forcing, .*LongCat-Video"),
     "shard": ({key: t for key, t in wan_state().items() if "head.head" not in key}, "lacks head.head.weight"),
     "narrow": (wan_state() | {"patch_embedding.weight": torch.zeros(192, 16, 1, 2, 2)}, "192"),
     "empty": ({}, "no tensors"),
@@ -109,10 +112,10 @@ def test_other_files_are_refused_with_a_sentence(tmp_path, name):
 
 
 FALSE = {
-    "a layer far away": (wan_state() | {"blocks.999999999.ffn.0.weight": torch.zeros(1)}, "no part of a numbered layer"),
+    "a layer far away": (wan_state() | {"blocks.999999999.ffn.0.weight": torch.zeros(1)}, "not part of a numbered layer"),
     "a layer left out": ({key.replace("blocks.1.", "blocks.2."): x for key, x in wan_state().items()}, "numbers 2 layers from 0 to 2"),
     "too many layers": (wan_state() | {f"blocks.{number}.x": torch.zeros(1) for number in range(300)}, "numbers 300 layers"),
-    "a layer without a number": (wan_state() | {"blocks.x.ffn.0.weight": torch.zeros(1)}, "no part of a numbered layer"),
+    "a layer without a number": (wan_state() | {"blocks.x.ffn.0.weight": torch.zeros(1)}, "not part of a numbered layer"),
     "an empty weight": (wan_state() | {"blocks.0.ffn.0.weight": torch.zeros(10**9, 0)}, r"\(1000000000, 0\)"),
     "a vector for a matrix": (wan_state() | {"text_embedding.0.weight": torch.zeros(64)}, "numbers above 0"),
     "a wide layer": (wan_state() | {"blocks.0.ffn.0.weight": torch.zeros(100_000, 256)},
@@ -195,11 +198,11 @@ def test_dicts_without_end(tmp_path):
     for _ in range(60):
         bomb = {"model": bomb, "generator": bomb}
     torch.save(bomb, path)
-    with pytest.raises(ValueError, match="not a Wan 2"):
+    with pytest.raises(ValueError, match="not a video model of a known family"):
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("count, words", [("99999", "calls itself part 1 of 99999"), ("00000", "calls itself part 1 of 0")])
+@pytest.mark.parametrize("count, words", [("99999", "is named part 1 of 99999"), ("00000", "is named part 1 of 0")])
 def test_absurd_numbers_of_parts(tmp_path, count, words):
     path = tmp_path / f"model-00001-of-{count}.safetensors"
     save_file(wan_state(), path)
@@ -214,7 +217,7 @@ def test_metadata_does_not_decide_sizes(tmp_path, config):
     path = tmp_path / "a.safetensors"
     save_file(wan_state(text_dim=4096), path, metadata={"config": config})
     try:
-        assert json.loads(open_checkpoint(path)[1].metadata()["config"]) == {"transformer": {"causal_ar": True}}
+        assert config_of(open_checkpoint(path)[1]) == {"transformer": {"causal_ar": True}}
     except ValueError as error:
         assert "metadata that cannot be read" in str(error)
 
@@ -222,7 +225,7 @@ def test_metadata_does_not_decide_sizes(tmp_path, config):
 def test_a_fused_layer_without_a_field(tmp_path):
     path = tmp_path / "fused.safetensors"
     save_file(longcat_state()[1] | {"blocks.0.attn.qkv.": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\..* is no part of a layer"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\..* is not part of a layer"):
         open_checkpoint(path)
 
 
@@ -242,7 +245,7 @@ def longcat_state():
     state = LongCat(LongCatSizes(dim=32, head_dim=16, ffn_dim=64, layers=2, text_dim=8, time_dim=16, freq_dim=16)).state_dict()
     fused = {}
     for ours, tensor in state.items():
-        fused.setdefault(official_name(ours)[0], []).append(tensor)
+        fused.setdefault(PUBLISHED.published_name(ours)[0], []).append(tensor)
     return state, {name: torch.cat(parts) for name, parts in fused.items()}
 
 
@@ -254,7 +257,7 @@ def test_both_layouts_of_longcat(tmp_path, prefix):
         save_file(wrapped(content, prefix), tmp_path / f"{name}.safetensors")
         state, found = open_checkpoint(tmp_path / f"{name}.safetensors")
         assert state.keys() == split.keys() and all(torch.equal(state[key], split[key]) for key in split)
-        assert (found.model, found.layers, found.heads, found.text_dim, found.dtype) == ("longcat", 2, 2, 8, "float32")
+        assert (found.family, found.layers, found.heads, found.sizes.text_dim, found.dtype) == ("longcat", 2, 2, 8, "float32")
         assert "LongCat-Video, 2 layers, 2 heads" in str(found)
 
 
@@ -273,7 +276,7 @@ def test_any_part_of_a_published_model_opens_all(tmp_path):
 def test_an_incomplete_longcat_is_named(tmp_path):
     path = tmp_path / "part.safetensors"
     save_file({name: tensor for name, tensor in longcat_state()[0].items() if not name.startswith("patch_embedding")}, path)
-    with pytest.raises(ValueError, match=r"part\.safetensors cannot be opened.*patch_embedding\.weight is missing"):
+    with pytest.raises(ValueError, match=r"part\.safetensors looks like LongCat-Video but lacks patch_embedding\.weight"):
         open_checkpoint(path)
 
 

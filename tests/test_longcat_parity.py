@@ -13,10 +13,8 @@ import torch
 from safetensors import safe_open
 
 from comfyui_qvg.qvg.attention.cached import CachedAttention
-from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes, is_longcat
-from comfyui_qvg.qvg.models.names import official_name, split_layout, split_names
+from comfyui_qvg.qvg.models.longcat import LONGCAT, PUBLISHED, LongCat, LongCatSizes, is_longcat
 from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4
@@ -52,8 +50,8 @@ def asked(recorded):
 def encoded(model, x, given, settings=QVGSettings.preset("off")):  # noqa: B008 (frozen)
     """The cache of the first `given` frames of one video, stored layer by layer."""
     sizes = model.sizes
-    cache = KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=(2, 3), rope=Rope, dtype=torch.float32,
-                    max_frames=x.shape[2])
+    cache = KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=(2, 3), rope=LONGCAT.rope,
+                    dtype=torch.float32, max_frames=x.shape[2])
     model.encode(x[:1, :, :given], CachedAttention(cache, start_frame=0, frames=given, store=True))
     return cache
 
@@ -135,14 +133,14 @@ def test_released_names_and_shapes_load(recorded):
         for layer in range(released["layers"] if name.startswith("blocks.0.") else 1):
             names[name.replace("blocks.0.", f"blocks.{layer}.")] = torch.empty(shape, device="meta")
     assert is_longcat(names)
-    state = split_layout(names)
+    state = PUBLISHED.convert(names)
     model = LongCat.from_state_dict(names)
     assert model.sizes == LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096)
     assert sum(p.numel() for p in model.parameters()) == released["parameters"]
-    assert split_layout(state).keys() == state.keys() == model.state_dict().keys()
+    assert PUBLISHED.convert(state).keys() == state.keys() == model.state_dict().keys()
     for ours in state:
-        name, place, count = official_name(ours)
-        assert name in names and split_names(name)[place] == ours and len(split_names(name)) == count
+        name, place, count = PUBLISHED.published_name(ours)
+        assert name in names and PUBLISHED.our_names(name)[place] == ours and len(PUBLISHED.our_names(name)) == count
 
 
 def test_weights_of_one_byte_spare_what_needs_precision(model):

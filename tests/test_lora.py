@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
-from comfyui_qvg.qvg.models.lora import Fused, Spellings, convert
-from comfyui_qvg.qvg.models.names import split_layout
-from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.models import lora
+from comfyui_qvg.qvg.models.longcat import LONGCAT, PUBLISHED, LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.lora_fields import Fused
+from comfyui_qvg.qvg.models.wan import WAN, CausalWan, WanSizes
 
 RANK = 2
 
@@ -34,6 +34,10 @@ def pair(name, outer, inner, seed=0):
     return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
 
+def convert(file, parameters):
+    return lora.convert(file, parameters, LONGCAT if "blocks.0.ffn.w3" in parameters else WAN)
+
+
 def delta(mapped, name):
     up, down = (mapped.weights[f"{name}.lora_{side}.weight"] for side in ("up", "down"))
     alpha = mapped.weights.get(f"{name}.alpha")
@@ -41,8 +45,8 @@ def delta(mapped, name):
 
 
 def test_no_two_parameters_share_a_spelling(wan, longcat):
-    for parameters in (wan, longcat):
-        for parts in Spellings(parameters).table.values():
+    for parameters, family in ((wan, WAN), (longcat, LONGCAT)):
+        for parts in lora.Spellings(parameters, family.lora_name).table.values():
             places = [(place, count) for _, place, count in parts]
             assert places == [(place, len(parts)) for place in range(len(parts))] and len({name for name, *_ in parts}) == len(parts)
 
@@ -55,14 +59,14 @@ def test_no_two_parameters_share_a_spelling(wan, longcat):
     ("condition_embedder.time_proj", "time_projection.1"), ("base_model.model.patch_embedding", "patch_embedding"),
     ("model.blocks.1._orig_mod.ffn.2", "blocks.1.ffn.2"), ("lora_unet__blocks_0__fsdp_wrapped_module_ffn_0", "blocks.0.ffn.0")])
 def test_spellings_of_wan(wan, spelling, name):
-    assert Spellings(wan).find(spelling) == [(name, 0, 1)]
+    assert lora.Spellings(wan, WAN.lora_name).find(spelling) == [(name, 0, 1)]
 
 
 @pytest.mark.parametrize("spelling", [
     "vace_blocks.0.self_attn.q", "double_blocks.0.self_attn.q", "blocks.11.self_attn.q", "blocks.0.self_attn", "", "transformer.",
     "blocks.0.attn.qkv", "text_encoder.blocks.0.self_attn.q", "blocks.1.self_attn.q.extra"])
 def test_what_is_none_of_wans(wan, spelling):
-    assert Spellings(wan).find(spelling) == []
+    assert lora.Spellings(wan, WAN.lora_name).find(spelling) == []
 
 
 def test_a_fused_layer_is_cut_by_rows(longcat):
@@ -71,7 +75,7 @@ def test_a_fused_layer_is_cut_by_rows(longcat):
     whole = {f"{name}.weight": file[f"{key}.lora_B.weight"] @ file[f"{key}.lora_A.weight"] for name, key in (
         ("blocks.1.attn.qkv", "transformer.blocks.1.attn.qkv"),
         ("blocks.0.cross_attn.kv_linear", "lora_unet_blocks_0_cross_attn_kv_linear"))}
-    expected = split_layout(whole)
+    expected = PUBLISHED.convert(whole)
     assert len(expected) == 5 and mapped.taken == 4 and mapped.check("it") == ""
     for name, matrix in expected.items():
         torch.testing.assert_close(delta(mapped, name.removesuffix(".weight")), matrix)
@@ -140,7 +144,7 @@ def test_other_sizes_are_named(wan):
     mapped = convert(wrong | right, wan)
     assert mapped.unfit == list(wrong) and mapped.misfits == {"blocks.0.ffn.0": ((640, 1280), (64, 128))}
     assert "2 of the LoRA's 4 keys do not fit it" in mapped.check("it") and "[640, 1280] and is [64, 128] here" in mapped.check("it")
-    with pytest.raises(ValueError, match=r"another size than this it: blocks\.0\.ffn\.0 is changed as \[640, 1280\] and is \[64, 128\]"):
+    with pytest.raises(ValueError, match=r"another size than it: blocks\.0\.ffn\.0 is changed as \[640, 1280\] and is \[64, 128\]"):
         convert(wrong, wan).check("it")
     assert convert(wrong, dict.fromkeys(wan)).taken == 2, "where the shape is not known, the file is believed"
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_qvg.qvg.models.checkpoint import open_checkpoint
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
-from comfyui_qvg.qvg.models.names import DEPTH, find_network, official_name, split_layout, tensors_in
+from comfyui_qvg.qvg.models.longcat import PUBLISHED, LongCat, LongCatSizes
+from comfyui_qvg.qvg.models.names import DEPTH, find_network, tensors_in
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 
 CONTAINERS = ((), ("generator_ema",), ("generator",), ("model",), ("state_dict",), ("module",), ("ema_model",), ("weights",),
@@ -36,7 +36,7 @@ def published(state):
     """A state dict of ours under LongCat-Video's published names, fused layers put together."""
     parts = {}
     for name, tensor in state.items():
-        fused, place, count = official_name(name)
+        fused, place, count = PUBLISHED.published_name(name)
         parts.setdefault(fused, [None] * count)[place] = tensor
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
@@ -103,7 +103,7 @@ def test_what_lies_beside_the_network_is_counted(tmp_path, wan):
     beside = {"text_encoder.shared.weight": torch.zeros(2), "vae.decoder.conv1.weight": torch.zeros(2)}
     save_file({f"model.diffusion_model.{name}": t for name, t in wan.items()} | beside, path)
     state, found = open_checkpoint(path)
-    assert equal(state, wan) and found.left == 2 and "2 other tensors were not taken" in str(found)
+    assert equal(state, wan) and found.left == 2 and "2 other tensors were not loaded" in str(found)
 
 
 def test_a_base_model_with_its_lora_beside_it(tmp_path, wan):
@@ -130,7 +130,7 @@ def test_dicts_within_each_other_end(tmp_path, wan):
     assert find_network(deep).state == {}
     path = tmp_path / "deep.pt"
     torch.save(deep, path)
-    with pytest.raises(ValueError, match=r"is not a Wan 2\.1 video model"):
+    with pytest.raises(ValueError, match=r"is not a video model of a known family"):
         open_checkpoint(path)
 
 
@@ -170,7 +170,7 @@ def test_side_tensors_follow_the_parts_of_a_fused_layer(tmp_path, longcat, block
     fused = quantized(published(longcat), block)
     save_file(fused, path)
     state, found = open_checkpoint(path)
-    expected, values = split_layout(dequantized(fused)), dequantized(state)
+    expected, values = PUBLISHED.convert(dequantized(fused)), dequantized(state)
     assert values.keys() == {name for name, tensor in longcat.items() if tensor.ndim == 2} == expected.keys()
     for name, value in values.items():
         assert torch.equal(value, expected[name])
@@ -185,7 +185,7 @@ def test_scales_of_blocks_of_columns(longcat):
     name = "blocks.0.attn.qkv"
     state = published(longcat) | {f"{name}.weight_scale": torch.arange(192 * 4.0)}
     for place, part in enumerate("qkv"):
-        assert torch.equal(split_layout(state)[f"blocks.0.self_attn.{part}.weight_scale"], torch.arange(64 * 4.0) + 64 * 4 * place)
+        assert torch.equal(PUBLISHED.convert(state)[f"blocks.0.self_attn.{part}.weight_scale"], torch.arange(64 * 4.0) + 64 * 4 * place)
 
 
 @pytest.mark.parametrize("shape", [(64 * 3 - 1,), (5,), ()])

@@ -17,10 +17,11 @@ import torch
 
 from ...qvg.attention.cached import CachedAttention
 from ...qvg.cache.kv_cache import CacheStats, KVCache, shrink
+from .attention import core_attention
 from .checks import evaluated
 from .compiled import bare, between, outside
 from .patches import check_pass
-from .wan import _attention, compute_dtype
+from .wan import compute_dtype
 
 # in a CONDITIONING entry: [(first latent frame, embedding [1, L, C], name), ...]
 SCHEDULE = "qvg_schedule"
@@ -148,7 +149,7 @@ class CausalWan:
         if slot.cross is None or slot.cross_name != name:
             slot.cross, slot.cross_name = self.network.init_crossattn_caches(x.shape[0], x.device, x.dtype), name
         attend = CachedAttention(slot.cache, start_frame=first, frames=x.shape[2], store=store, position_limit=self.position_limit,
-                                 attention=partial(_attention, transformer_options=transformer_options))
+                                 attention=partial(core_attention, transformer_options=transformer_options))
         return context, first, [Handle(attend, layer) for layer in range(len(self.network.blocks))]
 
     @staticmethod

@@ -9,6 +9,7 @@ one video, whether its conditions read it together or in turn, and is freed when
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 
 import comfy.model_base
@@ -17,20 +18,20 @@ import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
 from ...qvg.attention.cached import CachedAttention
-from ...qvg.attention.rope import Rope
 from ...qvg.backends import dispatch
 from ...qvg.cache.budget import Geometry, buffers_on
 from ...qvg.cache.context import context_settings, forecast_context
 from ...qvg.cache.kv_cache import KVCache
+from ...qvg.models.longcat import LONGCAT as FAMILY
 from ...qvg.models.longcat import LongCat, LongCatSizes
 from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
 from ...qvg.settings import PRESETS, QVGSettings
 from ...qvg.units import format_bytes
 from ..run_log import ATTACHMENT, RunLog
+from .attention import core_attention
 from .compiled import Outside, bare, between, outside
 from .patches import LONGCAT, OVERRIDE, check_pass, check_patches
 
@@ -67,11 +68,11 @@ class Network(LongCat):
     def _attentions(self, x, transformer_options: dict):
         """What attends to given and new frames, and what to the text."""
         check_pass(transformer_options)
-        attention = partial(_attention, transformer_options=transformer_options)
+        attention = partial(core_attention, transformer_options=transformer_options)
         given: Given | None = transformer_options.get(GIVEN)
         attend = self._attend_all(x.shape, 0, attention) if given is None else given.attend(x.shape[2], attention)
         # without an override compiled code needs no options
-        return Outside(attend), Outside(attention) if OVERRIDE in transformer_options else _attention
+        return Outside(attend), Outside(attention) if OVERRIDE in transformer_options else core_attention
 
 
 class Model(comfy.model_base.BaseModel):
@@ -94,8 +95,9 @@ class Config(comfy.supported_models.WAN21_T2V):
         return Model(self, device)
 
 
-def load(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None, disable_dynamic: bool = False):
-    """A ModelPatcher of a state dict in the layout of `qvg.models.longcat`, weights in `dtype` (default: as ComfyUI chooses)."""
+def load(state: dict[str, torch.Tensor], *, config: Mapping | None = None, dtype: torch.dtype | None = None,
+         disable_dynamic: bool = False):
+    """A ModelPatcher of a state dict in the names of `qvg.models.longcat`; see `families.Adapter`. config is not used."""
     management = comfy.model_management
     state, _ = comfy.utils.convert_old_quants(state, "")
     config = Config(LongCatSizes.read(state))
@@ -179,7 +181,7 @@ class Hook:
         try:
             latents = model.process_latent_in(self.latents).to(noise.device, model.get_dtype_inference())
             store = CachedAttention(cache, start_frame=0, frames=frames, store=True, newest=cache.settings.recent_frames,
-                                    attention=partial(_attention, transformer_options=options))
+                                    attention=partial(core_attention, transformer_options=options))
             model.diffusion_model.encode(latents, Outside(store))
             self.log.note(cache.stats())
             options[GIVEN] = Given(cache, frames)
@@ -214,8 +216,8 @@ class Hook:
     def _cache(self, model, noise) -> KVCache:
         geometry, given, new, dtype = self._geometry(model), self.latents.shape[2], noise.shape[2], model.get_dtype_inference()
         settings = context_settings(self.settings, geometry, given, new, comfy.model_management.dtype_size(dtype))
-        return KVCache(settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid, rope=Rope,
-                       batch=geometry.batch, device=noise.device, dtype=dtype, max_frames=given + new, chunk_frames=given,
+        return KVCache(settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid,
+                       rope=FAMILY.rope, batch=geometry.batch, device=noise.device, dtype=dtype, max_frames=given + new, chunk_frames=given,
                        stored_frames=given)
 
     def install(self, patched) -> None:
@@ -225,15 +227,9 @@ class Hook:
             patched.add_wrapper_with_key(kind, KEY, wrapper)
 
 
-def _attention(q, k, v, transformer_options=None):
-    """Core's chosen attention on [B, T, H, D]."""
-    out = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=q.shape[2], transformer_options=transformer_options)
-    return out.view(q.shape)
-
-
-def is_longcat(model) -> bool:
-    """Whether a MODEL is LongCat-Video, loaded by this pack."""
-    return isinstance(bare(model.get_model_object("diffusion_model")), LongCat)
+def owns(network: torch.nn.Module) -> bool:
+    """Whether a MODEL's network is LongCat-Video, loaded by this pack."""
+    return isinstance(network, LongCat)
 
 
 def quantize(model, settings: QVGSettings, node_id: str | None = None):
@@ -250,7 +246,7 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
 
 def check(model) -> None:
     """Raises ValueError when the model is not LongCat-Video."""
-    if not is_longcat(model):
+    if not owns(bare(model.get_model_object("diffusion_model"))):
         raise ValueError(f"{type(model.get_model_object('diffusion_model')).__name__} cannot continue a video this way. Load LongCat-Video "
                          "with Load AR Video Model (QVG).")
 
@@ -266,7 +262,7 @@ def note_nothing(model) -> None:
     log: RunLog | None = model.get_attachment(ATTACHMENT)
     if log is not None:
         log.start(0, None)
-        log.note(KVCache(QVGSettings.preset("off"), layers=1, heads=1, head_dim=8, grid=(1, 1), rope=Rope).stats())
+        log.note(KVCache(QVGSettings.preset("off"), layers=1, heads=1, head_dim=8, grid=(1, 1), rope=FAMILY.rope).stats())
         log.end()
 
 

@@ -1,9 +1,9 @@
-"""LoRAs in ComfyUI's own loaders, for causal Wan and LongCat-Video, in every layout that `qvg.lora` reads.
+"""LoRAs in ComfyUI's own loaders, for every registered model family, in every layout that `qvg.models.lora` reads.
 
-Core looks up a LoRA's names in two steps: what a model's weights are called in files, and which keys of a file those are. Both are
-wrapped here. The first remembers the network where it is one of ours; the second then hands core the file with the names that it knows,
-and says what was not taken. For every other model both are core's, unchanged. So LoraLoader, LoraLoaderModelOnly, hooks and bypass loaders
-all work, whoever wrote them.
+Core loads a LoRA in two steps: it lists the names that a model's weights may have in files, then looks these names up in the file. Both
+functions are wrapped here. For a network of a registered family, the first wrapper remembers the network, and the second gives core the
+file under the names that core knows and reports unused keys. For every other model both are core's own. So LoraLoader,
+LoraLoaderModelOnly, hooks and bypass loaders all work, those of other packs included.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import logging
 from functools import wraps
 
 import comfy.lora
-import comfy.model_base
 import comfy.weight_adapter
 import torch
 
+from ...qvg.models import Family
 from ...qvg.models import lora as layouts
-from ...qvg.models.longcat import LongCat
+from .families import family_of
 
 PREFIX = "diffusion_model."
 
 
 class Names(dict):
-    """Core's map from names in files to weights, with the network that they belong to and what a person calls it."""
+    """Core's map from names in files to weights, with the network that they belong to and its family."""
 
-    def __init__(self, names: dict, network, model: str):
+    def __init__(self, names: dict, network, family: Family):
         super().__init__(names)
-        self.network, self.model = network, model
+        self.network, self.family = network, family
 
 
 class FusedLoKr(comfy.weight_adapter.LoKrAdapter):
-    """A Kronecker product over a fused layer, of which one layer gets its rows. weights: core's nine, which part, of how many."""
+    """A Kronecker product over a fused layer, applied to one layer's rows. weights: core's nine, which part, number of parts."""
 
     def calculate_weight(self, weight, key, *args, **kwargs):
         *product, place, count = self.weights
@@ -49,7 +49,7 @@ class FusedLoKr(comfy.weight_adapter.LoKrAdapter):
 
 
 def shapes(network) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every parameter by name without ".weight"; of a layer the one that it computes with, however its weight is packed."""
+    """Shape of every parameter by name without ".weight". A linear layer's is that of its matrix, even if the weight is packed."""
     found = {}
     for name, parameter in network.named_parameters():
         owner, _, last = name.rpartition(".")
@@ -66,11 +66,8 @@ def _wrap_names(core):
     def names(model, key_map=None):
         found = core(model, {} if key_map is None else key_map)
         network = getattr(model, "diffusion_model", None)
-        if isinstance(network, LongCat):
-            return Names(found, network, "LongCat-Video")
-        if isinstance(model, comfy.model_base.WAN21_CausalAR):
-            return Names(found, network, "the causal Wan model")
-        return found
+        family = None if network is None else family_of(network)
+        return found if family is None else Names(found, network, family)
 
     return names
 
@@ -80,8 +77,8 @@ def _wrap_load(core):
     def load(lora, to_load, log_missing=True):
         if not isinstance(to_load, Names):
             return core(lora, to_load, log_missing)
-        mapped = layouts.convert(lora, shapes(to_load.network))
-        # what is a text encoder's, and fields that only core knows
+        mapped = layouts.convert(lora, shapes(to_load.network), to_load.family)
+        # keys of a text encoder, and fields that only core knows
         rest = {key: lora[key] for key in (*mapped.text, *mapped.left) if isinstance(lora.get(key), torch.Tensor)}
         patches = core(rest, to_load, log_missing=False)
         spelled = tuple(name for name, key in to_load.items() if key in patches)
@@ -94,8 +91,8 @@ def _wrap_load(core):
                 "", {f".{key}": tensor for key, tensor in part.fields.items()}, _number(part.fields.get("alpha")), None, set())
             patches[f"{PREFIX}{name}.weight"] = FusedLoKr(adapter.loaded_keys, (*adapter.weights, part.place, part.count))
         if mapped.text and not log_missing:
-            return patches  # a hook asks the network and the text encoder in turn
-        warning = mapped.check(to_load.model)
+            return patches  # a hook loads the network and the text encoder separately
+        warning = mapped.check(f"the {to_load.family.title} model")
         if warning:
             logging.warning("QVG: %s", warning)
         if mapped.aside:

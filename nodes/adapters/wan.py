@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import comfy.model_management
+import comfy.sd
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
 from ...qvg.attention.cached import CachedAttention
-from ...qvg.attention.rope import Rope
 from ...qvg.backends import dispatch
 from ...qvg.cache import budget
 from ...qvg.cache import forecast as forecasts
 from ...qvg.cache.budget import Geometry
 from ...qvg.cache.kv_cache import KVCache
+from ...qvg.models.wan import WAN, WanSizes, causal_metadata
 from ...qvg.settings import QVGSettings
 from ...qvg.units import format_bytes
 from ..run_log import ATTACHMENT, RunLog, plain_stats
+from .attention import core_attention
 from .checks import check_run, evaluated, is_autoregressive
 from .compiled import bare, between, check_compiled, outside
 from .passes import Passes
@@ -51,8 +53,8 @@ def block_state(transformer_options: dict) -> tuple[int, list, list] | None:
     return state and tuple(state[key] for key in ("start_frame", "kv_caches", "crossattn_caches"))
 
 
-class Stand:
-    """What core's sampler sees of a layer's cache: an "end" that it may move as it likes."""
+class CacheStub:
+    """What core's sampler gets as a layer's cache: an "end" that it may move freely; the keys and values are in the `KVCache`."""
 
     def __init__(self):
         self.end = 0
@@ -148,7 +150,7 @@ class Hook:
 
     def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
         self.free()
-        return [Stand() for _ in range(self.network.num_layers)]
+        return [CacheStub() for _ in range(self.network.num_layers)]
 
     @between
     def forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # noqa: B006
@@ -202,10 +204,10 @@ class Hook:
             start, frames, clean = self.block
             if self.cache is None:
                 self.cache = KVCache(
-                    self.settings, layers=self.network.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid, rope=Rope,
+                    self.settings, layers=self.network.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid, rope=WAN.rope,
                     batch=q.shape[0], device=q.device, dtype=q.dtype, max_frames=self.frames, chunk_frames=self.chunk_frames)
             self.attend = CachedAttention(self.cache, start_frame=start, frames=frames, store=clean,
-                                          attention=partial(_attention, transformer_options=self.options))
+                                          attention=partial(core_attention, transformer_options=self.options))
         return self.attend
 
     def free(self) -> None:
@@ -274,12 +276,6 @@ class Hook:
         self.passes.install(patched, KEY)
 
 
-def _attention(q, k, v, transformer_options=None):
-    """Core's chosen attention on [B, T, H, D], or what overrides it."""
-    out = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=q.shape[2], transformer_options=transformer_options)
-    return out.view(q.shape)
-
-
 def _patched(layers: int) -> list[str]:
     return [*PATCHES, *map(ATTENTION_PATCH.format, range(layers))]
 
@@ -292,17 +288,24 @@ def _uninstall(patched, layers: int) -> None:
         patched.remove_wrappers_with_key(kind, KEY)
 
 
+def load(state: dict[str, torch.Tensor], *, config: Mapping, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """A ModelPatcher of core's causal Wan; see `families.Adapter`."""
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype} if dtype else {}, disable_dynamic=disable_dynamic,
+                                                    metadata=causal_metadata(WanSizes.read(state), config))
+
+
+def owns(network: torch.nn.Module) -> bool:
+    """Whether this is core's causal Wan, or a network with its interface."""
+    return hasattr(network, "init_kv_caches")
+
+
 def quantize(model, settings: QVGSettings, node_id: str | None = None):
     """A clone of `model` whose cache is quantized as `settings` say; with the preset Off its own cache is only counted.
 
     node_id: of the node on which a run shows its bytes.
-    Raises ValueError when the model is not a causal Wan, the settings do not fit its heads, or another node's patch is in the way.
+    Raises ValueError when the settings do not fit the heads, or another node's patch is in the way.
     """
     network = bare(model.get_model_object("diffusion_model"))
-    if not hasattr(network, "init_kv_caches"):
-        raise ValueError(
-            f"{type(network).__name__} is not an autoregressive video model: it has no KV cache to quantize. Load a Self-Forcing or "
-            "Causal-Forcing checkpoint with Load AR Video Model (QVG).")
     for tensor in (settings.key, settings.value):
         tensor.groups(network.head_dim)
     patched = model.clone()

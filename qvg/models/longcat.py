@@ -1,15 +1,14 @@
-"""The LongCat-Video network: a video transformer that continues what it is given, segment by segment.
+"""The LongCat-Video family: a video transformer that continues given frames, segment by segment, and how it is published.
 
-What makes a token part of the given video or of the new one is not in the weights but in what it may look at. Given latent frames see
-each other alone, have timestep 0 and never see the prompt; new frames see everything. Keys and values of given frames therefore do not
-depend on the step, the prompt or the noise, and one pass over them (`encode`) serves every denoising step of a segment. As in
-`models.wan`, the network never sees a cache: it asks a callable for each layer's self-attention,
+Given latent frames attend only to each other, have timestep 0 and do not attend to the prompt; new frames attend to everything. Keys and
+values of given frames therefore do not depend on the step, the prompt or the noise, and one pass over them (`encode`) serves every
+denoising step of a segment. As in `models.wan`, the network never sees a cache: it calls a function for each layer's self-attention,
 
     attend(layer, q, k, v) -> out        # all [B, T, H, D]; q and k after their norm and before RoPE
 
-Parameter names are those of the files that circulate for ComfyUI, with separate q, k and v, since LoRAs and scaled FP8 weights exist for
-them; `names.split_layout` turns the official layout (one qkv, one kv_linear) into it without copying. Modulation, norms, the timestep's
-embedding and the output layer are computed in float32, and `operations` supplies the layers, so that ComfyUI can cast and offload them.
+Parameter names are those of the files that circulate for ComfyUI, with separate q, k and v, because LoRAs and scaled FP8 weights exist for
+them; `PUBLISHED` converts the official layout (one qkv, one kv_linear) without copying. Modulation, norms, the timestep's embedding and
+the output layer are computed in float32, and `operations` supplies the layers, so that ComfyUI can cast and offload them.
 
     model = LongCat.from_state_dict(state_dict)
     model.encode(given, CachedAttention(cache, start_frame=0, frames=19, store=True))
@@ -33,20 +32,28 @@ from torch import Tensor, nn
 
 from ..attention.cached import Attention, sdpa
 from ..attention.rope import Rope, rotate
-from .names import split_layout, split_names
+from .family import Family, load_weights
+from .layout import Layout
+from .shape import ModelShape
 from .wan import PATCH, Attend, unpatchify
 
 EPS = 1e-6
-
-def is_longcat(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether this is LongCat-Video in either layout: a Wan-like network with SwiGLU and a modulation layer in every block."""
-    return {"blocks.0.ffn.w3.weight", "blocks.0.norm3.weight", "head.modulation.1.weight"} <= {
-        new for name in state_dict for new in split_names(name)}
+PUBLISHED = Layout(
+    renamed=(
+        ("x_embedder.proj.", "patch_embedding."), ("t_embedder.", "time_embedding."), ("y_embedder.y_proj.", "text_embedding."),
+        ("final_layer.linear.", "head.head."), (".adaLN_modulation.", ".modulation."), ("final_layer.modulation.", "head.modulation."),
+        (".pre_crs_attn_norm.", ".norm3."), (".attn.", ".self_attn."), (".q_linear.", ".q."), ("attn.proj.", "attn.o."),
+        (".q_norm.", ".norm_q."), (".k_norm.", ".norm_k.")),
+    fused=((".self_attn.qkv.", (".self_attn.q.", ".self_attn.k.", ".self_attn.v.")),
+           (".cross_attn.kv_linear.", (".cross_attn.k.", ".cross_attn.v."))))
+# the weights that sizes are read from, and their numbers of axes
+SIZING = {"patch_embedding.weight": 5, "text_embedding.0.weight": 2, "time_embedding.mlp.0.weight": 2, "blocks.0.ffn.w1.weight": 2,
+          "blocks.0.self_attn.norm_q.weight": 1, "head.head.weight": 2}
 
 
 @dataclass(frozen=True)
 class LongCatSizes:
-    """What a state dict says about itself. The released model: 4096 wide, 48 layers of 32 heads of 128, 13.6 billion parameters."""
+    """Sizes read from a state dict. The released model: width 4096, 48 layers, 32 heads of 128, 13.6 billion parameters."""
 
     dim: int
     head_dim: int
@@ -64,9 +71,7 @@ class LongCatSizes:
     @classmethod
     def read(cls, state_dict: Mapping[str, Tensor]) -> LongCatSizes:
         """Sizes from the shapes of a state dict in the layout used here. Raises ValueError when something is missing."""
-        needed = ("patch_embedding.weight", "text_embedding.0.weight", "time_embedding.mlp.0.weight", "blocks.0.ffn.w1.weight",
-                  "blocks.0.self_attn.norm_q.weight", "head.head.weight")
-        missing = [key for key in needed if key not in state_dict]
+        missing = [key for key in SIZING if key not in state_dict]
         if missing:
             raise ValueError(f"This is not a LongCat-Video state dict: {', '.join(missing)} is missing. The file may be one part of "
                              "several, or hold another model.")
@@ -80,7 +85,7 @@ class LongCatSizes:
 
 
 class CastingLinear(nn.Linear):
-    """A linear layer that computes in the type of its input, whatever its weights are kept in."""
+    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -90,7 +95,7 @@ TORCH = SimpleNamespace(Linear=CastingLinear, Conv3d=nn.Conv3d, LayerNorm=nn.Lay
 
 
 class Factory:
-    """Makes layers. Bulk weights are kept in `dtype`; what needs its precision stays at 16 bits or more where that is one byte."""
+    """Makes layers. Bulk weights are stored in `dtype`; precision-critical ones in 16 bits at least, even if `dtype` has 8."""
 
     def __init__(self, operations, device, dtype: torch.dtype | None):
         self.operations = operations
@@ -108,7 +113,7 @@ class Factory:
 
 
 class Projections(nn.Module):
-    """q, k, v, o and the query/key norms of one head: what self- and cross-attention have in common."""
+    """q, k, v, o and the query/key norms of one head, the same in self- and cross-attention."""
 
     def __init__(self, sizes: LongCatSizes, make: Factory):
         super().__init__()
@@ -164,7 +169,7 @@ class Block(nn.Module):
                 attention: Attention) -> Tensor:
         """x [B, F, N, dim] (N tokens a frame), time [B, F, time_dim] float32, text [B, L, dim] -> [B, F, N, dim].
 
-        The first `given` frames do not see the text; without text nobody does.
+        The first `given` frames do not attend to the text; without text no frame does.
         """
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.modulation(time).unsqueeze(2).chunk(6, dim=-1)
 
@@ -214,7 +219,7 @@ class Head(nn.Module):
 
 
 class LongCat(nn.Module):
-    """LongCat-Video. See the module's text for `attend`, layouts and types.
+    """LongCat-Video. The module's docstring explains `attend`, layouts and types.
 
     operations: a namespace with Linear, Conv3d, LayerNorm and RMSNorm, torch's own by default. dtype: of the weights.
     Raises ValueError when the heads do not divide the width.
@@ -236,23 +241,20 @@ class LongCat(nn.Module):
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> LongCat:
         """The model that a state dict in either layout describes, weights loaded strictly, in `dtype` (default: as stored)."""
-        state = split_layout(state_dict)
-        with torch.device("meta"):
-            model = cls(LongCatSizes.read(state))
-        model.load_state_dict({key: value.to(dtype or value.dtype) for key, value in state.items()}, assign=True)
-        return model.requires_grad_(False).eval()
+        state = PUBLISHED.convert(state_dict)
+        return load_weights(cls, LongCatSizes.read(state), state, dtype)
 
     def float32_layers(self) -> list[nn.Module]:
-        """The linear layers that are given float32 whatever type the rest computes in."""
+        """The linear layers whose input is float32, whatever the dtype of the rest."""
         parts = [self.time_embedding, self.head, *(block.modulation for block in self.blocks)]
-        # `operations` may bring a Linear that is none of torch's
+        # `operations` may supply a Linear that is not torch's
         return [layer for part in parts for layer in part.modules() if hasattr(layer, "in_features")]
 
     def embed_text(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Text embedding [B, L, text_dim] -> [B, L, dim].
 
-        mask [B, L] is true where there is text; without it, rows of zeros are padding, as ComfyUI's text encoder leaves them. Padding is
-        zero behind the projection, whose bias would make words of it, and is attended to like text.
+        mask [B, L] is true where there is text; without it, rows of zeros are padding, as ComfyUI's text encoder returns them. Padding is
+        zeroed again after the projection, which has a bias, and is attended to like text.
         """
         present = context.any(-1) if mask is None else mask.bool()
         return self.text_embedding(context) * present[..., None]
@@ -266,12 +268,13 @@ class LongCat(nn.Module):
                 attend: Attend | None = None, attention: Attention = sdpa) -> Tensor:
         """Predict the flow (video minus noise), float32.
 
-        x: latents [B, C, F, H, W] in the type to compute in, H and W even. timestep: [B] or [B, F], 0 (finished) to 1000 (noise).
-        context, mask: see `embed_text`. given: leading frames of x that are given; their timestep is 0 whatever it says.
-        attend: without one, given and new frames attend as the module's text says, from frame 0. attention: what computes the rest.
+        x: latents [B, C, F, H, W] in the dtype to compute in, H and W even. timestep: [B] or [B, F], 0 (finished) to 1000 (noise).
+        context, mask: see `embed_text`. given: number of leading frames of x that are given; their timestep is taken as 0.
+        attend: without one, given and new frames attend as the module's docstring says, from frame 0. attention: computes attention to
+        the text, and to frames if there is no `attend`.
         Raises ValueError for an odd height or width.
         """
-        # the original rounds timesteps to the type that it computes in
+        # the original rounds timesteps to its compute dtype
         timestep = timestep.to(x.dtype)
         if timestep.ndim == 1:
             timestep = timestep[:, None].expand(-1, x.shape[2])
@@ -295,8 +298,8 @@ class LongCat(nn.Module):
     def _grid(shape) -> tuple[int, int]:
         height, width = shape[-2:]
         if height % PATCH[1] or width % PATCH[2]:
-            raise ValueError(f"The latent is {width} x {height}; LongCat-Video cuts it into 2 x 2 patches, so use a video whose width and "
-                             "height are multiples of 16 pixels.")
+            raise ValueError(f"The latent is {width} x {height}; LongCat-Video divides it into patches of 2 x 2, so use a video "
+                             "whose width and height are multiples of 16 pixels.")
         return height // PATCH[1], width // PATCH[2]
 
     def _attend_all(self, shape, given: int, attention: Attention) -> Attend:
@@ -308,16 +311,38 @@ class LongCat(nn.Module):
             nonlocal angles
             if angles is None:
                 angles = [part[:, None] for part in rope.tables(0, shape[2], q.device)]
-            q, k = turned(q, *angles), turned(k, *angles)
+            q, k = rotated(q, *angles), rotated(k, *angles)
             new = attention(q[:, cut:], k, v)
             return torch.cat([attention(q[:, :cut], k[:, :cut], v[:, :cut]), new], dim=1) if cut else new
 
         return attend
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope.rotate` of a whole video x [B, T, H, D], head by head, since its float32 copies would exceed all else."""
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope.rotate` of a whole video x [B, T, H, D], head by head to keep its float32 copies small."""
     out = torch.empty_like(x)
     for head in range(x.shape[2]):
         out[:, :, head] = rotate(x[:, :, head:head + 1], cos, sin)[:, :, 0]
     return out
+
+
+def is_longcat(state: Mapping[str, Tensor]) -> bool:
+    """Whether this is LongCat-Video in either layout: a Wan-like network with SwiGLU and a modulation layer in every block."""
+    return {"blocks.0.ffn.w3.weight", "blocks.0.norm3.weight", "head.modulation.1.weight"} <= {
+        ours for name in state for ours in PUBLISHED.our_names(name)}
+
+
+def published_name(name: str) -> tuple[str, int, int]:
+    """A parameter's published name without ".weight", for `Family.lora_name`."""
+    published, place, count = PUBLISHED.published_name(f"{name}.")
+    return published.rstrip("."), place, count
+
+
+LONGCAT = Family(
+    name="longcat", title="LongCat-Video",
+    # source: the published configuration; a latent frame of 832 x 480 is 1560 tokens
+    shapes={"longcat": ModelShape(
+        48, 32, 16, (832, 480), 5, 15, segment_frames=24, parameters=13_581_071_424, feed_forward=(11008, 3), gguf=False, size_name="13.6B",
+        note="the cache holds the given latent frames of one segment, 19 at most, however long the video is")},
+    recognizes=is_longcat, embeddings=("patch_embedding", "x_embedder"), convert=PUBLISHED.convert, fragments=("pre_crs_attn_norm.",),
+    sizing=SIZING, sizes=LongCatSizes.read, network=LongCat, lora_name=published_name, adapter=".nodes.adapters.longcat")

@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfy_client import Graph
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
-from comfyui_qvg.qvg.models.names import official_name
+from comfyui_qvg.qvg.models.longcat import PUBLISHED, LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan_vae import WanVAE
 
 SIZES = LongCatSizes(dim=64, head_dim=16, ffn_dim=128, layers=2, text_dim=64, time_dim=16, freq_dim=32)
@@ -31,7 +30,7 @@ def write_files(comfy_server) -> None:
             split[name] = (1 if "norm" in name and "weight" in name else 0) + noise(*tensor.shape, scale=0.3)
     official = {}
     for name, tensor in split.items():
-        official.setdefault(official_name(name)[0], []).append(tensor)
+        official.setdefault(PUBLISHED.published_name(name)[0], []).append(tensor)
     official = {name: torch.cat(parts) for name, parts in official.items()}
     models = comfy_server.folder("models", "diffusion_models")
     save_file(split, models / "longcat_split.safetensors")

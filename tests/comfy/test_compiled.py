@@ -47,9 +47,10 @@ def compiled(model, how, backend="eager", **more):
 
 
 def quantized(model, preset="balanced"):
-    from comfyui_qvg.nodes.adapters import longcat, wan
+    from comfyui_qvg.nodes.adapters.families import adapter_of, family_of
 
-    return (longcat if longcat.is_longcat(model) else wan).quantize(model, QVGSettings.preset(preset))
+    family = family_of(model.get_model_object("diffusion_model"))
+    return adapter_of(family).quantize(model, QVGSettings.preset(preset))
 
 
 def check(model, sample, reference):

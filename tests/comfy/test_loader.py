@@ -85,7 +85,7 @@ def test_loras_of_every_maker_make_the_same_video(comfy):
 
 
 def test_a_lora_of_another_model_stops_the_graph(comfy):
-    with pytest.raises(ComfyError, match=r"None of this LoRA's 2 keys belongs to the causal Wan model \(it holds lora_unet_down_blocks_0"):
+    with pytest.raises(ComfyError, match=r"None of this LoRA's 2 keys belongs to the Wan 2\.1 model \(it holds lora_unet_down_blocks_0"):
         sample(comfy, ours("loader.pt"), lora="loader_strange.safetensors")
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from comfyui_qvg.qvg.models.longcat import PUBLISHED
 from comfyui_qvg.qvg.models.longcat_schedule import GUIDANCE, noise_levels
-from comfyui_qvg.qvg.models.names import split_layout
 from comfyui_qvg.qvg.settings import QVGSettings
 
 TOLERANCE = 1e-4
@@ -31,7 +31,7 @@ def loaded(comfy_modules, recorded):
     from comfyui_qvg.nodes.adapters import longcat
 
     state = {key.removeprefix(PREFIX): value for key, value in recorded[0].items() if key.startswith(PREFIX)}
-    return longcat.load(split_layout(state))
+    return longcat.load(PUBLISHED.convert(state))
 
 
 def sample(loaded, recorded, preset=None, callback=None, sigmas=None):
@@ -98,7 +98,7 @@ def relative_error(made, expected):
 
 
 def weights(recorded, dtype):
-    return split_layout({key.removeprefix(PREFIX): value.to(dtype) for key, value in recorded[0].items() if key.startswith(PREFIX)})
+    return PUBLISHED.convert({key.removeprefix(PREFIX): value.to(dtype) for key, value in recorded[0].items() if key.startswith(PREFIX)})
 
 
 def scaled(state, parts):
@@ -122,7 +122,7 @@ def test_computing_in_bf16_as_a_gpu_does(loaded, recorded, monkeypatch):
 
     expected = sample(loaded, recorded, sigmas=EXACT_SIGMAS)
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: None)
-    small = longcat.load(weights(recorded, torch.bfloat16), torch.bfloat16)
+    small = longcat.load(weights(recorded, torch.bfloat16), dtype=torch.bfloat16)
     network, seen = small.model.diffusion_model, set()
     assert type(network.blocks[0].self_attn.q) is comfy.ops.disable_weight_init.Linear
     for name, layer in network.named_modules():
@@ -143,7 +143,7 @@ def test_scaled_fp8_weights(loaded, recorded, monkeypatch, compute, layout):
     from comfyui_qvg.nodes.adapters import longcat
 
     official = {key.removeprefix(PREFIX): value.to(torch.bfloat16) for key, value in recorded[0].items() if key.startswith(PREFIX)}
-    state = split_layout(scaled(official if layout == "published" else weights(recorded, torch.bfloat16), ("attn.", ".ffn.")))
+    state = PUBLISHED.convert(scaled(official if layout == "published" else weights(recorded, torch.bfloat16), ("attn.", ".ffn.")))
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", lambda *_: compute)
     small = longcat.load(state)
     assert small.model.get_dtype_inference() == compute
@@ -205,7 +205,7 @@ def published_lora(official):
 def named_lora(change, form):
     """The same changes with the names of the network here, in one of the forms that circulate; of full rank, so that nothing is lost."""
     lora = {}
-    for name, matrix in split_layout(change).items():
+    for name, matrix in PUBLISHED.convert(change).items():
         name, inner = name.removesuffix(".weight"), matrix.shape[1]
         up, down = matrix.contiguous(), torch.eye(inner)
         if form == "kohya":
@@ -228,7 +228,7 @@ def test_loras_reach_every_layer_through_cores_loader(loaded, recorded, form, ca
         lora = named_lora(change, form)
     patched = comfy.sd.load_lora_for_models(loaded, None, lora, 0.5, 0.0)[0]
     assert "not loaded" not in caplog.text and "NOT LOADED" not in caplog.text
-    before, change = loaded.model.diffusion_model.state_dict(), split_layout(change)
+    before, change = loaded.model.diffusion_model.state_dict(), PUBLISHED.convert(change)
     assert len(patched.patches) == len(change) == sum(name.endswith("weight") and tensor.ndim == 2 for name, tensor in before.items())
     for name, moved in change.items():
         key = f"diffusion_model.{name}"

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg.demo import METADATA, TEXT_DIM
-from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
-from comfyui_qvg.qvg.models.names import official_name
+from comfyui_qvg.qvg.models.longcat import PUBLISHED, LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 
 RANK, STRENGTH = 2, 0.5
@@ -55,7 +54,7 @@ def modules(model, names):
             end = next(ours for ours in DIFFUSERS if name.endswith(ours))
             found[name.removesuffix(end) + DIFFUSERS[end]] = [name]
         else:
-            published, place, count = official_name(f"{name}.")
+            published, place, count = PUBLISHED.published_name(f"{name}.")
             found.setdefault(published.rstrip("."), [None] * count)[place] = name
     return found
 
@@ -241,7 +240,7 @@ def test_a_lora_of_another_model_is_refused(models, model, kind):
 
 def test_a_published_lora_for_wan_and_the_other_way_round(models):
     longcat, _ = lora_file(models["longcat"], "published", "diffusers")
-    with pytest.raises(ValueError, match=r"None of this LoRA's .* belongs to the causal Wan model"):
+    with pytest.raises(ValueError, match=r"None of this LoRA's .* belongs to the Wan 2\.1 model"):
         weights_after(models["wan"], {key: tensor for key, tensor in longcat.items() if "attn" in key})
 
 
