@@ -1,13 +1,12 @@
 """The Wan 2.1 video autoencoder in plain torch: video [B, 3, 4F-3, 8H, 8W] in -1..1, latents [B, 16, F, H, W].
 
-Every convolution over time is causal: it sees the frame it is at and the two before it. So a latent frame can be
-decoded as soon as it exists, given what each convolution saw last; that memory is a plain dict here (module -> frames),
-which every layer passes along. An empty dict means "the video begins now". The first frame is special throughout: it
-becomes one latent frame by itself, while each later latent frame holds four video frames; so a still image is a video
-of one frame.
+Every convolution over time is causal: its input is the current frame and the two before it. So a latent frame can be decoded as soon as it
+exists, given the last input frames of each convolution. These are kept in a plain dict (module -> frames), called memory, that is passed
+through all layers. An empty dict means that the video begins. The first video frame is encoded as one latent frame, and each later latent
+frame represents four video frames; so a still image is a video of one frame.
 
-Parameter names and sizes are Wan's own (base width 96 in the released file), so the same file opens in ComfyUI's
-VAELoader. Structure: Wan 2.1, wan/modules/vae.py; checked against ComfyUI's comfy/ldm/wan/vae.py.
+Parameter names and sizes are Wan's own (base width 96 in the released file), so the same file opens in ComfyUI's VAELoader.
+Source: Wan 2.1, wan/modules/vae.py; checked against ComfyUI's comfy/ldm/wan/vae.py.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CHANNELS = 16
 WIDTHS = (1, 2, 4, 4)
 HALVES_TIME = (False, True, True)
 
-# what the network between calls "a latent": (z - MEAN) / STD, per channel. Source: Wan 2.1, wan/modules/vae.py
+# the video network reads latents as (z - MEAN) / STD, per channel. Source: Wan 2.1, wan/modules/vae.py
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -36,20 +35,20 @@ def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
 
 
 def normalize(z: Tensor) -> Tensor:
-    """What the autoencoder makes -> what the video model reads (about zero mean, unit variance). [B, 16, F, H, W]."""
+    """Latents of the encoder -> latents for the video network (about zero mean, unit variance). [B, 16, F, H, W]."""
     return (z - _per_channel(MEAN, z)) / _per_channel(STD, z)
 
 
 def denormalize(x: Tensor) -> Tensor:
-    """What the video model makes -> what the decoder reads. [B, 16, F, H, W]."""
+    """Latents of the video network -> latents for the decoder. [B, 16, F, H, W]."""
     return x * _per_channel(STD, x) + _per_channel(MEAN, x)
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution that pads time on the left only: with what came before, or with zeros where the video begins.
+    """Convolution that pads time on the left only: with the frames before, or with zeros where the video begins.
 
-    Computed as an image convolution whose input is each frame beside its predecessors: fast kernels exist for that at
-    every width, but not for narrow three-dimensional convolutions (15 times slower at 8 channels on a CPU).
+    Computed as a 2D convolution over each frame concatenated with its predecessors along channels: fast kernels exist for that at every
+    width, but not for 3D convolutions with few channels (15 times slower at 8 channels on a CPU).
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int, int]):
@@ -65,10 +64,10 @@ class CausalConv3d(nn.Conv3d):
             x = F.pad(x, (0, 0, 0, 0, self.reach, 0)) if past is None else torch.cat([past, x], dim=2)
             memory[self] = x[:, :, -self.reach:]
             if alone:
-                # all that the other taps see is zero
+                # the input of the other taps is zero
                 x, weight = x[:, :, -1:], weight[:, :, -1:]
             else:
-                # [B, F, H, W, C] as it lies in memory: predecessors stand beside a frame's channels in one pass
+                # [B, F, H, W, C] in memory, so that concatenating predecessors to a frame's channels is one copy
                 last = x.permute(0, 2, 3, 4, 1).contiguous()
                 x = torch.cat([last[:, tap:tap + frames] for tap in range(self.reach + 1)], dim=-1).permute(0, 4, 1, 2, 3)
         # [O, I, taps, h, w] -> [O, taps * I, h, w]
@@ -77,7 +76,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 def each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply an image layer to every frame of x [B, C, F, H, W]; channels last in memory, so reshaping moves nothing."""
+    """Apply an image layer to every frame of x [B, C, F, H, W]; channels are last in memory, so that reshaping does not copy."""
     images = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     return layer(images).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
@@ -95,7 +94,7 @@ class ChannelNorm(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """A Sequential that hands the memory to the layers that have one."""
+    """A Sequential that passes the memory to the layers that use it."""
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         for layer in self:
@@ -168,7 +167,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         if self.time_conv is not None:
             first, rest = (x[:, :, :1], x[:, :, 1:]) if self not in memory else (None, x)
-            # only the presence of this entry counts: the first frame has passed
+            # only the presence of this entry matters: it marks that the first frame was processed
             memory[self] = x[:, :, :0]
             parts = [] if first is None else [first]
             if rest.shape[2]:
@@ -231,7 +230,7 @@ class Decoder(nn.Module):
         return self.head(self.upsamples(x, memory), memory)
 
     def memory_shapes(self, shape: tuple[int, ...], frames: int) -> dict[str, tuple[int, ...]]:
-        """What a memory holds behind so many latent frames of `shape` (B, C, H, W): the shape of each entry, by the name of its layer."""
+        """Shapes of the memory's entries after `frames` latent frames of `shape` (B, C, H, W), by layer name."""
         batch, _, height, width = shape
         found: dict[str, tuple[int, ...]] = {}
         stages = (("conv1", self.conv1), ("middle", self.middle), *self.upsamples.named_children(), ("head", self.head))
@@ -247,7 +246,7 @@ class Decoder(nn.Module):
 
 
 class WanVAE(nn.Module):
-    """The autoencoder with base width `base`. Its latents are the decoder's own: see `normalize` for the network's."""
+    """The autoencoder with base width `base`. Its latents are unnormalized: see `normalize`."""
 
     def __init__(self, base: int = 96):
         super().__init__()
@@ -258,7 +257,10 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> WanVAE:
-        """The autoencoder that a state dict describes, weights loaded strictly, in `dtype` (default: as stored)."""
+        """The autoencoder that a state dict describes, weights loaded strictly, in `dtype` (default: as stored).
+
+        Raises ValueError for a state dict of something else.
+        """
         if "decoder.head.0.gamma" not in state_dict:
             raise ValueError(
                 "This is not a Wan 2.1 VAE state dict: decoder.head.0.gamma is missing. "
@@ -269,7 +271,7 @@ class WanVAE(nn.Module):
         return vae.requires_grad_(False).eval()
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [B, 16, F, H, W] of video [B, 3, 4F-3, 8H, 8W] in -1..1."""
+        """Mean and log variance [B, 16, F, H, W] of video [B, 3, 4F-3, 8H, 8W] in -1..1. Raises ValueError for other sizes."""
         if (video.shape[2] - 1) % 4 or video.shape[3] % 8 or video.shape[4] % 8:
             raise ValueError(
                 f"The video is {video.shape[2]} frames of {video.shape[4]} x {video.shape[3]}; the Wan VAE takes "
@@ -286,7 +288,7 @@ class WanVAE(nn.Module):
         return self.decoder(self.conv2(z, {}), {})
 
     def decode_frames(self, z: Tensor) -> Iterator[Tensor]:
-        """The same, latent frame by latent frame: yields one video frame, then four at a time, in constant memory."""
+        """The same, one latent frame at a time: yields one video frame, then four at a time, in constant memory."""
         memory: Memory = {}
         for index in range(z.shape[2]):
             yield self.decoder(self.conv2(z[:, :, index:index + 1], {}), memory)

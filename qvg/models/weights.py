@@ -1,22 +1,22 @@
-"""Types that a model's weights are kept in, and what they take: numbers alone.
+"""Types in which a model's weights are stored, and their bits per element.
 
-GGUF files keep a block's matrices in blocks of 32 or 256 numbers with their scales, and everything outside (embeddings, modulation, head)
-in 16 bits; the mixed types (`_M`, and `Q4_K_S`) give the value projections and the second matrix of the feed-forward more bits. Scaled FP8
-files keep the same matrices in 8 bits. Sources: ggml's block sizes, and the rules of the tool with which such files are made
-(city96/ComfyUI-GGUF, tools/lcpp.patch).
+GGUF files store the matrices of a transformer block in groups of 32 or 256 elements with their scales, and everything else (embeddings,
+modulation, head) in 16 bits. The mixed types (`_M`, and `Q4_K_S`) give more bits to the value projections and to the second matrix of the
+feed-forward. Scaled FP8 files store the same matrices in 8 bits. Sources: ggml's block sizes, and the rules of the tool that makes such
+files (city96/ComfyUI-GGUF, tools/lcpp.patch).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# bytes of a block over its numbers, in bits
+# bits per element: 8 * bytes of a group / elements of a group
 Q8_0, Q6_K, Q5_K, Q4_K, Q3_K = 34 * 8 / 32, 210 * 8 / 256, 176 * 8 / 256, 144 * 8 / 256, 110 * 8 / 256
 
 
 @dataclass(frozen=True)
 class WeightType:
-    """Bits per element of a block's matrices; value: of the value projections, down: of the feed-forward's second matrix."""
+    """Bits per element of the matrices of a block. value: of the value projections. down: of the second matrix of the feed-forward."""
 
     bits: float
     value: float
@@ -43,7 +43,7 @@ GGUF = tuple(name for name in WEIGHTS if name.startswith("Q"))
 
 
 def weight_type(name: str) -> str:
-    """A key of WEIGHTS, whatever its letters' case. Raises ValueError for an unknown one."""
+    """A key of WEIGHTS, ignoring case. Raises ValueError for an unknown name."""
     found = next((known for known in WEIGHTS if known.lower() == name.lower()), None)
     if found is None:
         raise ValueError(f"There is no weight type {name!r}; choose one of {', '.join(WEIGHTS)}.")
