@@ -8,12 +8,14 @@ from comfy_api.latest import ComfyExtension, io
 from ..qvg.demo import NETWORK_PATH, VAE_PATH
 from . import kv_cache, live
 from .compare import QVGCompare
+from .empty_latent import QVGEmptyLongVideoLatent
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
-from .long_video import QVGARVideoSampler, QVGEmptyLongVideoLatent, QVGPromptAt, QVGPromptSchedule
+from .long_video import QVGARVideoSampler
 from .longcat import QVGLongCatContinue
 from .monitor import QVGMemoryMonitor
 from .plan import QVGPlanMemory
+from .prompts import QVGPromptAt, QVGPromptSchedule
 from .session import QVGLoadVideoSession, QVGSaveVideoSession
 from .stream import QVGStreamVideo
 from .tiny_prompt import QVGDemoPrompt

@@ -161,7 +161,7 @@ def test_a_schedule_encodes_each_line_at_its_time(comfy_modules):
     from comfy import sd1_clip
 
     from comfyui_qvg.nodes.adapters.causal import SCHEDULE
-    from comfyui_qvg.nodes.long_video import QVGPromptSchedule
+    from comfyui_qvg.nodes.prompts import QVGPromptSchedule
 
     config = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "hidden_act": "quick_gelu",
               "max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 49407, "projection_dim": 32}
@@ -297,7 +297,7 @@ def test_a_session_goes_on_where_the_graph_puts_it(comfy):
 
 def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules):
     """Self-Forcing's 480p for a minute in 24 GiB: with the choices that do fit, each of which is then taken."""
-    from comfyui_qvg.nodes.long_video import _check_memory
+    from comfyui_qvg.nodes.memory_check import Memory, check_memory
     from comfyui_qvg.qvg.settings import PRESETS
     from comfyui_qvg.qvg.units import GIB
     from comfyui_qvg.qvg.video.sampler import Run
@@ -306,7 +306,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules)
     run, device, off = Run(frames=240), torch.device("cpu"), PRESETS["off"]
 
     def check(settings, run=run, free=24, host=64):
-        _check_memory(settings, shape, run, device, free * GIB, host * GIB)
+        check_memory(settings, shape, run, device, Memory(free * GIB, host * GIB))
 
     with pytest.raises(ValueError, match=r"needs 6\d\.\d+ GiB, but it can have 24\.0+ GiB") as refused:
         check(off)
@@ -325,7 +325,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules)
     with pytest.raises(ValueError, match=r"needs 6\d\.\d+ GiB of host memory, but it can have 32"):
         check(replace(off, offload=True), host=32)
     with pytest.raises(ValueError, match="Choose a smaller picture"):
-        _check_memory(off, shape, run, device, 1000, 1000)
+        check_memory(off, shape, run, device, Memory(1000, 1000))
     check(PRESETS["balanced"])
 
 
