@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from ..qvg.demo import GRID
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.video import SELF_FORCING_SIGMAS, CachedNetwork, Condition, Run
 from ..qvg.video.generate import cache_of
-from .measure import environment, progress, table, write
+from .measure import add_out, claim, environment, progress, table, write
 from .quality import BARE, Loop
 
 GIVEN, CHUNK = 18, 3
@@ -92,8 +91,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=6)
     parser.add_argument("--only", nargs="*", default=[], help="labels; default: all")
-    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
+    add_out(parser)
     options = parser.parse_args(arguments)
+    claim(options, "context")
     scene, rows = Next(options.videos), []
     for label, settings, newest in ways():
         if not options.only or label in options.only:

@@ -18,7 +18,8 @@ import torch
 
 from ..qvg.cache import lifetime
 from ..qvg.commands import arguments
-from ..qvg.files.places import PlaceError, Taken, check_place, write_atomically
+from ..qvg.commands.results import prepare_folder
+from ..qvg.files.places import write_atomically
 
 FLUSH_BYTES = 256 << 20
 # long enough for the host to queue what is timed, so that the device never waits for it
@@ -100,21 +101,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 def add_places(parser: argparse.ArgumentParser) -> None:
     """--out, --overwrite and --device."""
-    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder")
+    add_out(parser)
     parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """--out and --overwrite."""
+    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder")
+
+
 def claim(options: argparse.Namespace, name: str) -> None:
-    """Raises ValueError before anything is measured where the results could not be written, or would replace others unasked."""
-    for place in (options.out / f"{name}.json", options.out / f"{name}.md"):
-        if place.exists() and not options.overwrite:
-            raise Taken(f"{place} is there already. Choose another --out, or --overwrite to replace it.")
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlaceError(f"{options.out} cannot become a folder ({error.strerror}). Choose another --out.") from None
-        check_place(place)
+    """Raises ValueError, before anything is measured, where the results could not be written or would replace others."""
+    prepare_folder(options.out, (f"{name}.json", f"{name}.md"), options.overwrite)
 
 
 def write(out: Path, name: str, result: dict, markdown: str, show: bool = True) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 import av
 import torch
 
+from ..qvg.commands.results import prepare_folder
 from ..qvg.models.wan import CausalWan, WanSizes
 from ..qvg.models.wan_vae import WanVAE
 from ..qvg.settings import QVGSettings
@@ -102,7 +103,7 @@ def flat(model: str, chunks: int, steps: int, budget_mib: float, settled: int) -
 def work(model: str, folder: Path, chunks: int, steps: int) -> None:
     """One process of `kill`: begin, or go on where the last one was killed."""
     network, vae, embed, latent = MODELS[model]()
-    # killed before its first checkpoint, it begins anew
+    # a run that was killed before its first checkpoint starts over
     todo, session = replace(job(folder, latent, chunks, steps, 64), overwrite=True), None
     if todo.session.is_file():
         session = storage.load(todo.session)
@@ -145,8 +146,8 @@ def kill(model: str, chunks: int, steps: int, times: int, seed: int) -> dict:
 
 
 def _command(model: str, folder: Path, chunks: int, steps: int) -> list[str]:
-    return [sys.executable, "-m", __spec__.name if __spec__ else __name__, "work", "--model", model, "--folder", str(folder), "--chunks",
-            str(chunks), "--steps", str(steps)]
+    return [sys.executable, "-m", __spec__.name if __spec__ else __name__, "work", "--overwrite", "--model", model, "--folder",
+            str(folder), "--chunks", str(chunks), "--steps", str(steps)]
 
 
 def _readable(folder: Path) -> bool:
@@ -174,10 +175,14 @@ def main(options: list[str] | None = None) -> int:
     root.add_argument("--seed", type=int, default=0)
     root.add_argument("--budget", type=float, default=4, metavar="MIB")
     root.add_argument("--settled", type=int, default=200, help="chunks after which memory has to be flat")
-    root.add_argument("--folder", type=Path)
+    root.add_argument("--folder", type=Path, help="of work: where the video and the session go")
+    root.add_argument("--overwrite", action="store_true", help="of work: continue or replace what is in the folder")
     chosen = root.parse_args(options)
     torch.set_num_threads(1)
     if chosen.what == "work":
+        if chosen.folder is None:
+            root.error("work needs a --folder")
+        prepare_folder(chosen.folder, ("video.mp4", "video.session.safetensors"), chosen.overwrite)
         work(chosen.model, chosen.folder, chosen.chunks or 30, chosen.steps)
         return 0
     if chosen.what == "flat":

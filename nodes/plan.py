@@ -58,7 +58,8 @@ class QVGPlanMemory(io.ComfyNode):
         if weights == UNCOUNTED:
             weights, memory = "", memory_gib or comfy.model_management.get_free_memory() / GIB
         else:
-            memory = plan.room_beside(model, memory_gib or comfy.model_management.get_total_memory() / GIB, weights)
+            memory = plan.left_for_cache(model, memory_gib or comfy.model_management.get_total_memory() / GIB, weights,
+                                         required=True)
         found = plan.plan(model, width=width, height=height, seconds=seconds, vram_gib=memory, offload=offload, weights=weights)
         table = plan.render(found, memory)
         # a Wan VAE makes one frame of the first latent frame and four of each other

@@ -13,6 +13,7 @@ from comfyui_qvg.benchmarks.kernels import Case, tokens
 from comfyui_qvg.qvg.cache.budget import Geometry
 from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.demo import NETWORK_PATH
+from comfyui_qvg.qvg.files.places import Taken
 from comfyui_qvg.qvg.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,8 @@ def test_context(tmp_path):
     newest, oldest = json.loads((tmp_path / "context.json").read_text())["rows"]
     assert [newest[0], oldest[0]] == labels and newest[1] == pytest.approx(oldest[1])
     assert newest[2] > oldest[2] + 1
+    with pytest.raises(Taken, match=r"context\.json is there already. Choose another --out, or --overwrite"):
+        context.main(["--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(("layouts", "bits"), [(layouts, bits) for layouts in baselines.BASELINES.values() for bits in (2, 4)])

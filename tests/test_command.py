@@ -268,7 +268,7 @@ def test_a_process_that_is_stopped_is_resumed_and_leaves_nothing_else(tmp_path, 
 @trained
 def test_pipes_that_are_closed(tmp_path):
     """`qvg plan ... | head -1` says nothing about it."""
-    with subprocess.Popen([sys.executable, "-m", "comfyui_qvg.qvg.commands.cli", "plan", "--model", "self-forcing", "--cards"],
+    with subprocess.Popen([sys.executable, "-m", "comfyui_qvg", "plan", "--model", "self-forcing", "--cards"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.wait(timeout=120) == 1 and process.stderr.read() == ""

@@ -16,7 +16,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 # the first parts of all paths that a person who installs the pack receives
 SHIPPED = {
-    *("__init__.py", "nodes", "qvg", "kernels", "workflows", "subgraphs", "web", "locales"),
+    *("__init__.py", "__main__.py", "nodes", "qvg", "kernels", "workflows", "subgraphs", "web", "locales"),
     *("pyproject.toml", "requirements.txt", "README.md", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE"),
 }
 SHIPPED_SUFFIXES = {".py", ".toml", ".txt", ".md", ".json", ".js", ".jpg", ".png", ".webp", ".svg", ".safetensors", ""}

@@ -13,7 +13,7 @@ from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.models.weights import WEIGHTS
-from comfyui_qvg.qvg.report.plan import BESIDE_GIB, CARDS, brief, longest, plan, render_cards, room_on
+from comfyui_qvg.qvg.report.plan import BESIDE_GIB, CARDS, brief, left_for_cache, longest, plan, render_cards
 from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.units import GIB
 
@@ -70,7 +70,7 @@ def network(model):
 @pytest.mark.parametrize("model", NETWORKS)
 def test_parameters_are_those_of_the_network(model):
     assert MODELS[model].parameters == sum(tensor.numel() for tensor in network(model).parameters())
-    assert room_on(model, 80) == 80 - MODELS[model].weight_bytes() / GIB - BESIDE_GIB
+    assert left_for_cache(model, 80) == 80 - MODELS[model].weight_bytes() / GIB - BESIDE_GIB
 
 
 # ggml's blocks: (numbers, bytes of the codes, bytes of the scales), as its format says
@@ -108,28 +108,28 @@ def test_a_14b_model_on_24_gib(capsys):
     """In bf16 it is refused with what would fit; in fp8 and GGUF types it is answered; no length is needed."""
     assert cli.main(["plan", "--model", "krea-14b", "--card", "24"]) == 2
     message = capsys.readouterr().err
-    room = room_on("krea-14b", 24, "fp8")
-    assert 8 < room < 9 and f"fp8 would leave {room:.1f} GiB" in message and "leaves nothing of a card of 24 GiB" in message
+    left = left_for_cache("krea-14b", 24, "fp8")
+    assert 8 < left < 9 and f"fp8 would leave {left:.1f} GiB" in message and "leaves nothing of a card of 24 GiB" in message
     longest_of = []
     for weights in ("fp8", "q6_k", "Q4_K_M"):
         assert cli.main(["plan", "--model", "krea-14b", "--weights", weights, "--card", "24", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["weight_bytes"] == MODELS["krea-14b"].weight_bytes(weights) and 29 < result["seconds"] < 32
         longest_of.append(result["presets"]["balanced"]["longest_latent_frames"])
-        limit = int(room_on("krea-14b", 24, weights) * GIB)
+        limit = int(left_for_cache("krea-14b", 24, weights) * GIB)
         assert result["presets"]["balanced"]["fits"] == (result["presets"]["balanced"]["worst_peak_bytes"] <= limit)
     assert 0 < longest_of[0] < longest_of[1] < longest_of[2]
     assert cli.main(["plan", "--model", "krea-14b", "--weights", "fp8", "--card", "24"]) == 0
     table = capsys.readouterr().out
-    assert f"within {room:.1f} GiB" in table and "of weights in fp8" in table
-    assert f"({room:.1f} GiB are left for the cache" in " ".join((ROOT / "README.md").read_text().split())
-    assert f"in fp8 leaves {room:.1f} GiB of 24" in (ROOT / "web" / "docs" / "QVGPlanMemory.md").read_text()
+    assert f"within {left:.1f} GiB" in table and "of weights in fp8" in table
+    assert f"({left:.1f} GiB are left for the cache" in " ".join((ROOT / "README.md").read_text().split())
+    assert f"in fp8 leaves {left:.1f} GiB of 24" in (ROOT / "web" / "docs" / "QVGPlanMemory.md").read_text()
 
 
 def test_cards_with_smaller_weights(capsys):
     assert cli.main(["plan", "--model", "krea-14b", "--weights", "Q4_K_M", "--cards"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert f"| 16 GB | {room_on('krea-14b', 16, 'Q4_K_M'):.1f} GiB |" in rows[2] and "Smaller weights" not in rows[2]
+    assert f"| 16 GB | {left_for_cache('krea-14b', 16, 'Q4_K_M'):.1f} GiB |" in rows[2] and "Smaller weights" not in rows[2]
     assert "Smaller weights" in rows[0]
 
 
@@ -172,7 +172,7 @@ def test_longer_on_larger_cards():
 
 def test_a_card_is_what_its_weights_leave(capsys):
     assert cli.main(["plan", "--model", "self-forcing", "--seconds", "30", "--card", "12"]) == 0
-    assert f"within {room_on('self-forcing', 12):.1f} GiB" in capsys.readouterr().out
+    assert f"within {left_for_cache('self-forcing', 12):.1f} GiB" in capsys.readouterr().out
     assert cli.main(["plan", "--model", "self-forcing", "--seconds", "30", "--card", "4"]) == 2
     assert "leaves nothing of a card of 4 GiB" in capsys.readouterr().err
     assert cli.main(["plan", "--model", "hy-worldplay-5b", "--seconds", "30", "--card", "24"]) == 2

@@ -1,9 +1,11 @@
-"""`qvg plan`: what a model, a size and a length will need, at every preset, before anything is loaded."""
+"""What a model, a size and a length need at every preset, before anything is loaded: `qvg plan`, and Plan KV Memory (QVG)."""
 
 from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..cache.budget import Geometry, shortest_life
@@ -15,12 +17,13 @@ from ..settings import PRESETS, QVGSettings
 from ..units import GIB
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)
-# activations of one chunk, what ComfyUI keeps free for itself (1.2 GiB) and what the driver and the screen take
+# the activations of one chunk, ComfyUI's own reserve (1.2 GiB), the driver and the screen
 BESIDE_GIB = 2.0
 
 
 def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int, misfit: bool = False) -> Forecast:
-    """The bytes of a video of `frames` latent frames; of a segment's context where the model rebuilds that. misfit: see `forecast`."""
+    """The bytes of a video of `frames` latent frames, or of one segment's context where the model rebuilds its context. misfit: see
+    `forecast`."""
     if not shape.segment_frames:
         return forecast(settings, geometry, frames, shape.chunk_frames, misfit=misfit)
     given = min(frames, shape.segment_frames - shape.chunk_frames)
@@ -29,44 +32,45 @@ def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames
 
 
 def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 4096) -> int:
-    """Most latent frames, in whole chunks, whose peak stays within limit_bytes at worst; 0 when not even one chunk does."""
-    chunk = shape.chunk_frames
+    """Most latent frames, in whole chunks, whose peak in the worst case stays within limit_bytes; 0 when one chunk exceeds it."""
+    chunk, end = shape.chunk_frames, most // shape.chunk_frames
 
     def peak(chunks: int) -> int:
         return predict(shape, settings, geometry, chunks * chunk, misfit=True).peak_bytes
 
-    def last_that_fits(fits, low: int, high: int) -> int:
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return low
+    # Once sinks, recent frames and window are full, the peak grows by the same bytes with every period in which codebooks and spans repeat,
+    # so it need not be forecast chunk by chunk beyond that.
+    period = math.lcm(*(-(-frames // chunk) for frames in (settings.codebook_frames, shortest_life(settings, chunk))))
+    full = period * (2 + -(-(settings.sink_frames + settings.recent_frames + settings.window_frames) // (period * chunk)))
+    start = _last_within(peak, 0, min(full, end), limit_bytes)
+    if start < full:
+        return chunk * start
+    if shape.segment_frames or settings.budget_gib:
+        return chunk * _last_within(peak, start, end, limit_bytes)
+    ahead = [peak(full + number) for number in range(period + 1)]
 
-    # once sink, recent frames and window are full, a codebook's life adds the bytes of the one before: what is beyond need not be walked
-    epoch = math.lcm(*(-(-frames // chunk) for frames in (settings.codebook_frames, shortest_life(settings, chunk))))
-    full = epoch * (2 + -(-(settings.sink_frames + settings.recent_frames + settings.window_frames) // (epoch * chunk)))
-    start = last_that_fits(lambda chunks: peak(chunks) <= limit_bytes, 0, min(full, most // chunk))
-    if start < full or shape.segment_frames or settings.budget_gib:
-        return chunk * (start if start < full else last_that_fits(lambda chunks: peak(chunks) <= limit_bytes, start, most // chunk))
-    ahead = [peak(full + number) for number in range(epoch + 1)]
-    step = ahead[-1] - ahead[0]
+    def extrapolated(chunks: int) -> int:
+        periods, rest = divmod(chunks - full, period)
+        return ahead[rest] + periods * (ahead[-1] - ahead[0])
 
-    def fits(chunks: int) -> bool:
-        epochs, rest = divmod(chunks - full, epoch)
-        return ahead[rest] + epochs * step <= limit_bytes
+    return chunk * _last_within(extrapolated, full, end, limit_bytes)
 
-    return chunk * last_that_fits(fits, full, most // chunk)
+
+def _last_within(peak: Callable[[int], int], low: int, high: int, limit_bytes: int) -> int:
+    """The largest of low + 1 to high whose peak is at most limit_bytes, or low. Peaks do not fall."""
+    return low + bisect_right(range(low + 1, high + 1), limit_bytes, key=peak)
 
 
 def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
          vram_gib: float = 0, offload: bool = False, weights: str = "") -> dict:
-    """One row per preset as whole bytes and ratios; with `offload`, of spans that wait in host memory.
+    """One row per preset, in bytes and ratios.
 
-    worst_stored_bytes and worst_peak_bytes are of a video on which no codebook fits for longer than it must; the others are of one on which
-    they do. Whether a video fits is said of the worst.
+    worst_stored_bytes and worst_peak_bytes are for a video whose codebooks stop fitting as soon as they may; the other figures are for one
+    whose codebooks fit for as long as they may serve. `fits` and `longest_latent_frames` are for the worst case.
 
-    vram_gib: what the cache may take. weights: their type, where they were counted.
-
-    Raises ValueError with a sentence for an unknown name or an impossible length.
+    width, height: pixels; 0 is the model's usual size. vram_gib: GiB that the cache may take; 0 leaves out whether it fits. offload: spans
+    are in host memory. weights: the type of the weights, where they were counted.
+    Raises ValueError for an unknown model or a length that is not positive.
     """
     if model not in MODELS:
         raise ValueError(f"There is no model {model!r}; choose one of {', '.join(MODELS)}.")
@@ -98,7 +102,7 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
 
 
 def render(result: dict, vram_gib: float = 0) -> str:
-    """`plan`'s result as a table for people."""
+    """`plan`'s result as a table."""
     rows = result["presets"] if "presets" in result else {result["preset"]: result}
     lines = [f"{result['model']}, {result['width']} x {result['height']}, {result['latent_frames']} latent frames "
              f"({result['seconds']:.1f} s): {next(iter(rows.values()))['bf16_bytes'] / GIB:.2f} GiB in bf16"]
@@ -126,7 +130,7 @@ def render(result: dict, vram_gib: float = 0) -> str:
 
 
 def brief(result: dict, vram_gib: float) -> str:
-    """`plan`'s result as sentences, a line a preset, for a place without columns. ComfyUI's Nodes 2.0 runs lines together."""
+    """`plan`'s result as sentences, one line per preset, for ComfyUI's Nodes 2.0, which has no columns."""
     rows, shape = result["presets"], MODELS[result["model"]]
     beside = f" beside {result['weight_bytes'] / GIB:.1f} GiB of weights in {result['weights']}" if "weights" in result else ""
     lines = [f"{result['seconds']:.1f} s at {result['width']} x {result['height']}: {rows['off']['bf16_bytes'] / GIB:.1f} GiB in bf16; "
@@ -142,49 +146,46 @@ def brief(result: dict, vram_gib: float) -> str:
     return "\n".join(lines)
 
 
-def room_on(model: str, card_gib: float, weights: str = "bf16") -> float:
-    """GiB of a card that are left for the cache while `model` samples: without its weights in this type and `BESIDE_GIB`; at least 0.
+def left_for_cache(model: str, card_gib: float, weights: str = "bf16", *, required: bool = False) -> float:
+    """GiB of a card that `model`'s weights in this type and `BESIDE_GIB` leave for the cache, at least 0.
 
-    A text encoder and a VAE are not counted: ComfyUI moves the one away before, and loads the other after.
+    Text encoder and VAE are not counted: ComfyUI unloads the one before sampling, and loads the other after it.
+    Raises ValueError for a model whose weights are not known and, where `required`, when nothing is left, with the weight types that would
+    leave something.
     """
     shape = MODELS.get(model)
     if shape is None or not shape.parameters:
         known = ", ".join(name for name, other in MODELS.items() if other.parameters)
-        raise ValueError(f"The weights of {model!r} cannot be counted here, only those of {known}; give what they leave instead.")
-    return max(0.0, card_gib - shape.weight_bytes(weights) / GIB - BESIDE_GIB)
-
-
-def room_beside(model: str, card_gib: float, weights: str = "bf16") -> float:
-    """`room_on`, where it is something. Raises ValueError where it is not, with the weights that would leave something."""
-    room = room_on(model, card_gib, weights)
-    if room:
-        return room
-    shape, needed = MODELS[model], MODELS[model].weight_bytes(weights) / GIB + BESIDE_GIB
-    smaller = {name: room_on(model, card_gib, name) for name in shape.weight_types()}
-    smaller = {name: room for name, room in smaller.items() if room}
-    ways = "; ".join(f"{name} would leave {room:.1f} GiB" for name, room in list(smaller.items())[:3])
-    raise ValueError(f"The weights of {model} in {weight_type(weights)} and {BESIDE_GIB:g} GiB beside them take {needed:.1f} GiB, which "
-                     f"leaves nothing of a card of {card_gib:g} GiB" + (f"; {ways}." if ways else ", and no smaller weights would."))
+        raise ValueError(f"The weights of {model!r} cannot be counted, only those of {known}; give the memory that they leave instead.")
+    needed = shape.weight_bytes(weights) / GIB
+    left = max(0.0, card_gib - needed - BESIDE_GIB)
+    if required and not left:
+        smaller = {name: left_for_cache(model, card_gib, name) for name in shape.weight_types()}
+        ways = "; ".join([f"{name} would leave {other:.1f} GiB" for name, other in smaller.items() if other][:3])
+        raise ValueError(f"The weights of {model} in {weight_type(weights)} and {BESIDE_GIB:g} GiB beside them take "
+                         f"{needed + BESIDE_GIB:.1f} GiB, which leaves nothing of a card of {card_gib:g} GiB"
+                         + (f"; {ways}." if ways else ", and no smaller weights would."))
+    return left
 
 
 def _longest_text(shape: ModelShape, row: dict) -> str:
-    """The longest video of one of `plan`'s rows, in seconds; a cache that is rebuilt for every segment does not grow with the video."""
+    """The longest video of one row of `plan`, in seconds. A cache that is rebuilt for every segment does not grow with the video."""
     if shape.segment_frames:
         return "any" if row["fits"] else "0 s"
     return f"{max(0.0, shape.seconds(row['longest_latent_frames'])):.0f} s"
 
 
 def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
-    """What fits on cards of `CARDS` GiB, as a table in Markdown: the longest video with its whole history, and the preset for `seconds`."""
+    """A Markdown table of what fits on cards of `CARDS` GiB: the longest video with its whole history, and the preset for `seconds`."""
     names = ("off", "quality", "balanced", "smallest")
     lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | {seconds:g} s fit with |", "|---" * 7 + "|"]
     for card in CARDS:
-        room = room_on(model, card, weights)
-        rows = plan(model, seconds=seconds, vram_gib=room)["presets"] if room else {}
+        left = left_for_cache(model, card, weights)
+        rows = plan(model, seconds=seconds, vram_gib=left)["presets"] if left else {}
         longest_of = {name: _longest_text(MODELS[model], rows[name]) if rows else "0 s" for name in names}
-        fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if room else "smaller weights")
+        fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if left else "smaller weights")
         advice = "any" if fitting == "off" else fitting.capitalize()
-        lines.append(f"| {card} GB | {room:.1f} GiB | " + " | ".join(longest_of.values()) + f" | {advice} |")
+        lines.append(f"| {card} GB | {left:.1f} GiB | " + " | ".join(longest_of.values()) + f" | {advice} |")
     return "\n".join(lines)
 
 

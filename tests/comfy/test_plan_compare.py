@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from comfy_client import ComfyError
-from comfyui_qvg.qvg.report.plan import brief, plan, render, room_on
+from comfyui_qvg.qvg.report.plan import brief, left_for_cache, plan, render
 
 
 def planned(comfy, **inputs):
@@ -35,12 +35,12 @@ def test_plan_against_this_device(comfy):
 def test_plan_counts_weights(comfy):
     """memory_gib is then a whole card; weights that leave nothing of it are refused with those that would."""
     table, report, longest = planned(comfy, model="krea-14b", weights="fp8")
-    room = room_on("krea-14b", 24.0, "fp8")
-    wanted = plan("krea-14b", seconds=30.0, vram_gib=room, weights="fp8")
-    assert json.loads(report) == json.loads(json.dumps(wanted)) and table == render(wanted, room)
+    left = left_for_cache("krea-14b", 24.0, "fp8")
+    wanted = plan("krea-14b", seconds=30.0, vram_gib=left, weights="fp8")
+    assert json.loads(report) == json.loads(json.dumps(wanted)) and table == render(wanted, left)
     assert int(longest) == 4 * wanted["presets"]["balanced"]["longest_latent_frames"] - 3 > 0
-    assert comfy.wait_for("executed", lambda data: data["node"] == "1")["output"]["qvg_text"] == [brief(wanted, room)]
-    assert "of weights in fp8" in brief(wanted, room)
+    assert comfy.wait_for("executed", lambda data: data["node"] == "1")["output"]["qvg_text"] == [brief(wanted, left)]
+    assert "of weights in fp8" in brief(wanted, left)
     with pytest.raises(ComfyError, match=r"leaves nothing of a card of 24 GiB; fp8 would leave 8\.5 GiB"):
         planned(comfy, model="krea-14b", weights="bf16")
 

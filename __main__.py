@@ -1,0 +1,6 @@
+"""`python -m comfyui_qvg` is the `qvg` command."""
+
+if __name__ == "__main__":
+    from .qvg.commands.cli import main
+
+    raise SystemExit(main())
