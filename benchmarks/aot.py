@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from ..kernels import assign, decode, encode, hopper, rotate, store, update
+from ..kernels import assign, decode, encode, hopper, jobs, rotate, store, update
 from ..kernels.tiles import Product
 from ..qvg.backends import Unsupported
 from ..qvg.codec import e4m3
@@ -108,12 +108,12 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
     nvidia = target.backend == "cuda"
     native_e4m3 = nvidia and target.arch >= 89
     name = "cuda" if nvidia else "cdna" if target.arch.startswith("gfx9") else "rdna"
-    kinds = [decode.Kind(decode.PLANES.value, 2, 2, 1), decode.Kind(decode.INT8.value, groups=1)]
+    kinds = [jobs.Kind(jobs.PLANES.value, 2, 2, 1), jobs.Kind(jobs.INT8.value, groups=1)]
     if not few:
-        kinds += [decode.Kind(decode.PLANES.value, bits, stages, groups)
+        kinds += [jobs.Kind(jobs.PLANES.value, bits, stages, groups)
                   for bits, stages, groups in ((1, 2, 1), (3, 1, 2), (4, 2, 2), (2, 0, 1))]
-        kinds += [decode.Kind(decode.PAPER.value, 2, 1, 2), decode.Kind(decode.PAPER.value, 4, 4, 2, zeros=True)]
-        kinds += [decode.Kind(decode.PLAIN.value)]
+        kinds += [jobs.Kind(jobs.PAPER.value, 2, 1, 2), jobs.Kind(jobs.PAPER.value, 4, 4, 2, zeros=True)]
+        kinds += [jobs.Kind(jobs.PLAIN.value)]
     yield from _ones(nvidia)
     for dim in (128,) if few else TURNS:
         for kind in kinds if dim == 128 else kinds[:1]:
@@ -169,7 +169,7 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
     cut = Product.on("cuda" if nvidia else "rdna", 64)
     product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
     shape = {"STAGES": 1, "GROUPS": 1, "D": 64, "NATIVE_E4M3": False}
-    decoded = _decode(decode.Kind(decode.PLANES.value, 2, 1, 1), 64, "rdna", False)
+    decoded = _decode(jobs.Kind(jobs.PLANES.value, 2, 1, 1), 64, "rdna", False)
     found = [
         ("assign", assign.assign_kernel, {"x": "*bf16", **PREPARED, "ids": "*i64"}, {"D": 64, **product}),
         ("prepare", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": 64, "BLOCK": assign.PREPARED}),
@@ -190,15 +190,15 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
         yield Variant(f"{name}-ones", kernel, arguments, {**numbers, **constants}, 4, stages=cut.stages)
 
 
-def _decode(kind: decode.Kind, dim: int, name: str, native_e4m3: bool, major: int = 0) -> Variant:
-    halves = decode.computes_in_halves(name, major, torch.bfloat16) and kind.code == decode.PLANES.value
+def _decode(kind: jobs.Kind, dim: int, name: str, native_e4m3: bool, major: int = 0) -> Variant:
+    halves = decode.computes_in_halves(name, major, torch.bfloat16) and kind.code == jobs.PLANES.value
     tile = decode.Tiling.of(dim, name, kind.bits, major, halves)
     pointers = {"jobs": "*i64", "levels": "*fp32", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
     label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
     return Variant(label, decode.decode_kernel, pointers, {
         "KIND": kind.code, "BITS": kind.bits, "STAGES": kind.stages, "GROUPS": kind.groups, "HAS_ZEROS": kind.zeros,
         "D": dim, "TIME": TURNS[dim], "TOKENS": tile.tokens, "HALVES": tile.halves, "NVIDIA": name == "cuda",
-        "NATIVE_E4M3": native_e4m3, "PREFETCH": native_e4m3 and kind.code == decode.PLANES.value}, tile.warps, tile.registers)
+        "NATIVE_E4M3": native_e4m3, "PREFETCH": native_e4m3 and kind.code == jobs.PLANES.value}, tile.warps, tile.registers)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:

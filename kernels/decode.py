@@ -1,12 +1,14 @@
-"""Decode spans into the workspace: planes, scales, the centroids of every stage, and RoPE for K, in one pass.
+"""Decode spans into the workspace in one pass: planes, scales, the centroids of every stage, and RoPE for K.
 
-Reference: `qvg.cache.kv_cache.LayerCache.read`. A `Reader` keeps one row of addresses, strides and levels per span, so that one launch
-covers all spans of one kind, K and V together: spans of different lengths, epochs and codebook sizes differ only in
-their rows. Kinds that need other code (another number of planes, 8-bit sinks, paper mode) take a launch each.
+Reference: `qvg.cache.kv_cache.LayerCache.read`. One launch reads all spans of one kind, K and V together (`jobs`).
 
-A program decodes one head at the same places of all frames of a span, a tile of TOKENS at a time: the angles that its keys turn by are
-those of few places. What the kernel waits for is memory: the streams of planes, scales and ids are brought into the L2 cache when a program
-starts, and stores are the first to leave it, because a workspace is larger.
+A program decodes one head at the same places of all frames of a span, a tile of TOKENS at a time, so it loads the rotation angles of few
+places. A thread holds one octet of channels of one token (`octets`), or two that lie half a head apart: a byte of each plane, eight bytes
+of each centroid, sixteen bytes of output, and nothing moves between threads. For a bf16 workspace on an NVIDIA GPU an octet is computed as
+four float16 pairs (`halves`), otherwise in float32.
+
+The kernel is bound by memory. Planes, scales and ids are prefetched into the L2 cache when a program starts, and the output is stored with
+a streaming hint, because a workspace is larger than that cache.
 """
 
 from __future__ import annotations
@@ -18,6 +20,22 @@ import triton
 import triton.language as tl
 
 from .halves import pair
+from .jobs import (
+    CENTROID_SCALE,
+    CHANNEL_SCALE,
+    COLUMNS,
+    EXPONENTS,
+    FRAME,
+    FRAMES,
+    INT8,
+    IS_VALUE,
+    PAPER,
+    PLAIN,
+    PLANES,
+    START,
+    address,
+    span_addresses,
+)
 from .octets import (
     bfloat16_octet,
     dequantize,
@@ -42,48 +60,14 @@ from .tiles import (
     scale_to_float32,
 )
 
-PLANES, PAPER, INT8, PLAIN = (tl.constexpr(kind) for kind in range(4))
-
-# columns of a job: addresses, then sizes and places, then strides in elements
-DATA = tl.constexpr(0)  # four planes, or packed codes, or plain numbers in the first
-SCALES = tl.constexpr(4)
-ZEROS = tl.constexpr(5)
-IDS = tl.constexpr(6)
-CENTROIDS = tl.constexpr(7)
-CENTROID_SCALE = tl.constexpr(8)
-CHANNEL_SCALE = tl.constexpr(9)
-EXPONENTS = tl.constexpr(10)
-FRAMES = tl.constexpr(11)  # of the span
-START = tl.constexpr(12)  # its first token in the workspace
-IS_VALUE = tl.constexpr(13)
-FRAME = tl.constexpr(14)  # position of its first frame
-DATA_STRIDES = tl.constexpr(15)  # token, row
-SCALE_STRIDES = tl.constexpr(17)  # token, row
-ID_STRIDES = tl.constexpr(19)  # stage, token, row
-CENTROID_STRIDES = tl.constexpr(22)  # stage, row
-COLUMNS = tl.constexpr(24)
-
-
-# tokens of a program, about: longer ones leave multiprocessors idle at the end, shorter ones begin too often
+# tokens of a program, approximately: longer programs leave multiprocessors idle at the end, shorter ones start too often
 PROGRAM = 144
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What the compiler must know of a span: spans that agree in it share a launch."""
-
-    code: int
-    bits: int = 0
-    stages: int = 0
-    groups: int = 1
-    zeros: bool = False
-
-
-@dataclass(frozen=True)
 class Tiling:
-    """tokens: of a tile, chosen so that a thread holds an octet, or two where it computes in halves; registers: of a thread at most.
-
-    Few enough registers that many threads are under way, and none spills; `qvg bench kernels --only tune` measures other choices.
+    """How a launch is cut. tokens: of a tile, so that a thread holds one octet, or two when it computes in halves. registers: the limit a
+    thread has, low enough that many threads are resident and none spills. `qvg bench kernels --only tune` measures alternatives.
     """
 
     tokens: int
@@ -96,33 +80,187 @@ class Tiling:
         return {} if self.registers is None else {"maxnreg": self.registers}
 
     def share(self, frames: int) -> int:
-        """Tiles of places that a program takes of each of `frames` frames."""
+        """Tiles of places that a program decodes in each of `frames` frames."""
         return max(1, round(PROGRAM / (self.tokens * frames)))
 
     @staticmethod
     def of(head_dim: int, name: str, bits: int = 2, major: int = 9, halves: bool = False) -> Tiling:
-        """For a platform by its name, see `tiles.platform`; major: of NVIDIA's compute capability."""
+        """For a platform name (`tiles.platform`) and the major compute capability of an NVIDIA GPU."""
         if name == "interpreter":
             return Tiling(tokens=4096 // head_dim, warps=8, halves=halves)
-        # so few registers would spill from capability 10 on
-        few = name == "cuda" and major < 10
-        registers = (72 if bits < 4 else 96) if few else None
+        # these limits would spill from capability 10 on
+        limited = name == "cuda" and major < 10
+        registers = (72 if bits < 4 else 96) if limited else None
         return Tiling(tokens=(2048 if halves else 1024) // head_dim, warps=4, registers=registers, halves=halves)
 
 
 def computes_in_halves(name: str, major: int, dtype: torch.dtype) -> bool:
-    """Whether planes are decoded in float16, of whose 11 bits a bf16 workspace keeps 8. name: see `tiles.platform`; major: of NVIDIA's
-    compute capability, which has products of bf16 from 8 on."""
+    """Whether planes are decoded in float16, whose 11 significant bits cover the 8 of a bf16 workspace. name: of the platform
+    (`tiles.platform`). major: of an NVIDIA GPU's compute capability, which multiplies bf16 from 8 on."""
     return dtype == torch.bfloat16 and (name == "interpreter" or (name == "cuda" and major >= 8))
 
 
 @triton.jit
-def _address(job, COLUMN: tl.constexpr, dtype: tl.constexpr):
-    """A pointer out of the job table; torch aligns what it allocates, which the compiler cannot know."""
-    return tl.multiple_of(tl.load(job + COLUMN).to(tl.pointer_type(dtype)), 16)
+def _plane_factors(job, levels, row, rows, octet, BITS: tl.constexpr, STAGES: tl.constexpr, D: tl.constexpr, OCTETS: tl.constexpr,
+                   PARTS: tl.constexpr, NVIDIA: tl.constexpr, NATIVE_E4M3: tl.constexpr):
+    """What dequantizes the planes of a row: its quantizer levels, and the factors of an octet's channels and centroids.
+
+    With two PARTS, in halves: levels as pairs, and for each part what `factors_of` returns. Otherwise in float32: levels times the unit of
+    the row's scales, and (channel scales, centroid scales of every stage).
+    """
+    HALVES: tl.constexpr = PARTS == 2
+    level = ()
+    for n in tl.static_range(1 << (BITS - 1)):
+        level = level + (tl.load(levels + n),)
+    unit = power_of_two(tl.load(address(job, EXPONENTS, tl.int8) + row))
+    channel_scale = address(job, CHANNEL_SCALE, tl.int64) + row * (D // 4) + 2 * octet
+    centroid_scale = address(job, CENTROID_SCALE, tl.int64) + row * (D // 4) + 2 * octet
+    sizes = ()
+    for n in tl.static_range(1 << (BITS - 1)):
+        sizes = sizes + (pair(level[n], level[n], NVIDIA) if HALVES else level[n] * unit,)
+    factors = ()
+    if HALVES:
+        for part in tl.static_range(PARTS):
+            factors = factors + (factors_of(channel_scale + part * (2 * OCTETS), centroid_scale + part * (2 * OCTETS), rows * (D // 4),
+                                            unit, STAGES, NVIDIA, NATIVE_E4M3),)
+    else:
+        channels = bfloat16_octet(channel_scale)
+        units = ()
+        for stage in tl.static_range(STAGES):
+            units = units + (bfloat16_octet(centroid_scale + stage * rows * (D // 4)),)
+        factors = (channels, units)
+    return sizes, factors
 
 
-# numbers that change during a video would each be compiled for anew
+@triton.jit
+def _prefetch_span(data, scales, ids, first, places, span_frames, share, BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr,
+                   D: tl.constexpr, TOKENS: tl.constexpr):
+    """Bring planes, scales and ids of this program into the L2 cache. While stores keep the memory busy, loads take longer than the
+    computation of one tile. Each warp requests those of one frame."""
+    end = tl.minimum(first + share * TOKENS, places) - 1
+    lane = tl.arange(0, 128)
+    for start in range(0, span_frames, 4):
+        before = tl.minimum(start + lane // 32, span_frames - 1) * places
+        line = (before + first) * (D // 8) + tl.minimum(lane % 32 * 128, (end - first) * (D // 8))
+        prefetch(data[0] + line)
+        if BITS > 1:
+            prefetch(data[1] + line)
+        sector = before + tl.minimum(first + lane % 32 * 32, end)
+        prefetch(scales[0] + sector * GROUPS)
+        for stage in tl.static_range(STAGES):
+            prefetch(ids[0] + stage * ids[2] + sector)
+
+
+@triton.jit
+def _load_centroids(centroids, chosen, octet, STAGES: tl.constexpr, D: tl.constexpr, OCTETS: tl.constexpr, PARTS: tl.constexpr):
+    """The E4M3 codes of the selected centroids of every stage and part: int64 [TOKENS, OCTETS] each."""
+    words = ()
+    for stage in tl.static_range(STAGES):
+        codes = centroids[0].to(tl.pointer_type(tl.int64)) + stage * (centroids[1] // 8)
+        codes += chosen[stage].to(tl.int32) * (D // 8) + octet
+        parts = ()
+        for part in tl.static_range(PARTS):
+            parts = parts + (tl.load(codes + part * OCTETS),)
+        words = words + (parts,)
+    return words
+
+
+@triton.jit
+def _dequantize_octet(bits, scale, words, sizes, factors, BITS: tl.constexpr, STAGES: tl.constexpr, NATIVE_E4M3: tl.constexpr):
+    """An octet as eight float32 tiles from its planes, the code of its scale and its centroids."""
+    scale = scale_to_float32(scale, NATIVE_E4M3)
+    m = ()
+    for n in tl.static_range(1 << (BITS - 1)):
+        m = m + (sizes[n] * scale,)
+    x = ()
+    for c in tl.static_range(8):
+        x = x + (dequantize(bits, c, BITS, m) * factors[0][c],)
+    for stage in tl.static_range(STAGES):
+        found = e4m3_octet(words[stage][0], NATIVE_E4M3)
+        y = ()
+        for c in tl.static_range(8):
+            y = y + (x[c] + found[c] * factors[1][stage][c],)
+        x = y
+    return x
+
+
+@triton.jit
+def _decode_tile(data, scales, ids, centroids, local, channel,
+                 KIND: tl.constexpr, BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+                 D: tl.constexpr, TOKENS: tl.constexpr, NATIVE_E4M3: tl.constexpr):
+    """Tokens [TOKENS, D] float32 of a span in paper mode, of int8 values, or of plain ones."""
+    group = tl.arange(0, GROUPS)[None, :]
+    if KIND == PAPER:
+        packed = tl.load(data[0] + local * data[4] + tl.arange(0, D * BITS // 8)[None, :])
+        if BITS == 2:
+            codes = (repeat4(packed.to(tl.int32), TOKENS, D // 4) >> (6 - 2 * (channel % 4))) & 3
+        else:
+            codes = (repeat2(packed.to(tl.int32), TOKENS, D // 2) >> (4 - 4 * (channel % 2))) & 15
+        tile = codes.to(tl.float32)
+        if not HAS_ZEROS:
+            tile -= 2 ** (BITS - 1) - 1
+    else:
+        tile = tl.load(data[0] + local * data[4] + channel).to(tl.float32)
+    if KIND != PLAIN:
+        scale = tl.load(scales[0] + local * scales[2] + group)
+        scale = scale.to(tl.float32) if KIND == INT8 else scale_to_float32(scale, NATIVE_E4M3)
+        tile = tl.reshape(tile, (TOKENS, GROUPS, D // GROUPS)) * scale[:, :, None]
+        if HAS_ZEROS:
+            tile += scale_to_float32(tl.load(scales[1] + local * scales[2] + group), NATIVE_E4M3)[:, :, None]
+        tile = tl.reshape(tile, (TOKENS, D))
+    if KIND == PAPER:
+        for stage in tl.static_range(STAGES):
+            chosen = tl.load(ids[0] + stage * ids[2] + local * ids[1]).to(tl.int32)
+            tile += tl.load(centroids[0] + stage * centroids[1] + chosen * D + channel).to(tl.float32)
+        # the released package rounds to bf16 first
+        tile = round_to_bfloat16(tile)
+    return tile
+
+
+@triton.jit
+def _rotate(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, OCTETS: tl.constexpr,
+            HALVES: tl.constexpr, NVIDIA: tl.constexpr):
+    """RoPE on an octet. of_time, of_place: rows of the table of angles, in octets; the first TIME channel pairs rotate with time."""
+    # the boundary may fall between the second and the third of an octet's four pairs
+    left, right = of_place, of_place
+    if 4 * part * OCTETS < TIME:
+        pairs = 4 * (octet + part * OCTETS)
+        left = tl.where(pairs < TIME, of_time, of_place)
+        right = tl.where(pairs + 2 < TIME, of_time, of_place)
+    # the hint is wrong at the boundary, but a thread holds one octet, and what matters is that threads lie along a row
+    if HALVES:
+        left = angles + tl.max_contiguous(2 * left + octet, (1, OCTETS))
+        right = angles + tl.max_contiguous(2 * right + octet, (1, OCTETS))
+        x = turn_pairs(x, tl.load(left + part * OCTETS), tl.load(right + (part * OCTETS + D // 8)), NVIDIA)
+    else:
+        left = angles + tl.max_contiguous(4 * left + octet, (1, OCTETS))
+        right = angles + tl.max_contiguous(4 * right + octet, (1, OCTETS))
+        x0, x1 = turn(x[0], x[1], tl.load(left))
+        x2, x3 = turn(x[2], x[3], tl.load(left + D // 8))
+        x4, x5 = turn(x[4], x[5], tl.load(right + D // 4))
+        x6, x7 = turn(x[6], x[7], tl.load(right + 3 * (D // 8)))
+        x = (x0, x1, x2, x3, x4, x5, x6, x7)
+    return x
+
+
+@triton.jit
+def _store(at, x, channel, up, part: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+           NVIDIA: tl.constexpr):
+    """Store a part of the tokens that `at` points to. up: in halves, the power of two that restores their size."""
+    HALVES: tl.constexpr = PARTS == 2
+    if HALVES and NVIDIA:
+        at = at.to(tl.pointer_type(tl.int32)) + tl.arange(0, D // PARTS // 2)[None, :]
+        tl.store(at + part * (D // PARTS // 2), words_of(x, up, TOKENS, D // PARTS), cache_modifier=".cs")
+    else:
+        if HALVES:
+            x = octet_of(x, up)
+        whole = tile_of(x, TOKENS, D // PARTS)
+        if DTYPE == tl.float16:
+            whole = saturate(whole)
+        tl.store(at + channel + part * (D // PARTS), whole.to(DTYPE), cache_modifier=".cs")
+
+
+# sizes that change during a video would each compile the kernel anew
 @triton.jit(do_not_specialize=["first_job", "first_head", "all_heads", "origin", "frames", "places", "share"])
 def decode_kernel(
     jobs, levels, angles, keys, values,
@@ -139,7 +277,7 @@ def decode_kernel(
     head = tl.program_id(1)
     rows = batches * all_heads
     row = (batch * all_heads + first_head + head).to(tl.int64)
-    # of a token's octets a thread holds one of each part
+    # a thread holds one of a token's octets of each part
     PARTS: tl.constexpr = 2 if HALVES else 1
     OCTETS: tl.constexpr = D // PARTS // 8
     channel = tl.arange(0, D // PARTS)[None, :]
@@ -152,79 +290,25 @@ def decode_kernel(
     out += batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
     out += tl.load(job + START) * token_stride
 
-    # all of a job that the loop needs is read before it: the stores inside would make the compiler read it again
-    data_token = tl.load(job + DATA_STRIDES)
-    data_row = row * tl.load(job + DATA_STRIDES + 1)
-    if KIND == PLAIN:
-        data = _address(job, DATA, dtype) + data_row
-    elif KIND == INT8:
-        data = _address(job, DATA, tl.int8) + data_row
-    else:
-        data = _address(job, DATA, tl.uint8) + data_row
-    if KIND != PLAIN:
-        scale_token = tl.load(job + SCALE_STRIDES)
-        scale_row = row * tl.load(job + SCALE_STRIDES + 1)
-        scales = _address(job, SCALES, tl.bfloat16 if KIND == INT8 else tl.uint8) + scale_row
-        group = tl.arange(0, GROUPS)[None, :]
-        if HAS_ZEROS:
-            zeros = _address(job, ZEROS, tl.uint8) + scale_row
-    ids, id_token, id_stage = data, 0, 0
-    if STAGES > 0:
-        id_token = tl.load(job + ID_STRIDES + 1)
-        id_stage = tl.load(job + ID_STRIDES)
-        ids = _address(job, IDS, tl.uint8) + row * tl.load(job + ID_STRIDES + 2)
-        centroid_stage = tl.multiple_of(tl.load(job + CENTROID_STRIDES), 16)
-        centroid_row = row * tl.multiple_of(tl.load(job + CENTROID_STRIDES + 1), 16)
-        centroids = _address(job, CENTROIDS, tl.bfloat16 if KIND == PAPER else tl.uint8) + centroid_row
+    # everything that the loop needs of a job is loaded before it: after a store the compiler would load it again
+    data, scales, ids, centroids = span_addresses(job, row, dtype, KIND, BITS, STAGES, HAS_ZEROS)
     if KIND == PLANES:
-        plane1 = _address(job, DATA + (1 if BITS > 1 else 0), tl.uint8) + data_row
-        plane2 = _address(job, DATA + (2 if BITS > 2 else 0), tl.uint8) + data_row
-        plane3 = _address(job, DATA + (3 if BITS > 3 else 0), tl.uint8) + data_row
-        level = ()
-        for n in tl.static_range(1 << (BITS - 1)):
-            level = level + (tl.load(levels + number * 8 + n),)
-        unit = power_of_two(tl.load(_address(job, EXPONENTS, tl.int8) + row))
-        channel_scale = _address(job, CHANNEL_SCALE, tl.int64) + row * (D // 4) + 2 * octet
-        centroid_scale = _address(job, CENTROID_SCALE, tl.int64) + row * (D // 4) + 2 * octet
-        sizes = ()
-        for n in tl.static_range(1 << (BITS - 1)):
-            sizes = sizes + (pair(level[n], level[n], NVIDIA) if HALVES else level[n] * unit,)
-        if HALVES:
-            factors = ()
-            for part in tl.static_range(PARTS):
-                factors = factors + (factors_of(channel_scale + part * (2 * OCTETS), centroid_scale + part * (2 * OCTETS), rows * (D // 4),
-                                                unit, STAGES, NVIDIA, NATIVE_E4M3),)
-        else:
-            channels = bfloat16_octet(channel_scale)
-            units = ()
-            for stage in tl.static_range(STAGES):
-                units = units + (bfloat16_octet(centroid_scale + stage * rows * (D // 4)),)
+        sizes, factors = _plane_factors(job, levels + number * 8, row, rows, octet, BITS, STAGES, D, OCTETS, PARTS, NVIDIA,
+                                        NATIVE_E4M3)
     first_frame = tl.load(job + FRAME).to(tl.int32) + origin
 
     first = tl.program_id(0) * (share * TOKENS)
     if PREFETCH:
-        # while stores keep the memory busy, bytes come later than the next tile can wait. A warp asks for those of a frame
-        end = tl.minimum(first + share * TOKENS, places) - 1
-        lane = tl.arange(0, 128)
-        for start in range(0, span_frames, 4):
-            before = tl.minimum(start + lane // 32, span_frames - 1) * places
-            line = (before + first) * (D // 8) + tl.minimum(lane % 32 * 128, (end - first) * (D // 8))
-            prefetch(data + line)
-            if BITS > 1:
-                prefetch(plane1 + line)
-            sector = before + tl.minimum(first + lane % 32 * 32, end)
-            prefetch(scales + sector * GROUPS)
-            for stage in tl.static_range(STAGES):
-                prefetch(ids + stage * id_stage + sector)
+        _prefetch_span(data, scales, ids, first, places, span_frames, share, BITS, STAGES, GROUPS, D, TOKENS)
     within = tl.arange(0, TOKENS)[:, None]
-    # beyond the end of a frame its last token is read and written again, which is cheaper than a mask on each
+    # past the end of a frame its last token is loaded and stored again, which is cheaper than masks
     place = tl.minimum(first + within, places - 1)
     local = place
     frame = 0
     if KIND == PLANES:
-        ahead = fetch(local, octet, data, plane1, plane2, plane3, scales, ids, id_stage, BITS, STAGES, GROUPS, OCTETS, PARTS)
+        ahead = fetch(local, octet, data[0], data[1], data[2], data[3], scales[0], ids[0], ids[2], BITS, STAGES, GROUPS, OCTETS, PARTS)
     for _ in range(tl.minimum(share, tl.cdiv(places - first, TOKENS)) * span_frames):
-        # a tile of every frame in turn, so that the angles of its places are still in the cache
+        # the same tile of every frame before the next tile, so that the angles of its places stay in the cache
         more = frame + 1 < span_frames
         first = tl.where(more, first, first + TOKENS)
         next_frame = tl.where(more, frame + 1, 0)
@@ -232,58 +316,17 @@ def decode_kernel(
         next_local = next_frame * places + next_place
         if KIND == PLANES:
             bits, scale, chosen = ahead
-            words = ()
-            for stage in tl.static_range(STAGES):
-                codes = centroids.to(tl.pointer_type(tl.int64)) + stage * (centroid_stage // 8)
-                codes += chosen[stage].to(tl.int32) * (D // 8) + octet
-                parts = ()
-                for part in tl.static_range(PARTS):
-                    parts = parts + (tl.load(codes + part * OCTETS),)
-                words = words + (parts,)
-            # the next tile's bytes are on their way while this one is computed
-            ahead = fetch(next_local, octet, data, plane1, plane2, plane3, scales, ids, id_stage, BITS, STAGES, GROUPS, OCTETS, PARTS)
+            words = _load_centroids(centroids, chosen, octet, STAGES, D, OCTETS, PARTS)
+            # the next tile's bytes arrive while this one is computed
+            ahead = fetch(next_local, octet, data[0], data[1], data[2], data[3], scales[0], ids[0], ids[2], BITS, STAGES, GROUPS, OCTETS,
+                          PARTS)
             if not HALVES:
-                scale = scale_to_float32(scale[0], NATIVE_E4M3)
-                m = ()
-                for n in tl.static_range(1 << (BITS - 1)):
-                    m = m + (sizes[n] * scale,)
-                x = ()
-                for c in tl.static_range(8):
-                    x = x + (dequantize(bits[0], c, BITS, m) * channels[c],)
-                for stage in tl.static_range(STAGES):
-                    found = e4m3_octet(words[stage][0], NATIVE_E4M3)
-                    y = ()
-                    for c in tl.static_range(8):
-                        y = y + (x[c] + found[c] * units[stage][c],)
-                    x = y
+                x = _dequantize_octet(bits[0], scale[0], words, sizes, factors, BITS, STAGES, NATIVE_E4M3)
         else:
-            if KIND == PAPER:
-                packed = tl.load(data + local * data_token + tl.arange(0, D * BITS // 8)[None, :])
-                if BITS == 2:
-                    codes = (repeat4(packed.to(tl.int32), TOKENS, D // 4) >> (6 - 2 * (channel % 4))) & 3
-                else:
-                    codes = (repeat2(packed.to(tl.int32), TOKENS, D // 2) >> (4 - 4 * (channel % 2))) & 15
-                tile = codes.to(tl.float32)
-                if not HAS_ZEROS:
-                    tile -= 2 ** (BITS - 1) - 1
-            else:
-                tile = tl.load(data + local * data_token + channel).to(tl.float32)
-            if KIND != PLAIN:
-                scale = tl.load(scales + local * scale_token + group)
-                scale = scale.to(tl.float32) if KIND == INT8 else scale_to_float32(scale, NATIVE_E4M3)
-                tile = tl.reshape(tile, (TOKENS, GROUPS, D // GROUPS)) * scale[:, :, None]
-                if HAS_ZEROS:
-                    tile += scale_to_float32(tl.load(zeros + local * scale_token + group), NATIVE_E4M3)[:, :, None]
-                tile = tl.reshape(tile, (TOKENS, D))
-            if KIND == PAPER:
-                for stage in tl.static_range(STAGES):
-                    chosen = tl.load(ids + stage * id_stage + local * id_token).to(tl.int32)
-                    tile += tl.load(centroids + stage * centroid_stage + chosen * D + channel).to(tl.float32)
-                # the released package rounds to bf16 before anything else sees the value
-                tile = round_to_bfloat16(tile)
+            tile = _decode_tile(data, scales, ids, centroids, local, channel, KIND, BITS, STAGES, GROUPS, HAS_ZEROS, D, TOKENS, NATIVE_E4M3)
             x = octets(tile, TOKENS, D)
 
-        # rows of the angles' table, in octets
+        # rows of the table of angles, in octets
         of_time, of_place = (first_frame + frame) * (D // 8), (frames + place) * (D // 8)
         for part in tl.static_range(PARTS):
             if HALVES:
@@ -292,34 +335,7 @@ def decode_kernel(
                     found = found + (words[stage][part],)
                 x = dequantize_pairs(bits[part], scale[part], found, sizes, factors[part], BITS, STAGES, NVIDIA, NATIVE_E4M3)
             if not is_value:
-                # an octet turns by four pairs; those that turn with time end between the second and the third of one
-                left, right = of_place, of_place
-                if 4 * part * OCTETS < TIME:
-                    pairs = 4 * (octet + part * OCTETS)
-                    left = tl.where(pairs < TIME, of_time, of_place)
-                    right = tl.where(pairs + 2 < TIME, of_time, of_place)
-                # not so at the octet where time ends, but a thread holds one octet, and what matters is that threads stand along a row
-                if HALVES:
-                    left = angles + tl.max_contiguous(2 * left + octet, (1, OCTETS))
-                    right = angles + tl.max_contiguous(2 * right + octet, (1, OCTETS))
-                    x = turn_pairs(x, tl.load(left + part * OCTETS), tl.load(right + (part * OCTETS + D // 8)), NVIDIA)
-                else:
-                    left = angles + tl.max_contiguous(4 * left + octet, (1, OCTETS))
-                    right = angles + tl.max_contiguous(4 * right + octet, (1, OCTETS))
-                    x0, x1 = turn(x[0], x[1], tl.load(left))
-                    x2, x3 = turn(x[2], x[3], tl.load(left + D // 8))
-                    x4, x5 = turn(x[4], x[5], tl.load(right + D // 4))
-                    x6, x7 = turn(x[6], x[7], tl.load(right + 3 * (D // 8)))
-                    x = (x0, x1, x2, x3, x4, x5, x6, x7)
+                x = _rotate(x, angles, of_time, of_place, octet, part, D, TIME, OCTETS, HALVES, NVIDIA)
             at = out + local.to(tl.int64) * token_stride
-            if HALVES and NVIDIA:
-                at = at.to(tl.pointer_type(tl.int32)) + tl.arange(0, D // PARTS // 2)[None, :]
-                tl.store(at + part * (D // PARTS // 2), words_of(x, factors[part][2], TOKENS, D // PARTS), cache_modifier=".cs")
-            else:
-                if HALVES:
-                    x = octet_of(x, factors[part][2])
-                whole = tile_of(x, TOKENS, D // PARTS)
-                if dtype == tl.float16:
-                    whole = saturate(whole)
-                tl.store(at + channel + part * (D // PARTS), whole.to(dtype), cache_modifier=".cs")
+            _store(at, x, channel, factors[part][2] if HALVES else 1.0, part, dtype, D, TOKENS, PARTS, NVIDIA)
         frame, place, local = next_frame, next_place, next_local

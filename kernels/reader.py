@@ -18,7 +18,8 @@ from ..qvg.attention.rope import axis_dims
 from ..qvg.backends import Unsupported, before_launch, launching
 from ..qvg.codec import planes
 from ..qvg.codec.spans import PaperSpan, PlainSpan, PlaneSpan
-from .decode import (
+from .decode import Tiling, computes_in_halves, decode_kernel
+from .jobs import (
     CENTROID_SCALE,
     CENTROID_STRIDES,
     CENTROIDS,
@@ -39,9 +40,6 @@ from .decode import (
     SCALES,
     ZEROS,
     Kind,
-    Tiling,
-    computes_in_halves,
-    decode_kernel,
 )
 from .tiles import HEAD_DIMS, converts_e4m3, major, no_kernel_for, platform
 
