@@ -11,8 +11,9 @@ from PIL import Image
 from comfyui_qvg.qvg.backends import before_launch, launches
 from comfyui_qvg.qvg.cache.kv_cache import CacheStats
 from comfyui_qvg.qvg.commands.cli import main
-from comfyui_qvg.qvg.commands.demo import prepare_folder
+from comfyui_qvg.qvg.commands.demo import RESULTS
 from comfyui_qvg.qvg.commands.progress import bar
+from comfyui_qvg.qvg.commands.results import prepare_folder
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH, load_tiny, run
 from comfyui_qvg.qvg.demo.prompts import COLOURS, parse_prompt
 from comfyui_qvg.qvg.demo.scenes import place, random_scene, render
@@ -136,8 +137,8 @@ def test_a_second_demo_replaces_the_first_only_when_asked_to(report, capsys, tmp
     assert main(["demo", "--out", str(out)]) == 2
     assert "bf16.mp4 is there already. Choose another --out, or --overwrite" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    prepare_folder(out, overwrite=True)
-    prepare_folder(tmp_path / "new" / "one", overwrite=False)
+    prepare_folder(out, RESULTS, overwrite=True)
+    prepare_folder(tmp_path / "new" / "one", RESULTS, overwrite=False)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
