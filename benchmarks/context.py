@@ -21,7 +21,7 @@ from ..qvg.cache.kv_cache import KVCache
 from ..qvg.demo import GRID
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.video import SELF_FORCING_SIGMAS, CachedNetwork, Condition, Run
-from ..qvg.video.generate import cache_of
+from ..qvg.video.prepare import cache_of
 from .measure import add_out, claim, environment, progress, table, write
 from .quality import BARE, Loop
 

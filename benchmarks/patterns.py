@@ -16,7 +16,7 @@ from ..qvg.codec import spans as codec
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler
-from ..qvg.video.generate import cache_of
+from ..qvg.video.prepare import cache_of
 from .baselines import Noise
 
 

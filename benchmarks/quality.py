@@ -34,7 +34,7 @@ from ..qvg.models.wan_vae import denormalize
 from ..qvg.report.metrics import similarity
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler
-from ..qvg.video.generate import cache_of
+from ..qvg.video.prepare import cache_of
 from . import baselines, scatter
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
 from .patterns import PATTERNS, PatternLoop

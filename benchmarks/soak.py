@@ -34,7 +34,8 @@ from ..qvg.settings import QVGSettings
 from ..qvg.units import GIB
 from ..qvg.video import ChunkDone, Run, Schedule
 from ..qvg.video import session as storage
-from ..qvg.video.generate import Job, generate, resumed
+from ..qvg.video.generate import generate
+from ..qvg.video.job import Job, resumed
 from .measure import progress
 
 MEBI = 1 << 20

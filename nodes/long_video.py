@@ -23,7 +23,8 @@ from ..qvg.models.wan import WAN
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.units import GIB
 from ..qvg.video import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
-from ..qvg.video.generate import MARGIN, Meter
+from ..qvg.video.prepare import MARGIN
+from ..qvg.video.progress import Meter
 from ..qvg.video.session import Session, fingerprint
 from . import live, where
 from .adapters.causal import CausalWan, cache_shape

@@ -27,7 +27,8 @@ from comfy_api.latest import io, ui
 from ..qvg.backends import dispatch
 from ..qvg.files.places import InUse, Taken
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
-from ..qvg.video.segments import SegmentFile, Segments, SegmentSession, digest
+from ..qvg.video.segment_file import SegmentFile
+from ..qvg.video.segments import Segments, SegmentSession, digest
 from . import live, where
 from .adapters import longcat
 from .adapters.checks import is_autoregressive

@@ -10,7 +10,7 @@ from ..qvg.cache.forecast import Forecast, forecast
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.units import GIB, format_bytes
 from ..qvg.video import Run
-from ..qvg.video.generate import MARGIN
+from ..qvg.video.prepare import MARGIN
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from comfy.ldm.wan.vae import WanVAE, count_cache_layers
 from comfy_api.latest import io
 
 from ..qvg.files.places import InUse, Taken
-from ..qvg.video.stream import VideoWriter, to_bytes
+from ..qvg.video.decode import to_bytes
+from ..qvg.video.writer import VideoWriter
 from .outputs import SIZES, check_prefix, places
 from .session import own
 
@@ -153,7 +154,7 @@ class Streamer:
         for part in self.decode(self.base.process_latent_out(new), last):
             self.writer.write(to_bytes(part[0]))
         # where the disk refuses, the writer keeps the frames for the next time
-        self.writer.cut()
+        self.writer.flush()
 
 
 class QVGStreamVideo(io.ComfyNode):

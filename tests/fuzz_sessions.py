@@ -20,9 +20,10 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import PRESETS
-from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided, segments
+from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided, segment_file, segments
 from comfyui_qvg.qvg.video import session as storage
-from comfyui_qvg.qvg.video.generate import generate, resumed
+from comfyui_qvg.qvg.video.generate import generate
+from comfyui_qvg.qvg.video.job import resumed
 
 SHAPE = (1, 16, 2, 4)
 RUN = Run(frames=12, sigmas=(1, 0.5, 0), recache_frames=3)
@@ -218,7 +219,7 @@ class Sessions:
 
     def use(self, base: Base, draw: random.Random) -> str:
         if base.kind == "stream":
-            found = segments._position(self.path, "k")
+            found = segment_file.read_position(self.path, "k")
             self.opened = found is not None
             return "" if found is None or found[2].isfinite().all() else "given is not finite"
         session = segments.load(self.path)

@@ -79,7 +79,7 @@ def test_context(tmp_path):
     newest, oldest = json.loads((tmp_path / "context.json").read_text())["rows"]
     assert [newest[0], oldest[0]] == labels and newest[1] == pytest.approx(oldest[1])
     assert newest[2] > oldest[2] + 1
-    with pytest.raises(Taken, match=r"context\.json is there already. Choose another --out, or --overwrite"):
+    with pytest.raises(Taken, match=r"context\.json already exists. Choose another --out, or --overwrite"):
         context.main(["--out", str(tmp_path)])
 
 

@@ -52,7 +52,7 @@ def test_a_video_is_made_and_resumed(tmp_path, capsys):
     before = there(tmp_path)
     capsys.readouterr()
     assert code_of(*GENERATE, out) == 2
-    assert "ball.mp4 is there already. Choose another --out, --resume to go on with it, or --overwrite" in capsys.readouterr().err
+    assert "ball.mp4 already exists. Choose another --out, --resume to go on with it, or --overwrite" in capsys.readouterr().err
     assert there(tmp_path) == before
     # the same command, longer
     assert code_of("generate", "--prompt", PROMPTS[0], "--seed", "0", "--preset", "balanced", "--resume", "--seconds", "1", "--out", out,
@@ -135,9 +135,9 @@ def test_a_wrong_value_is_refused(tmp_path, capsys, monkeypatch, option, value):
     (("--resume", "--session", "mistyped", "--prompt", "a"), "There is no session mistyped to resume"),
     (("--resume", "--session", "text"), "damaged or no session"), (("--prompt", "a", "--negative", "b"), "not looked at with cfg 1"),
     (("--prompt", "a", "--out", ""), "is a folder"), (("--prompt", "a", "--out", ".."), "has no name"),
-    (("--prompt", "a", "--out", "video.mp4"), "video.mp4 is there already"), (("--prompt", "a", "--out", "a.gif"), r"use .mp4, .webm"),
-    (("--prompt", "a", "--out", "pictures.png"), "pictures_000000.png is there already"),
-    (("--prompt", "a", "--session", "text"), "text is there already"), (("--prompt", "a", "--session", "new.mp4"), "video and the session"),
+    (("--prompt", "a", "--out", "video.mp4"), "video.mp4 already exists"), (("--prompt", "a", "--out", "a.gif"), r"use .mp4, .webm"),
+    (("--prompt", "a", "--out", "pictures.png"), "pictures_000000.png already exists"),
+    (("--prompt", "a", "--session", "text"), "text already exists"), (("--prompt", "a", "--session", "new.mp4"), "video and the session"),
     (("--prompt", "a", "--session", "./NEW.mp4"), "video and the session"),
     (("--prompt", "a", "--start", "video.mp4", "--out", "video.mp4", "--overwrite"), "video.mp4 is read, but"),
     (("--prompt", "a", "--start", "link.mp4", "--out", "video.mp4", "--overwrite"), "link.mp4 is read, but"),
@@ -248,7 +248,7 @@ def test_a_process_that_is_stopped_is_resumed_and_leaves_nothing_else(tmp_path, 
             with start(tmp_path, *options) as other:
                 said = other.stderr.read()
                 assert other.wait() == 2 and len(said.splitlines()) == 1, said
-                assert ("is being written by another run" if options else "is there already") in said
+                assert ("is being written by another run" if options else "already exists") in said
         process.send_signal(how)
         process.wait()
         assert process.returncode == (generate_command.INTERRUPTED if how == signal.SIGINT else -how)

@@ -135,7 +135,7 @@ def test_a_second_demo_replaces_the_first_only_when_asked_to(report, capsys, tmp
     out, _ = report
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main(["demo", "--out", str(out)]) == 2
-    assert "bf16.mp4 is there already. Choose another --out, or --overwrite" in capsys.readouterr().err
+    assert "bf16.mp4 already exists. Choose another --out, or --overwrite" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     prepare_folder(out, RESULTS, overwrite=True)
     prepare_folder(tmp_path / "new" / "one", RESULTS, overwrite=False)

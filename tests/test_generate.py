@@ -15,9 +15,11 @@ from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH
 from comfyui_qvg.qvg.files.places import InUse
 from comfyui_qvg.qvg.video import ChunkDone, Run, Schedule, StepDone
 from comfyui_qvg.qvg.video import session as storage
-from comfyui_qvg.qvg.video.generate import Notice, generate, prepare, resumed
-from comfyui_qvg.qvg.video.recorder import BESIDE, session_bytes
-from comfyui_qvg.qvg.video.stream import ChunkDecoder, encode_stream
+from comfyui_qvg.qvg.video.decode import ChunkDecoder, encode_stream
+from comfyui_qvg.qvg.video.generate import Notice, generate
+from comfyui_qvg.qvg.video.job import resumed
+from comfyui_qvg.qvg.video.prepare import prepare
+from comfyui_qvg.qvg.video.recorder import OVERHEAD_BYTES, session_bytes
 
 trained = pytest.mark.skipif(not (NETWORK_PATH.is_file() and VAE_PATH.is_file()), reason="the tiny model's weights are not here")
 
@@ -255,7 +257,7 @@ def test_places_are_tried_before_the_first_step(tmp_path, small, monkeypatch):
     todo = job(tmp_path, small)
     other = replace(todo, out=tmp_path / "other.mp4")
     for wrong, words in ((replace(todo, session=tmp_path / "no" / "session"), "no folder"),
-                         (replace(todo, session=todo.out), "the video and the"),
+                         (replace(todo, session=todo.out), "both the video and the"),
                          (replace(todo, out=tmp_path / "a:b.mp4"), "has a ':'"), (replace(todo, out=tmp_path / "a.gif"), "use .mp4"),
                          (replace(todo, session=tmp_path / ("x" * 250)), "too long")):
         with pytest.raises(ValueError, match=words):
@@ -278,9 +280,9 @@ def test_places_are_tried_before_the_first_step(tmp_path, small, monkeypatch):
 def test_a_session_takes_about_what_was_reckoned(tmp_path, small):
     todo = job(tmp_path, small, chunks=40)
     sampler = prepare(*small[:3:2], todo)
-    reckoned = session_bytes(sampler) - BESIDE
+    reckoned = session_bytes(sampler) - OVERHEAD_BYTES
     run(small, todo)
-    assert todo.session.stat().st_size - BESIDE < reckoned < 3 * todo.session.stat().st_size
+    assert todo.session.stat().st_size - OVERHEAD_BYTES < reckoned < 3 * todo.session.stat().st_size
 
 
 @pytest.mark.parametrize("change", [

@@ -12,7 +12,8 @@ from comfyui_qvg.qvg.files import places as files
 from comfyui_qvg.qvg.files.places import InUse, Taken
 from comfyui_qvg.qvg.video import segments
 from comfyui_qvg.qvg.video import session as storage
-from comfyui_qvg.qvg.video.segments import SUFFIX, SegmentFile, Segments, SegmentSession, digest
+from comfyui_qvg.qvg.video.segment_file import SUFFIX, SegmentFile
+from comfyui_qvg.qvg.video.segments import Segments, SegmentSession, digest
 from comfyui_qvg.qvg.video.session import SessionError
 
 
@@ -30,7 +31,7 @@ def run(path, key="a", segments=3, stop=None):
         video.add(frames(segment)[min(segment, 1):])
         made.append(segment)
         if stop is not None and segment == stop:
-            video.writer.cut()
+            video.writer.flush()
             return made
         video.save(segment + 1, torch.full((1, 16, 2, 4, 6), float(segment + 1)))
     video.finish()
@@ -68,7 +69,7 @@ def test_what_cannot_be_gone_on_with_is_not(tmp_path, damage):
     key = "b" if damage == "other key" else "a"
     assert SegmentFile.find(tmp_path, "video_*_.mp4", key) is None
     before = path.read_bytes()
-    with pytest.raises(Taken, match=r"video_1_\.mp4 is there already"):
+    with pytest.raises(Taken, match=r"video_1_\.mp4 already exists"):
         SegmentFile(path, key, 15)
     assert path.read_bytes() == before
     assert run(tmp_path / "video_2_.mp4", key) == [0, 1, 2]
@@ -134,8 +135,8 @@ def test_start_frames_are_told_apart():
 
 
 @pytest.mark.parametrize(("run", "sentence"), [
-    ({"fingerprint": "another"}, "saved with another model"), ({"segments": 2}, "has 2 segments already"),
-    ({"wanted": Segments("latents", 9)}, "carry pixels, but this run has latents"), ({"width": 6, "height": 8}, "latents 8 x 6"),
+    ({"fingerprint": "another"}, "saved with another model"), ({"segments": 2}, "already has 2 segments"),
+    ({"wanted": Segments("latents", 9)}, "carry pixels, but this run has latents"), ({"width": 6, "height": 8}, "latents of 8 x 6"),
     ({"wanted": Segments("pixels", 13)}, "given_frames 9, but this run has 13"),
     ({"wanted": Segments("pixels", 9, "b")}, "does not begin with the frames")])
 def test_a_session_that_does_not_fit_is_refused(tmp_path, run, sentence):

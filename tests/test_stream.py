@@ -8,9 +8,11 @@ from PIL import Image
 
 from comfyui_qvg.qvg.files.places import InUse, Taken
 from comfyui_qvg.qvg.models.wan_vae import WanVAE, denormalize, normalize
-from comfyui_qvg.qvg.video import stream
-from comfyui_qvg.qvg.video.pictures import read_frames
-from comfyui_qvg.qvg.video.stream import ChunkDecoder, VideoWriter, encode_stream, to_bytes
+from comfyui_qvg.qvg.video import container_file, image_files
+from comfyui_qvg.qvg.video.container_file import PartEncoder
+from comfyui_qvg.qvg.video.decode import ChunkDecoder, encode_stream, to_bytes
+from comfyui_qvg.qvg.video.reader import read_frames
+from comfyui_qvg.qvg.video.writer import VideoWriter
 
 FORMATS = (".mp4", ".webm")
 
@@ -88,7 +90,7 @@ def test_a_file_plays_while_it_grows(tmp_path, ending):
     writer, count = VideoWriter(path, 16), 0
     for length in (9, 12, 12, 5):
         writer.write(pixels(length, count))
-        writer.cut()
+        writer.flush()
         count += length
         assert writer.frames == len(read(path)) == count
     writer.close()
@@ -108,7 +110,7 @@ def test_a_file_that_was_cut_off_goes_on_with_the_same_bytes(tmp_path, ending):
     def write(writer, lengths):
         for length in lengths:
             writer.write(pixels(length, writer.frames))
-            writer.cut()
+            writer.flush()
 
     whole = VideoWriter(tmp_path / f"whole{ending}", 16)
     write(whole, lengths)
@@ -145,7 +147,7 @@ def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds 5 frames of the 9"):
         VideoWriter(tmp_path / "a.mp4", 16, frames=9)
     assert writer.path.read_bytes() == before
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="is missing"):
         VideoWriter(tmp_path / "b.mp4", 16, frames=9)
     with pytest.raises(ValueError, match=r"use \.mp4, \.webm or \.png"):
         VideoWriter(tmp_path / "a.gif", 16)
@@ -193,7 +195,7 @@ def test_nothing_that_is_there_is_replaced(tmp_path, ending):
     path = tmp_path / f"ball{ending}"
     written(path)
     before = {entry: entry.read_bytes() for entry in tmp_path.iterdir()}
-    with pytest.raises(Taken, match="is there already"):
+    with pytest.raises(Taken, match="already exists"):
         VideoWriter(path, 16)
     # one that is asked to replace it and makes nothing leaves it, too
     VideoWriter(path, 16, overwrite=True).close()
@@ -223,12 +225,12 @@ def test_two_writers_of_one_file(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", (*FORMATS, ".png"))
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"])
-def test_a_cut_that_fails_loses_no_frame(tmp_path, monkeypatch, ending, failure):
-    """At every moment: what could not be written is written by the next cut, and the file is that of a run without failures."""
+def test_a_flush_that_fails_loses_no_frame(tmp_path, monkeypatch, ending, failure):
+    """At every moment: what could not be written is written by the next flush, and the file is that of a run without failures."""
     whole = VideoWriter(tmp_path / f"whole{ending}", 16)
     for length in (9, 12):
         whole.write(pixels(length, 9 * (length == 12)))
-        whole.cut()
+        whole.flush()
     whole.close()
     expected = {path.name.removeprefix("whole"): path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -237,14 +239,14 @@ def test_a_cut_that_fails_loses_no_frame(tmp_path, monkeypatch, ending, failure)
 
     writer = VideoWriter(tmp_path / f"ball{ending}", 16)
     writer.write(pixels(9))
-    writer.cut()
+    writer.flush()
     writer.write(pixels(12, 9))
     sizes = {}
-    for place, name in ((stream.os, "fsync"), (stream._Part, "write"), (stream._Part, "finish"), (stream.Image, "fromarray")):
+    for place, name in ((container_file.os, "fsync"), (PartEncoder, "write"), (PartEncoder, "finish"), (image_files.Image, "fromarray")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, fails)
             try:
-                writer.cut()
+                writer.flush()
             except (OSError, KeyboardInterrupt):
                 assert 9 <= writer.frames <= 21
                 sizes[name] = writer.frames
@@ -259,13 +261,13 @@ def test_a_full_disk_keeps_what_is_written(tmp_path, ending, monkeypatch):
     """The part is half on the disk when it is full: the file plays, and does not hold the half."""
     writer = VideoWriter(tmp_path / f"ball{ending}", 16)
     writer.write(pixels(9))
-    writer.cut()
+    writer.flush()
     before = writer.path.read_bytes()
     writer.write(pixels(12, 9))
     with monkeypatch.context() as patch:
-        patch.setattr(stream.os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(container_file.os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match=r"could not be written \(No space left on device\)"):
-            writer.cut()
+            writer.flush()
         assert writer.path.read_bytes() == before and writer.frames == 9
         with pytest.raises(OSError, match="No space left"):
             writer.close()
@@ -288,7 +290,7 @@ def test_another_video_is_not_gone_on_with(tmp_path, ending):
         VideoWriter(path, 16, frames=9, digest=digest)
     assert path.read_bytes() == other.path.read_bytes()
     path.write_text("no video")
-    with pytest.raises(ValueError, match="no video that can be gone on with"):
+    with pytest.raises(ValueError, match="not a video that can be continued"):
         VideoWriter(path, 16, frames=9, digest=digest)
     path.write_bytes(mine)
     VideoWriter(path, 16, frames=9, digest=digest).close()
@@ -300,11 +302,11 @@ def test_a_sequence_with_gaps_is_not_gone_on_with(tmp_path):
     path = tmp_path / "ball.png"
     digest = written(path).digest
     (tmp_path / "ball_000003.png").rename(tmp_path / "away.png")
-    with pytest.raises(ValueError, match=r"ball_000003\.png is not there, but 9 pictures were written before, and 1 are missing"):
+    with pytest.raises(ValueError, match=r"ball_000003\.png is missing: 1 of the 9 images that were written before are gone"):
         VideoWriter(path, 16, frames=9, digest=digest)
     (tmp_path / "away.png").rename(tmp_path / "ball_000003.png")
     Image.fromarray(pixels(1)[0].numpy()).save(tmp_path / "ball_000008.png")
-    with pytest.raises(ValueError, match=r"ball_000008\.png is not the picture"):
+    with pytest.raises(ValueError, match=r"ball_000008\.png is not the image"):
         VideoWriter(path, 16, frames=9, digest=digest)
     # pictures behind those that are known, of a run that was killed, are made anew or go
     writer = VideoWriter(path, 16, frames=6)

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import torch
 
-from ..files.places import PlaceError, Taken, check_place
+from ..files.places import PlaceError, Taken, check_place, same_place
 from ..settings import PRESETS, QVGSettings
 from ..units import format_bytes
 from ..video import MAX_FRAMES, Adapted, ChunkDone, Run, Schedule, latent_frames
 from ..video import session as storage
-from ..video.generate import Job, Notice, auto_budget, generate, resumed
-from ..video.pictures import read_frames
-from ..video.recorder import same_place
+from ..video.decode import encode_stream
+from ..video.generate import Notice, generate
+from ..video.job import Job, resumed
+from ..video.prepare import auto_budget
+from ..video.reader import read_frames
 from ..video.session import Session
-from ..video.stream import encode_stream
 from .arguments import DAY, budget, device, number, whole
 from .progress import bar
 
@@ -94,7 +95,7 @@ def check_out(out: Path, session: Path, sources: list[Path], resume: bool, overw
     taken = [path for path in images if re.fullmatch(re.escape(out.stem) + r"_[0-9]{6}\.png", path.name, re.IGNORECASE)]
     for path in [*sorted(taken)[:1], out, session]:
         if path.exists():
-            raise Taken(f"{path} is there already. Choose another --out, --resume to go on with it, or --overwrite to replace it.")
+            raise Taken(f"{path} already exists. Choose another --out, --resume to go on with it, or --overwrite to replace it.")
 
 
 def _resumed(arguments, place: Path, text: str | None) -> tuple[Job, Session]:

@@ -15,7 +15,7 @@ def prepare_folder(out: Path, names: Sequence[str], overwrite: bool) -> None:
     """
     for name in names:
         if (out / name).exists() and not overwrite:
-            raise Taken(f"{out / name} is there already. Choose another --out, or --overwrite to replace it.")
+            raise Taken(f"{out / name} already exists. Choose another --out, or --overwrite to replace it.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

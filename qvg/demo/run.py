@@ -28,8 +28,9 @@ from ..report import metrics
 from ..settings import PRESETS
 from ..units import format_bytes
 from ..video import CachedNetwork, ChunkDone, Condition, Run, Sampler
-from ..video.generate import cache_of
-from ..video.stream import ChunkDecoder, VideoWriter, to_bytes
+from ..video.decode import ChunkDecoder, to_bytes
+from ..video.prepare import cache_of
+from ..video.writer import VideoWriter
 from . import CHUNK_FRAMES, GRID, LATENT, embed_prompt, load_tiny
 
 FRAME_RATE = 16

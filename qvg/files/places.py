@@ -181,3 +181,11 @@ def _is_at(file, place: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(place))
     except FileNotFoundError:
         return False
+
+
+def same_place(one: Path, two: Path) -> bool:
+    """Whether two paths are one file, also on a disk that ignores case."""
+    one, two = one.resolve(), two.resolve()
+    if one.exists() and two.exists():
+        return one.samefile(two)
+    return str(one).casefold() == str(two).casefold()

@@ -141,7 +141,7 @@ REFUSED = {
     "another model": ({"file": "longcat_other.safetensors"}, "saved with another model"),
     "another size": ({"width": 80}, "latents 8 x 6"), "another carry": ({"carry": "latents"}, "Use the value it was made with"),
     "other given frames": ({"given_frames": 13}, "given_frames 9, but this run has 13"),
-    "nothing to do": ({"segments": 2}, "has 2 segments already"), "another start": ({"start": 1}, "does not begin with the frames"),
+    "nothing to do": ({"segments": 2}, "already has 2 segments"), "another start": ({"start": 1}, "does not begin with the frames"),
     "nowhere": ({"load": "nowhere"}, "There is no session file"),
 }
 

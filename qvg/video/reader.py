@@ -1,4 +1,4 @@
-"""Images and videos that people have, as frames of a size: turned as their metadata says, cropped around the middle, never squeezed."""
+"""Images and videos as frames of one size: rotated as their metadata says, cropped to the middle, never stretched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# with 8 bits a channel; of others Pillow's conversion cuts off what is brighter
+# with 8 bits per channel; Pillow's conversion of others clips bright values
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV")
 FORMATS = "Give PNG, JPEG, MP4 or WebM."
 
@@ -19,24 +19,20 @@ FORMATS = "Give PNG, JPEG, MP4 or WebM."
 def read_frames(paths: list[str | Path], width: int, height: int) -> Tensor:
     """Images and videos, one after the other, as video [1, 3, n, height, width] in -1..1.
 
-    Raises ValueError for a file that holds no picture, and FileNotFoundError for one that is not there.
+    Raises ValueError for a file without a picture, and FileNotFoundError for one that does not exist.
     """
-    frames = [np.asarray(fitted(image, width, height)) for path in paths for image in _pictures(Path(path))]
+    frames = [np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)) for path in paths for image in _images(Path(path))]
     pixels = torch.from_numpy(np.stack(frames)).float() / 127.5 - 1
     return pixels.permute(3, 0, 1, 2)[None]
 
 
-def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of an image, at another size."""
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-
-
-def _pictures(path: Path) -> Iterator[Image.Image]:
+def _images(path: Path) -> Iterator[Image.Image]:
+    """The frames of a file."""
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}. {FORMATS}")
     found = 0
     try:
-        for image in (_still(path) or _moving(path)):
+        for image in (_still_image(path) or _video_frames(path)):
             yield image
             found += 1
     except (OSError, av.FFmpegError, IndexError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -45,8 +41,8 @@ def _pictures(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"{path} holds no picture. {FORMATS}")
 
 
-def _still(path: Path) -> list[Image.Image] | None:
-    """The image of a file in a list; None where it is no image, or one that moves."""
+def _still_image(path: Path) -> list[Image.Image] | None:
+    """The image of a file, in a list; None where it is not an image, or an animated one."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1 or image.mode not in MODES:
@@ -56,12 +52,12 @@ def _still(path: Path) -> list[Image.Image] | None:
         return None
 
 
-def _moving(path: Path) -> Iterator[Image.Image]:
+def _video_frames(path: Path) -> Iterator[Image.Image]:
     with av.open(str(path)) as file:
         for frame in file.decode(video=0):
-            shape = frame.sample_aspect_ratio if hasattr(frame, "sample_aspect_ratio") else file.streams.video[0].sample_aspect_ratio
-            # pixels that are not square are made so
-            width = round(frame.width * shape) if shape else frame.width
+            aspect = frame.sample_aspect_ratio if hasattr(frame, "sample_aspect_ratio") else file.streams.video[0].sample_aspect_ratio
+            # resized to square pixels
+            width = round(frame.width * aspect) if aspect else frame.width
             image = frame.to_image(width=max(1, width), height=frame.height)
-            # degrees against the clock, as the camera was held
+            # rotation: counterclockwise degrees, as the camera was held
             yield image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -1,0 +1,80 @@
+"""From a job to a sampler with its KV caches, and how much memory these may take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..attention.rope import Rope
+from ..cache.kv_cache import KVCache
+from ..models.wan import HEAD_DIM, PATCH, CausalWan
+from ..settings import QVGSettings
+from ..units import GIB
+from .network import CachedNetwork, Condition, check_positions, guided
+from .run import Run
+from .sampler import Sampler
+from .schedule import PromptTrack
+
+if TYPE_CHECKING:
+    from .job import Job
+
+# the share of free memory that is left to everything but the cache
+MARGIN = 0.2
+
+
+def free_bytes(device: str) -> int:
+    """Free memory on a device or on the host; 0 where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def auto_budget(device: str) -> float:
+    """GiB that a cache may take so that it always fits: what is free now, less a margin."""
+    return free_bytes(device) * (1 - MARGIN) / GIB
+
+
+def cache_of(network: CausalWan, settings: QVGSettings, run: Run, grid: tuple[int, int], *, batch: int = 1, device="cpu",
+             dtype: torch.dtype | None = None) -> KVCache:
+    """A cache for a run of a network.
+
+    grid: tokens (height, width) of a latent frame. dtype: of unquantized and decoded values, the network's own by default.
+    """
+    return KVCache(settings, layers=network.sizes.layers, heads=network.sizes.heads, head_dim=HEAD_DIM, grid=grid, rope=Rope, batch=batch,
+                   device=device, dtype=dtype or network.dtype, max_frames=run.frames, chunk_frames=run.chunk_frames)
+
+
+@torch.no_grad()
+def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start: Tensor | None = None) -> Sampler:
+    """A sampler for a job.
+
+    embed: from a prompt to a text embedding [1, tokens, channels]. start: latents [1, C, n, H, W] to begin with.
+    Raises ValueError where settings, budget or positions do not fit the network and the run.
+    """
+    run = job.run
+    check_positions(job.settings, run, job.position_limit)
+
+    @torch.no_grad()
+    def project(text: str):
+        return network.project_context(embed(text).to(job.device))
+
+    def cache() -> KVCache:
+        return cache_of(network, settings, run, (job.latent[0] // PATCH[1], job.latent[1] // PATCH[2]), device=job.device)
+
+    prompt = PromptTrack(job.schedule, project, job.frame_rate)
+    guides = job.cfg != 1
+    settings = replace(job.settings, budget_gib=job.settings.budget_gib / (1 + guides), host_gib=job.settings.host_gib / (1 + guides))
+    if guides:
+        conditions = guided(prompt, cache(), project(job.negative), cache(), job.cfg)
+    else:
+        conditions = [Condition(prompt, cache())]
+    model = CachedNetwork(network, conditions, position_limit=job.position_limit)
+    return Sampler(model, run, (1, network.sizes.channels, *job.latent), start=start, device=job.device)
