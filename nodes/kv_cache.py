@@ -1,4 +1,4 @@
-"""QVG Settings and Quantize KV Cache (QVG): the one node that a graph needs, and what it can be told.
+"""QVG Settings and Quantize KV Cache (QVG): the one node that a graph needs, and its settings.
 
     QVGSettings         preset and expert knobs -> QVG_SETTINGS
     QVGQuantizeKVCache  MODEL (+ QVG_SETTINGS) -> MODEL whose cache is quantized while it samples
@@ -19,10 +19,14 @@ Settings = io.Custom("QVG_SETTINGS")
 LABELS = {name.capitalize(): name for name in PRESETS}
 KEEP = "preset"
 ROUTE = "/qvg/presets"
+# inputs that apply to keys and values alike -> fields of both
+SHARED = {"stages": "stages", "centroids": "centroids", "group_size": "group"}
+# inputs that no preset sets
+PLAIN = ("budget_gib", "seed", "offload", "host_gib")
 
 
 def numbers_of(settings: QVGSettings) -> dict:
-    """What the knobs of QVG Settings would say of these settings, by the names of its inputs and in their types."""
+    """The values of the inputs of QVG Settings that correspond to these settings, by input name and in their types."""
     key, value = settings.key, settings.value
     return {
         "key_bits": str(key.bits), "value_bits": str(value.bits), "stages": key.stages, "centroids": key.centroids,
@@ -31,7 +35,7 @@ def numbers_of(settings: QVGSettings) -> dict:
 
 
 async def presets(request: web.Request) -> web.Response:
-    """The numbers of each preset, which the node shows (web/js/settings.js)."""
+    """The values of each preset, which the node shows (web/js/settings.js)."""
     return web.json_response({label: numbers_of(PRESETS[name]) for label, name in LABELS.items()})
 
 
@@ -93,18 +97,19 @@ class QVGSettingsNode(io.ComfyNode):
             outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])
 
     @classmethod
-    def execute(cls, preset, key_bits=KEEP, value_bits=KEEP, stages=-1, centroids=-1, group_size=KEEP, sink_frames=-1, sink_bits=KEEP,
-                recent_frames=-1, recent_bits=KEEP, window_frames=-1, budget_gib=0.0, seed=0, offload=False, host_gib=0.0) -> io.NodeOutput:
-        settings = QVGSettings.preset(LABELS[preset])
-        shared = {name: int(value) for name, value in (("stages", stages), ("centroids", centroids), ("group", group_size))
-                  if value not in (KEEP, -1)}
-        whole = {name: int(value) for name, value in (
-            ("sink_frames", sink_frames), ("sink_bits", sink_bits), ("recent_frames", recent_frames), ("recent_bits", recent_bits),
-            ("window_frames", window_frames)) if value not in (KEEP, -1)}
-        for name, bits in (("key", key_bits), ("value", value_bits)):
-            own = shared if bits == KEEP else shared | {"bits": int(bits)}
-            whole[name] = replace(getattr(settings, name), **own)
-        return io.NodeOutput(replace(settings, **whole, budget_gib=budget_gib, seed=seed, offload=offload, host_gib=host_gib))
+    def execute(cls, preset, **knobs) -> io.NodeOutput:
+        return io.NodeOutput(changed(QVGSettings.preset(LABELS[preset]), knobs))
+
+
+def changed(settings: QVGSettings, knobs: dict) -> QVGSettings:
+    """A preset's settings with the values of the node's other inputs, by their names; KEEP and -1 keep the preset's value."""
+    given = {name: int(value) for name, value in knobs.items() if name not in PLAIN and value not in (KEEP, -1)}
+    shared = {field: given.pop(name) for name, field in SHARED.items() if name in given}
+    sides = {}
+    for side in ("key", "value"):
+        bits = given.pop(f"{side}_bits", None)
+        sides[side] = replace(getattr(settings, side), **shared if bits is None else shared | {"bits": bits})
+    return replace(settings, **given, **sides, **{name: knobs[name] for name in PLAIN if name in knobs})
 
 
 class QVGQuantizeKVCache(io.ComfyNode):

@@ -2,9 +2,9 @@
 
     QVGLongCatContinue  MODEL, CONDITIONING, VAE (+ IMAGE) -> IMAGE, LATENT
 
-A segment's new frames continue the last frames before it, which one pass stores in the KV cache (`adapters.longcat`). With `stream_to`,
-segments go into a file as they are done, and a run that was stopped goes on behind them; Save and Load Video Session do so without a file
-(`qvg.segments`).
+A segment's new frames continue the last frames before it, whose keys and values one pass stores in the KV cache (`adapters.longcat`). With
+`stream_to`, finished segments are appended to a file, and a stopped run continues after the last one. Save and Load Video Session do the
+same without a file (`qvg.video.segments`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
 import comfy.model_management
@@ -24,7 +25,6 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..qvg.backends import dispatch
 from ..qvg.files.places import InUse, Taken
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
 from ..qvg.video.segment_file import SegmentFile
@@ -35,121 +35,64 @@ from .adapters.checks import is_autoregressive
 from .live import TEXT
 from .long_video import ARSampler, SessionType, model_name
 from .outputs import places
+from .segments import CHANNELS, STRIDE, LongVideo, latent_frames
 from .session import SavingSampler, SegmentSaver
 
 SCHEDULES = ("base", "distilled")
 CARRIES = ("pixels", "latents")
-CHANNELS, STRIDE, FRAME_RATE = 16, 8, 15
-
-
-def latent_frames(frames: int) -> int:
-    """Latent frames that hold a video; its first frame is one by itself, then four share one."""
-    return (frames - 1) // 4 + 1
-
-
-def whole_frames(frames: int) -> int:
-    """The most video frames up to `frames` that fill whole latent frames."""
-    return 4 * latent_frames(frames) - 3
+FRAME_RATE = 15
 
 
 @dataclass
-class LongVideo:
-    """Segments of one video. length, given_frames: video frames of a segment, and those of them that it continues. file: where the video
-    goes as it grows, or None.
+class Inputs:
+    """The inputs of the node, with the defaults of its optional ones."""
 
-    Raises ValueError where a segment would have nothing new, or the size does not divide into tokens.
-    """
-
+    model: object
+    positive: list
+    negative: list
     vae: object
     width: int
     height: int
     length: int
     given_frames: int
     segments: int
-    carry: str
-    file: SegmentFile | None = None
+    seed: int
+    steps: int
+    cfg: float
+    schedule: str
+    carry: str = CARRIES[0]
+    fine_tail: bool = True
+    stream_to: str = ""
+    start: torch.Tensor | None = None
+    sampler: object | None = None
+    session: SegmentSession | None = None
 
-    def __post_init__(self):
-        if self.width % 16 or self.height % 16:
-            raise ValueError(f"A video of {self.width} x {self.height} pixels does not divide into tokens of 16 x 16. Set width and height "
-                             f"to {max(1, self.width // 16) * 16} x {max(1, self.height // 16) * 16}.")
-        if latent_frames(self.given_frames) >= latent_frames(self.length):
-            raise ValueError(f"Segments of {self.length} frames that continue {self.given_frames} frames have nothing new in them; "
-                             "raise length, or lower given_frames.")
+    def check(self) -> None:
+        """Raises ValueError for inputs that do not belong together."""
+        longcat.check(self.model)
+        if self.session is not None and not isinstance(self.session, SegmentSession):
+            raise ValueError(f"{self.session.path.name} is a video of a causal model. Connect it to AR Video Sampler (QVG).")
+        if self.stream_to and self.carry != "pixels":
+            raise ValueError("stream_to writes frames as segments are done, but segments carried as latents are decoded at the end. Set "
+                             "carry to pixels, or leave stream_to empty.")
 
-    def check_given(self, given: torch.Tensor | None) -> None:
-        """Raises ValueError where latents that were stored beside a video are none that a segment of this one can continue."""
-        size = (1, CHANNELS, self.height // STRIDE, self.width // STRIDE)
-        if given is not None and ((*given.shape[:2], *given.shape[3:]) != size or given.shape[2] > latent_frames(self.given_frames)):
-            raise ValueError(f"What was stored beside {self.file.path.name} has shape {list(given.shape)} and is of another video. Choose "
-                             "another stream_to.")
+    @cached_property
+    def schedules(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise levels without and with the fine tail."""
+        shift = self.model.get_model_object("model_sampling").shift
+        plain, tailed = (noise_levels(self.steps, distilled=self.schedule == "distilled", tail=tail, shift=shift)
+                         for tail in (False, self.fine_tail))
+        return plain, tailed
 
-    def make(self, sampler, start: torch.Tensor | None, made: Segments, saver: SegmentSaver | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames [n, H, W, 3] and latents [1, C, F, H, W] of the video, what it starts with included; of the last segment alone where
-        the video goes into a file.
+    def levels(self, segment: int) -> torch.Tensor:
+        """Noise levels of a segment; one that starts from text or from one image has no tail."""
+        return self.schedules[bool(segment) or (self.start is not None and len(self.start) != 1)]
 
-        sampler: called with (segment, given latents or None, new latent frames) -> new latents. start: frames [n, height, width, 3].
-        made: the segments to go on behind, which grows.
-        """
-        first, opening, pixels = made.done, 0, []
-        if self.file is not None and self.file.done:
-            first, made.given = self.file.done, self.file.given
-        elif start is not None:
-            opening = whole_frames(min(self.given_frames, len(start)))
-            self._show(pixels, start)
-            if not first:
-                made.given = self.vae.encode(start[-opening:])
-        for number, part in enumerate(made.parts if self.carry == "pixels" else ()):
-            self._show(pixels, self._decode(part)[whole_frames(self.given_frames) if number else opening:])
-        try:
-            for segment in range(first, self.segments):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                self._segment(segment, sampler, made, pixels, whole_frames(self.given_frames) if segment else opening, saver)
-        finally:
-            if saver is not None:
-                saver.close(made)
-        if self.carry == "latents":
-            self._show(pixels, self._decode(made.latents)[opening:])
-        return torch.cat(pixels), made.latents if self.file is None else made.parts[-1]
-
-    def _segment(self, segment: int, sampler, made: Segments, pixels: list[torch.Tensor], shown: int, saver: SegmentSaver | None) -> None:
-        """Make one more, of which `shown` video frames are there already."""
-        given, frames = made.given, latent_frames(self.length)
-        known = 0 if given is None else given.shape[2]
-        text = f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given"
-        place = where.here()
-        live.write(place, place and place.node, text)
-        with dispatch.on_compile(lambda sentence: live.write(place, place and place.node, sentence or text)):
-            new = sampler(segment, given, frames - known)
-        whole = new if given is None else torch.cat([given.to(new), new], dim=2)
-        if self.carry == "latents":
-            made.add(new if made.parts else whole, new.shape[2], whole[:, :, -latent_frames(self.given_frames):])
-        else:
-            decoded = self._decode(whole)
-            self._show(pixels, decoded[shown:])
-            if saver is not None or segment + 1 < self.segments:
-                given = self.vae.encode(decoded[-whole_frames(self.given_frames):])
-            made.add(whole, new.shape[2], given)
-        if saver is not None:
-            saver.segment(made)
-        elif self.file is not None:
-            made.parts, made.new = [whole], [new.shape[2]]
-        if self.file is not None:
-            self.file.save(segment + 1, made.given)
-
-    def _show(self, pixels: list[torch.Tensor], frames: torch.Tensor) -> None:
-        if self.file is not None:
-            self.file.add(frames)
-            pixels.clear()
-        pixels.append(frames)
-
-    def resized(self, images: torch.Tensor) -> torch.Tensor:
-        images = images[..., :3].movedim(-1, 1)
-        return comfy.utils.common_upscale(images, self.width, self.height, "lanczos", "center").movedim(1, -1)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        images = self.vae.decode(latents)
-        return images.flatten(0, -4).cpu()
+    def key(self) -> str:
+        """What identifies the video in a file that is written without a session."""
+        return run_key(self.model, self.positive, self.negative, self.start, [
+            self.width, self.height, self.length, self.given_frames, self.seed, self.cfg, self.schedule,
+            [level.tolist() for level in self.schedules]])
 
 
 class QVGLongCatContinue(io.ComfyNode):
@@ -206,75 +149,89 @@ class QVGLongCatContinue(io.ComfyNode):
             ])
 
     @classmethod
-    def execute(cls, model, positive, negative, vae, width, height, length, given_frames, segments, seed, steps, cfg, schedule,
-                carry=CARRIES[0], fine_tail=True, stream_to="", start=None, sampler=None, session=None) -> io.NodeOutput:
-        longcat.check(model)
-        video = LongVideo(vae, width, height, length, given_frames, segments, carry)
-        sampler, save = take_apart(sampler)
-        if session is not None and not isinstance(session, SegmentSession):
-            raise ValueError(f"{session.path.name} is a video of a causal model. Connect it to AR Video Sampler (QVG).")
-        if stream_to and carry != "pixels":
-            raise ValueError("stream_to writes frames as segments are done, but segments carried as latents are decoded at the end. Set "
-                             "carry to pixels, or leave stream_to empty.")
-        shift = model.get_model_object("model_sampling").shift
-        plain, tailed = (noise_levels(steps, distilled=schedule == "distilled", tail=tail, shift=shift) for tail in (False, fine_tail))
-        # what starts from text or from one image has no tail
-        levels = [plain if not segment and (start is None or len(start) == 1) else tailed for segment in range(segments)]
-        images = start
-        if start is not None:
-            start = video.resized(start)
-        made, saver = Segments(carry, given_frames), None
-        if save is not None or session is not None:
-            made.start = "" if start is None else digest(start)
-            # weights are told apart where they are used, since a LoRA of an earlier run may still be in them
-            comfy.model_management.load_models_gpu([model])
-            name = model_name(model.model, model)
-            if session is not None:
-                made = session.resume(name, made, segments, width // STRIDE, height // STRIDE)
-        progress = Progress(model, sum(map(len, levels)) - segments)
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return Continuation(Inputs(**inputs)).run()
 
-        def sample(segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
-            if given is None:
-                longcat.note_nothing(model)
-            guider = comfy.samplers.CFGGuider(model if given is None else longcat.continue_from(model, given))
-            guider.set_conds(positive, negative)
-            guider.set_cfg(cfg)
-            device = comfy.model_management.intermediate_device()
-            empty = torch.zeros(1, CHANNELS, frames, height // STRIDE, width // STRIDE, device=device)
-            own_seed = (seed + segment) % 2**64
-            noise = comfy.sample.prepare_noise(empty, own_seed)
-            samples = guider.sample(noise, empty, sampler, levels[segment], callback=progress.step,
-                                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=own_seed)
-            return samples.to(device)
 
+class Continuation:
+    """One execution of the node."""
+
+    def __init__(self, inputs: Inputs):
+        inputs.check()
+        self.inputs = inputs
+        self.video = LongVideo(inputs.vae, inputs.width, inputs.height, inputs.length, inputs.given_frames, inputs.segments, inputs.carry)
+        self.sampler, self.save = take_apart(inputs.sampler)
+        self.start = None if inputs.start is None else self.video.resized(inputs.start)
+        self.levels = [inputs.levels(segment) for segment in range(inputs.segments)]
+        self.progress = Progress(inputs.model, sum(map(len, self.levels)) - inputs.segments)
+
+    def run(self) -> io.NodeOutput:
+        inputs = self.inputs
+        made, name = self._session()
+        saver, shown = None, None
         with ExitStack() as held:
-            if save is not None:
-                saver = SegmentSaver(save, name, made, session, segment_bytes(width, height, length, segments))
+            if self.save is not None:
+                saver = SegmentSaver(self.save, name, made, inputs.session,
+                                     segment_bytes(inputs.width, inputs.height, inputs.length, inputs.segments))
                 held.callback(saver.place.release)
             done = made.done
-            if stream_to:
-                # with a session, that is what a stopped run goes on from
-                key = None if save is not None or session is not None else run_key(model, positive, negative, images, [
-                    width, height, length, given_frames, seed, cfg, schedule, [level.tolist() for level in (plain, tailed)]])
-                video.file, shown = open_file(stream_to, key, width, height)
-                held.callback(video.file.release)
-                video.check_given(video.file.given)
-                done = max(done, video.file.done)
-                if done >= segments:
-                    raise ValueError(f"{video.file.path.name} has {done} segments already. Raise segments to go on, or change "
-                                     "stream_to to begin anew.")
-            progress.done = sum(len(level) - 1 for level in levels[:done])
-            images, latents = video.make(sample, start, made, saver)
-            said, place = {TEXT: [f"segment {segments} of {segments} is done"]}, where.here()
+            if inputs.stream_to:
+                shown = self._open_file(held)
+                done = max(done, self.video.file.done)
+            self.progress.done = sum(len(level) - 1 for level in self.levels[:done])
+            images, latents = self.video.make(self._sample, self.start, made, saver)
+            said, place = {TEXT: [f"segment {inputs.segments} of {inputs.segments} is done"]}, where.here()
             live.forget(place, place and place.node)
-            if not stream_to:
+            if shown is None:
                 return io.NodeOutput(images, {"samples": latents}, ui=said)
-            video.file.finish()
+            self.video.file.finish()
             return io.NodeOutput(images, {"samples": latents}, ui=ui.PreviewVideo([shown]).as_dict() | said)
+
+    def _session(self) -> tuple[Segments, str]:
+        """The segments made so far, and the fingerprint of the model, "" without a session."""
+        inputs, made = self.inputs, Segments(self.inputs.carry, self.inputs.given_frames)
+        if self.save is None and inputs.session is None:
+            return made, ""
+        made.start = "" if self.start is None else digest(self.start)
+        # the fingerprint is taken from the loaded weights, because a LoRA of an earlier run may still be in them
+        comfy.model_management.load_models_gpu([inputs.model])
+        name = model_name(inputs.model.model, inputs.model)
+        if inputs.session is not None:
+            made = inputs.session.resume(name, made, inputs.segments, inputs.width // STRIDE, inputs.height // STRIDE)
+        return made, name
+
+    def _open_file(self, held: ExitStack) -> ui.SavedResult:
+        """Open the video's file, which `held` releases. Raises ValueError where it has all the segments already."""
+        inputs, video = self.inputs, self.video
+        # with a session, the session is what a stopped run continues from
+        key = None if self.save is not None or inputs.session is not None else inputs.key()
+        video.file, shown = open_file(inputs.stream_to, key, inputs.width, inputs.height)
+        held.callback(video.file.release)
+        video.check_given(video.file.given)
+        if video.file.done >= inputs.segments:
+            raise ValueError(f"{video.file.path.name} has {video.file.done} segments already. Raise segments to go on, or change "
+                             "stream_to to begin anew.")
+        return shown
+
+    def _sample(self, segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
+        """New latents [1, C, frames, H, W] of a segment, which continue the given ones."""
+        inputs, model = self.inputs, self.inputs.model
+        if given is None:
+            longcat.note_nothing(model)
+        guider = comfy.samplers.CFGGuider(model if given is None else longcat.continue_from(model, given))
+        guider.set_conds(inputs.positive, inputs.negative)
+        guider.set_cfg(inputs.cfg)
+        device = comfy.model_management.intermediate_device()
+        empty = torch.zeros(1, CHANNELS, frames, inputs.height // STRIDE, inputs.width // STRIDE, device=device)
+        seed = (inputs.seed + segment) % 2**64
+        noise = comfy.sample.prepare_noise(empty, seed)
+        samples = guider.sample(noise, empty, self.sampler, self.levels[segment], callback=self.progress.step,
+                                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+        return samples.to(device)
 
 
 def take_apart(sampler) -> tuple:
-    """The sampler that makes a segment, and where a session is saved, or None. Raises ValueError for a sampler of causal models."""
+    """The sampler that makes a segment, and where to save a session, or None. Raises ValueError for a sampler of causal models."""
     if isinstance(sampler, ARSampler) or is_autoregressive(sampler):
         raise ValueError("This SAMPLER makes video with causal models. For LongCat-Video connect one of KSamplerSelect, or none.")
     if isinstance(sampler, SavingSampler):
@@ -283,7 +240,7 @@ def take_apart(sampler) -> tuple:
 
 
 def run_key(model, positive, negative, start, settings: list) -> str:
-    """A name of what a video is made from; how many segments it shall have is left out, so that a stopped one can be made longer."""
+    """A hash of everything that a video is made from, except its number of segments, so that a stopped video can be made longer."""
     loras = sorted((str(name), [[patch[0], *_numbers(patch[1])] for patch in patches]) for name, patches in model.patches.items())
     source = (model.cached_patcher_init or (None, ()))[1]
     digest = hashlib.blake2b(json.dumps([settings, source, longcat.settings_of(model).to_json(), loras]).encode(), digest_size=16)
@@ -293,7 +250,7 @@ def run_key(model, positive, negative, start, settings: list) -> str:
 
 
 def _numbers(patch) -> list[float]:
-    """A few numbers of a weight patch, to tell LoRAs apart: of the first tensor in it."""
+    """Eight elements of the first tensor in a weight patch, to tell LoRAs apart."""
     inside = getattr(patch, "weights", patch)
     if isinstance(inside, torch.Tensor):
         return inside.flatten()[:8].tolist()
@@ -303,12 +260,12 @@ def _numbers(patch) -> list[float]:
 
 
 def segment_bytes(width: int, height: int, length: int, segments: int) -> int:
-    """About what a session of a whole video takes: the latents of its segments, in 4 bytes a number."""
+    """Approximate bytes of a session of the whole video: the latents of its segments in float32."""
     return 4 * CHANNELS * latent_frames(length) * (width // STRIDE) * (height // STRIDE) * (segments + 1)
 
 
 def open_file(prefix: str, key: str | None, width: int, height: int) -> tuple[SegmentFile, ui.SavedResult]:
-    """The unfinished video under this prefix that was made from the same, or a new one; and what the frontend shows of it."""
+    """The unfinished video with this prefix and key, or a new one; and its entry for the frontend."""
     numbered = places(prefix, ".mp4", width, height)
     first, subfolder = next(numbered)
     name = first.name.removesuffix("_.mp4").rpartition("_")[0]
@@ -317,12 +274,12 @@ def open_file(prefix: str, key: str | None, width: int, height: int) -> tuple[Se
         try:
             return SegmentFile(path, key, FRAME_RATE), ui.SavedResult(path.name, subfolder, io.FolderType.output)
         except (Taken, InUse):
-            # another run has it
+            # another run uses it
             continue
 
 
 class Progress:
-    """One progress bar and previews over the steps of all segments."""
+    """One progress bar, with previews, over the steps of all segments. steps: of all of them together."""
 
     def __init__(self, model, steps: int):
         self.bar = comfy.utils.ProgressBar(steps)

@@ -209,7 +209,7 @@ def test_templates_run_with_small_files_in_place_of_theirs(comfy, name):
 
 
 WRONG = {
-    "nothing new": ({"given_frames": 17}, "17 frames that continue 17 frames have nothing new"),
+    "nothing new": ({"given_frames": 17}, "17 frames that continue 17 frames contain no new frame"),
     "latents into a file": ({"stream_to": "video/x", "carry": "latents"}, "Set carry to pixels, or leave stream_to empty"),
     "too many steps": ({"schedule": "distilled", "steps": 60}, "steps is 60; choose 1 to 50"),
 }
