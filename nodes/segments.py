@@ -9,7 +9,8 @@ import comfy.utils
 import torch
 
 from ..qvg.backends import dispatch
-from ..qvg.video.segments import SegmentFile, Segments
+from ..qvg.video.segment_file import SegmentFile
+from ..qvg.video.segments import Segments
 from . import live, where
 from .session import SegmentSaver
 
