@@ -1,8 +1,11 @@
-"""Encode tokens to bit planes: centroids taken off, channel and group scales, planes, packed bytes. Reference: `qvg.codec.spans`.
+"""Encode tokens to bit planes: centroids subtracted, channel and group scales, packed planes. Reference: `qvg.codec.spans`.
 
-K and V go together through three launches. The first writes the centroids as the matrix units take them. The second reads the tokens and
-does everything but the scales' bytes: these share a power of two, which depends on the largest scale of the row. The third, small, finds
-that and writes them. A GPU of compute capability 9 has a kernel of its own for bf16 tokens, `hopper`, which needs one launch.
+K and V are encoded together, because a launch takes the host longer than a small kernel takes the device. There are three launches. The
+first prepares the centroids as operands of the matrix units. The second loads the tokens and does everything except the bytes of the
+scales: those share a power of two, which depends on the largest scale of the row, and planes do not depend on it. The third, small, finds
+it and writes them. The kernel loads the tokens again for every stage, because registers that keep them would cost occupancy.
+
+GPUs of compute capability 9 have another kernel for bf16 tokens, `hopper`, which is one launch.
 """
 
 from __future__ import annotations
@@ -20,36 +23,27 @@ from ..qvg.codec.smoothing import Codebook
 from ..qvg.codec.spans import PlaneSpan
 from .assign import PREPARED, nearest, prepare, prepared
 from .octets import e4m3_octet, float32_octet, octets, tile_of
-from .tiles import (
-    Product,
-    converts_e4m3,
-    e4m3_to_float32,
-    float32_to_e4m3,
-    is_finite,
-    major,
-    power_of_two,
-    require_channels_last,
-    round_to_e4m3,
-)
+from .quantize import plane_bytes, power, scale_to_e4m3, shared_exponent
+from .tiles import Product, converts_e4m3, e4m3_to_float32, is_finite, major, power_of_two, require_channels_last, round_to_e4m3
 
 MAX_BORDERS = 2 ** (planes.MAX_PLANES - 1) - 1
-# scales that a program looks at together
+# scales that a program processes together
 SCALES = 2048
 ON_HOPPER = "encode on Hopper"
 _hopper_failures = Failures()
 
 
 def encode_warps(product: Product, head_dim: int, major: int) -> int:
-    """Of a program of `encode_kernel`; major: of the compute capability. Four where their registers hold the tile, so that several programs
-    share a multiprocessor; a Blackwell of the data centre would spill."""
+    """Warps of a program of `encode_kernel`: four if their registers hold the tile, so that several programs share a multiprocessor. major:
+    of the compute capability; data centre Blackwell (10) would spill."""
     return min(product.warps, max(4, product.tokens * head_dim // 2048)) if major != 10 else product.warps
 
 
 @triton.jit(do_not_specialize=["count", "padded", "rows"])
 def prepare_kernel(codes, other_codes, units, other_units, channel_scale, other_channel_scale, table, norms, factors, count, padded, rows,
                    STAGES: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, NATIVE_E4M3: tl.constexpr):
-    """The centroids of both codebooks for `nearest`; the units of every stage, negative, and behind them what divides by the channel
-    scales to `factors` float32 [codebooks, rows, STAGES + 1, D].
+    """Prepare the centroids of both codebooks for `nearest`, and write factors float32 [codebooks, rows, STAGES + 1, D]: the units of every
+    stage, negative, then the reciprocals of the channel scales.
 
     Grid: (blocks of centroids, stages and one more, codebooks x rows).
     """
@@ -75,7 +69,7 @@ def prepare_kernel(codes, other_codes, units, other_units, channel_scale, other_
 @triton.jit
 def _residual(x, words, factors, found, held, octet, x_token, stage_words,
               STAGE: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, NATIVE_E4M3: tl.constexpr):
-    """Octets of the tile without the centroids of the first `STAGE` stages."""
+    """Octets of the tile minus the centroids of the first `STAGE` stages."""
     tile = tl.load(x + (held[:, None] * x_token + tl.arange(0, D)[None, :]))
     y = octets(tile.to(tl.float32), TOKENS, D)
     for stage in tl.static_range(STAGE):
@@ -92,11 +86,10 @@ def encode_kernel(
     STAGES: tl.constexpr, GROUPS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
     NATIVE_E4M3: tl.constexpr,
 ):
-    """Ids and planes of one tile, and to `roots` float32 [tensors, rows, tokens, GROUPS] its scales; b0 to b6 are the cells' borders.
+    """Ids and planes of one tile, and its scales to roots float32 [tensors, rows, tokens, GROUPS]; b0 to b6 are the cells' borders.
 
-    ids [STAGES, rows, tokens] and planes [rows, tokens, D / 8] lie as `PlaneSpan.empty` made them. zero: 0, which the compiler must not
-    know. If it saw where words begin it would give a thread neighbouring octets of a token, and the scales of all their channels would
-    fill the registers.
+    ids [STAGES, rows, tokens] and planes [rows, tokens, D / 8] lie as `PlaneSpan.empty` made them. zero: 0, unknown to the compiler. If it
+    knew the alignment of words, it would give a thread neighbouring octets of a token, whose channel scales would fill the registers.
     Grid: (blocks of tokens, rows, tensors).
     """
     OCTETS: tl.constexpr = D // 8
@@ -105,7 +98,7 @@ def encode_kernel(
     # offsets within the tile are short, and those that the compiler knows cost no instruction
     local = tl.arange(0, TOKENS)
     mask = local < tokens - first
-    # what lies behind the last token is that token again
+    # past the end the last token is encoded again
     held = tl.minimum(local, (tokens - first - 1).to(tl.int32))
     octet = tl.arange(0, OCTETS)[None, :] + zero
     x = tl.where(side == 0, x, other_x) + row * x_row + first * x_token
@@ -113,7 +106,7 @@ def encode_kernel(
     words = (tl.where(side == 0, codes, other_codes) + row * count * D).to(tl.pointer_type(tl.int64))
     found = ()
     for stage in tl.static_range(STAGES):
-        # taken anew from the cache, not kept: registers that hold it would be missing to other programs
+        # loaded from the cache again; registers that keep it would cost occupancy
         y = _residual(x, words, factors, found, held, octet, x_token, rows * count, stage, D, TOKENS, NATIVE_E4M3)
         at = ((side * STAGES + stage) * rows + row) * padded
         chosen = nearest(tile_of(y, TOKENS, D).to(table.dtype.element_ty), table + at * D, norms + at, padded, count - 1, D, TOKENS, BLOCK)
@@ -128,9 +121,9 @@ def encode_kernel(
     scale = round_to_e4m3(rms)
     scale = tl.where(scale > 0, scale, 1.0)
     scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (TOKENS, GROUPS, OCTETS // GROUPS)), (TOKENS, OCTETS))
-    # rounded by itself, so that what is compared with it and what it is taken off agree
+    # rounded on its own, so that comparisons with it and differences from it agree
     border = tl.fma(scale, b0 if BITS == 2 else b1 if BITS == 3 else b3, 0.0)
-    p0, p1, p2, p3 = signs(y, scale, border, b0, b1, b2, b4, b5, b6, BITS)
+    p0, p1, p2, p3 = plane_bytes(y, scale, border, b0, b1, b2, b4, b5, b6, BITS)
     at = (row * tokens + first) * OCTETS
     inside = local[:, None] * OCTETS + octet
     tl.store(tl.where(side == 0, plane0, other_plane0) + at + inside, p0.to(tl.uint8), mask=mask[:, None])
@@ -143,71 +136,22 @@ def encode_kernel(
 
 
 @triton.jit
-def signs(y, scale, border, b0, b1, b2, b4, b5, b6, BITS: tl.constexpr):
-    """The bytes of an octet's planes from residuals and the scales of their groups. Instead of being divided by its scale, a
-    number is compared with borders times the scale. border: the middle one, which is needed for every channel."""
-    # signs of differences, the last channel first
-    p0, p1, p2, p3 = 0, 0, 0, 0
-    for channel in tl.static_range(7, -1, -1):
-        size = tl.abs(y[channel])
-        p0 = _with_sign(p0, y[channel])
-        if BITS > 1:
-            p1 = _with_sign(p1, size - border)
-        if BITS == 3:
-            p2 = _with_sign(p2, size - tl.where(size >= border, b2, b0) * scale)
-        if BITS == 4:
-            high = size >= border
-            middle = tl.where(high, b5, b1) * scale
-            p2 = _with_sign(p2, size - middle)
-            p3 = _with_sign(p3, size - tl.where(size >= middle, tl.where(high, b6, b2), tl.where(high, b4, b0)) * scale)
-    # a bit is set where a number is not below zero
-    return p0 ^ 255, p1 ^ 255, p2 ^ 255, p3 ^ 255
-
-
-@triton.jit
-def _with_sign(byte, x):
-    """The sign bit of x moved in from below, which is one instruction."""
-    return (byte << 1) | (x.to(tl.uint32, bitcast=True) >> 31)
-
-
-@triton.jit
 def _plus(y, c, factor):
-    """Centroids, codes times what makes values of them, added to an octet."""
+    """An octet plus centroids, which are codes times a factor."""
     return (y[0] + c[0] * factor[0], y[1] + c[1] * factor[1], y[2] + c[2] * factor[2], y[3] + c[3] * factor[3],
             y[4] + c[4] * factor[4], y[5] + c[5] * factor[5], y[6] + c[6] * factor[6], y[7] + c[7] * factor[7])
 
 
 @triton.jit
 def _times(y, factor):
-    """Adding 0 makes zeros of negative zeros, which have the sign bit of numbers below zero."""
+    """y * factor. Adding 0 turns -0 into 0, whose sign bit is that of a value that is not negative."""
     return (tl.fma(y[0], factor[0], 0.0), tl.fma(y[1], factor[1], 0.0), tl.fma(y[2], factor[2], 0.0), tl.fma(y[3], factor[3], 0.0),
             tl.fma(y[4], factor[4], 0.0), tl.fma(y[5], factor[5], 0.0), tl.fma(y[6], factor[6], 0.0), tl.fma(y[7], factor[7], 0.0))
 
 
-@triton.jit
-def power(y):
-    """Sum of the squares of an octet."""
-    return tl.fma(y[0], y[0], tl.fma(y[1], y[1], tl.fma(y[2], y[2], y[3] * y[3]))) + tl.fma(
-        y[4], y[4], tl.fma(y[5], y[5], tl.fma(y[6], y[6], y[7] * y[7])))
-
-
-@triton.jit
-def shared_exponent(largest):
-    """Of the power of two of a row whose largest scale is the given float32."""
-    bits = largest.to(tl.int32, bitcast=True)
-    # the exponent of a mantissa in [0.5, 1), as `codec` defines it
-    return tl.minimum(tl.maximum(tl.where(bits == 0, 0, (bits >> 23) - 126), -100), 100) - 8
-
-
-@triton.jit
-def scale_to_e4m3(root, factor):
-    """float32 scales times a factor as bytes; NaN where they are not finite."""
-    return tl.where(is_finite(root), float32_to_e4m3(root * factor).to(tl.int32), 0x7F).to(tl.uint8)
-
-
 @triton.jit(do_not_specialize=["count"])
 def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count, BLOCK: tl.constexpr):
-    """float32 scales [tensors, rows, count] to bytes under one power of two a row, in which those that are no numbers have no part.
+    """float32 scales [tensors, rows, count] to E4M3 bytes under one power of two for each row, which non-finite ones do not affect.
     Grid: (rows, tensors)."""
     row, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
     roots += (side * tl.num_programs(0) + row) * count
@@ -226,7 +170,7 @@ def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count
 
 
 def borders_and_planes(spans: list[PlaneSpan]) -> list[float | Tensor]:
-    """b0 to b6 and the planes of K and V as the kernels take them; those that there are not are never looked at."""
+    """b0 to b6 and the planes of K and V, as arguments of the kernels; placeholders stand for missing ones, which are not used."""
     bits = spans[0].bits
     borders = planes.thresholds(bits)
     written = [span.planes[min(plane, bits - 1)] for plane in range(planes.MAX_PLANES) for span in (spans[0], spans[-1])]
@@ -234,9 +178,9 @@ def borders_and_planes(spans: list[PlaneSpan]) -> list[float | Tensor]:
 
 
 def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
-    """Whether the kernel for such GPUs has encoded tensors to the spans made for them. What failed is not tried again."""
+    """Encode with the kernel for Hopper, if that is possible. Returns whether it did. Variants that failed are not tried again."""
     x, first = xs[0], spans[0]
-    # that kernel reads two channels at once
+    # it loads two channels at a time
     odd = x.stride(0) % 2 or x.stride(1) % 2 or any(tensor.data_ptr() % 4 for tensor in xs)
     if major(x.device) != 9 or x.dtype != torch.bfloat16 or odd:
         return False
@@ -252,10 +196,10 @@ def _on_hopper(spans: list[PlaneSpan], xs: list[Tensor]) -> bool:
     except Exception as error:
         if ran_out(error):
             raise
-        # a Triton without Gluon, or with another one; the kernel for any GPU asks for less
+        # a Triton without Gluon or with another version of it; the kernel for any GPU needs neither
         reason = sentence_of(error)
         _hopper_failures.add(_compiled_for(first), x.shape, reason)
-        logging.warning("QVG: %s tokens in %s heads are encoded by the kernel for any GPU from here on: %s", *x.shape[:2], reason)
+        logging.warning("QVG: from here on %s tokens in %s heads are encoded by the kernel for any GPU: %s", *x.shape[:2], reason)
         note(ON_HOPPER, reason=reason)
         return False
     return cut is not None
@@ -266,7 +210,7 @@ def _compiled_for(span: PlaneSpan) -> tuple:
 
 
 def encode(bits: int, groups: int, gains: list[str], books: list[Codebook], *xs: Tensor) -> list[PlaneSpan]:
-    """One or two tensors [T, R, D] that are alike, as are their codebooks -> a span with `bits` planes of each."""
+    """One or two tensors [T, R, D] of one shape, with codebooks of one shape -> a span with `bits` planes of each."""
     for x in xs:
         require_channels_last(x)
     x = xs[0]

@@ -34,7 +34,7 @@ from .encode import borders_and_planes
 from .hopper_assign import load_centroids, nearest, prepare_centroids, start_turns, store_centroids
 from .hopper_layouts import codebook_layout, word_layout, word_offset
 from .hopper_pairs import copy_pairs, opaque_zero, subtract_pairs
-from .hopper_tile import channel_factors, load_tokens, prefetch_tokens, quantize, store_scales, store_tile
+from .hopper_tile import channel_factors, load_tokens, prefetch_tokens, quantize_tile, store_scales, store_tile
 
 # of a program, and what the compiler may use of it to exchange data
 SHARED_BYTES, RESERVED_BYTES = 232_448, 4096
@@ -133,7 +133,7 @@ def encode_kernel(
             y = subtract_pairs(y, gl.load(words + stage * C * (D // 2) + (chosen[:, None] * (D // 2) + word_offset(word, D)[None, :])))
         if BITS <= 2:
             following = load_tokens(x, x_token, token + T, last, word)
-        rms, bytes = quantize(y, factor.index(again), b0, b1, b2, b3, b4, b5, b6, GROUPS, BITS)
+        rms, bytes = quantize_tile(y, factor.index(again), b0, b1, b2, b3, b4, b5, b6, GROUPS, BITS)
         prefetch_tokens(x, x_token, token + 2 * T, last, T, D)
         store_tile(roots + begin * GROUPS, first, rms, local, last - first)
         for plane in gl.static_range(BITS):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from . import encode, octets, tiles
+from . import octets, quantize, tiles
 from .hopper_layouts import channels_of, quarter_layout
 from .hopper_pairs import fma_pairs, pair_of, power_of_pairs, sign_byte
 
 # functions that the kernel for any GPU has, compiled as Gluon
-_round_to_e4m3, _power_of_two, _octets, _power, _signs, _shared_exponent, _scale_to_e4m3 = (gluon.jit(function.fn) for function in (
-    tiles.round_to_e4m3, tiles.power_of_two, octets.octets, encode.power, encode.signs, encode.shared_exponent, encode.scale_to_e4m3))
+_octets, _round_to_e4m3, _power_of_two = (
+    gluon.jit(function.fn) for function in (octets.octets, tiles.round_to_e4m3, tiles.power_of_two))
+_power, _plane_bytes, _shared_exponent, _scale_to_e4m3 = (
+    gluon.jit(function.fn) for function in (quantize.power, quantize.plane_bytes, quantize.shared_exponent, quantize.scale_to_e4m3))
 
 
 @gluon.jit
@@ -40,7 +42,7 @@ def store_tile(pointer, first, x, local, last):
 
 @gluon.jit
 def channel_factors(channel_scale, D: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr):
-    """Reciprocals of the channel scales in shared memory, as `quantize` takes them: float32 [1, D], up to two planes pairs of bf16
+    """Reciprocals of the channel scales in shared memory, as `quantize_tile` takes them: float32 [1, D], up to two planes pairs of bf16
     [1, D / 2]."""
     each = gl.arange(0, D, layout=gl.BlockedLayout([2], [32], [WARPS], [0]))
     inverse = 1.0 / gl.load(channel_scale + each).to(gl.float32)
@@ -55,7 +57,7 @@ def channel_factors(channel_scale, D: gl.constexpr, BITS: gl.constexpr, WARPS: g
 
 
 @gluon.jit
-def quantize(y, factor, b0, b1, b2, b3, b4, b5, b6, GROUPS: gl.constexpr, BITS: gl.constexpr):
+def quantize_tile(y, factor, b0, b1, b2, b3, b4, b5, b6, GROUPS: gl.constexpr, BITS: gl.constexpr):
     """Residuals, pairs of bf16 [T, D / 2] -> root mean squares float32 [T, GROUPS], bytes of planes int32 [T, D / 8] each.
 
     factor: see `channel_factors`. b0 to b6: borders of the quantizer's cells.
@@ -83,7 +85,7 @@ def quantize(y, factor, b0, b1, b2, b3, b4, b5, b6, GROUPS: gl.constexpr, BITS: 
     scale = gl.convert_layout(gl.reshape(scale, (T, OCTETS)), OCTET)
     border = scale * (b0 if BITS == 2 else b1 if BITS == 3 else b3)
     if BITS > 2:
-        bytes = _signs(o, scale, border, b0, b1, b2, b4, b5, b6, BITS)
+        bytes = _plane_bytes(o, scale, border, b0, b1, b2, b4, b5, b6, BITS)
     elif BITS == 2:
         # x * x - border * border has the sign of |x| - border
         square = -border * border
