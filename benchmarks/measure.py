@@ -19,7 +19,7 @@ import torch
 from ..qvg.cache import lifetime
 from ..qvg.commands import arguments
 from ..qvg.commands.results import prepare_folder
-from ..qvg.files.places import write_atomically
+from ..qvg.files import write_atomically
 
 FLUSH_BYTES = 256 << 20
 # long enough for the host to queue what is timed, so that the device never waits for it

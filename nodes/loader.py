@@ -14,7 +14,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..qvg.files.tensor_files import first_line
+from ..qvg.files import first_line
 from ..qvg.models import FAMILIES
 from ..qvg.models.checkpoint import SUFFIXES, open_checkpoint
 from .adapters.families import adapter_of

@@ -25,7 +25,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io, ui
 
-from ..qvg.files.places import InUse, Taken
+from ..qvg.files import InUse, Taken
 from ..qvg.models.longcat_schedule import GUIDANCE, STEPS, noise_levels
 from ..qvg.video.segment_file import SegmentFile
 from ..qvg.video.segments import Segments, SegmentSession, digest

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..qvg.files.file_names import fault
-from ..qvg.files.places import PlaceError
+from ..qvg.files import PlaceError, name_problem
 
 TOKEN = re.compile(r"%[^%]+%")
 SIZES = ("%width%", "%height%")
@@ -28,7 +27,7 @@ def check_prefix(prefix: str) -> None:
         raise ValueError(f"The file name {prefix!r} holds {left[0]}, which nothing stands for. ComfyUI's page knows %date:yyyy-MM-dd% and "
                          f"%Node name.widget%; in a graph that is sent without it, use {', '.join(KNOWN)}.")
     for part in re.split(r"[/\\]", prefix):
-        if part.strip(" .") and (wrong := fault(part)):
+        if part.strip(" .") and (wrong := name_problem(part)):
             raise ValueError(f"The file name {prefix!r} {wrong}. Use a plain name, such as video/qvg.")
     if not Path(prefix).name:
         raise ValueError(f"The file name {prefix!r} has no name in it. Write one such as video/qvg.")

@@ -16,8 +16,7 @@ import folder_paths
 from comfy.latent_formats import Wan21
 from comfy_api.latest import io
 
-from ..qvg.files.file_names import relative
-from ..qvg.files.places import Lock, check_place, remove_parts
+from ..qvg.files import Lock, check_place, relative_path, remove_parts
 from ..qvg.models.wan_vae import CHANNELS
 from ..qvg.video import segments
 from ..qvg.video import session as storage
@@ -37,7 +36,7 @@ def folder() -> Path:
 def path_of(name: str, existing: bool = False) -> Path:
     """Where a session of this name lies; existing: one that is to be read. Raises ValueError for a name that leads out of the folder of
     sessions, by itself or by a link, and for a new one that some system cannot store."""
-    path = folder() / relative(name, ENDING, existing)
+    path = folder() / relative_path(name, ENDING, existing)
     if not path.resolve().is_relative_to(folder().resolve()):
         raise ValueError(f"The session name {name!r} leads out of {folder()}. Use a plain name.")
     return path

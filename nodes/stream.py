@@ -19,7 +19,7 @@ import torch
 from comfy.ldm.wan.vae import WanVAE, count_cache_layers
 from comfy_api.latest import io
 
-from ..qvg.files.places import InUse, Taken
+from ..qvg.files import InUse, Taken
 from ..qvg.video.decode import to_bytes
 from ..qvg.video.writer import VideoWriter
 from .outputs import SIZES, check_prefix, places

@@ -13,7 +13,7 @@ from comfyui_qvg.benchmarks.kernels import Case, tokens
 from comfyui_qvg.qvg.cache.budget import Geometry
 from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.demo import NETWORK_PATH
-from comfyui_qvg.qvg.files.places import Taken
+from comfyui_qvg.qvg.files import Taken
 from comfyui_qvg.qvg.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -127,7 +127,7 @@ FALSE = {
         "blocks.1.ffn.0.weight"),
     "a vector of whole numbers": (wan_state() | {"blocks.1.norm3.bias": torch.zeros(256, dtype=torch.int64)}, "norm3.bias as int64"),
     "one weight missing": ({key: x for key, x in wan_state().items() if key != "blocks.1.norm3.bias"}, "lacks blocks.1.norm3.bias"),
-    "complex": (wan_state() | {"blocks.1.norm3.bias": torch.zeros(256, dtype=torch.complex64)}, "no layer takes"),
+    "complex": (wan_state() | {"blocks.1.norm3.bias": torch.zeros(256, dtype=torch.complex64)}, "no layer uses"),
 }
 
 
@@ -172,7 +172,7 @@ def test_many_views_of_one_storage(tmp_path):
     path = tmp_path / "views.pt"
     block = torch.zeros(1_000_000)
     torch.save(wan_state() | {f"extra.{number}": block.view(1000, 1000) for number in range(1000)}, path)
-    with pytest.raises(ValueError, match="names tensors of 4,0"):
+    with pytest.raises(ValueError, match="lists tensors of 4,0"):
         open_checkpoint(path)
 
 

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
+from comfyui_qvg.qvg.files import InUse, Lock, PlaceError, check_place, remove_parts, write_atomically
 from comfyui_qvg.qvg.files import places as files
-from comfyui_qvg.qvg.files.places import InUse, Lock, PlaceError, check_place, remove_parts, write_atomically
 
-HOLD = ("import sys, time; from comfyui_qvg.qvg.files.places import Lock\n"
+HOLD = ("import sys, time; from comfyui_qvg.qvg.files import Lock\n"
         "lock = Lock(sys.argv[1]); print('held', flush=True); time.sleep(60)")
 
 
@@ -80,7 +80,7 @@ def test_a_lock_holds_against_other_processes_and_ends_with_them(tmp_path):
 
 def test_many_processes_take_turns(tmp_path):
     """Each holds the lock for a moment and adds a line; removing and taking it again must let no two in."""
-    code = ("import sys, time\nfrom comfyui_qvg.qvg.files.places import InUse, Lock\n"
+    code = ("import sys, time\nfrom comfyui_qvg.qvg.files import InUse, Lock\n"
             "for turn in range(25):\n    while True:\n        try:\n"
             "            lock = Lock(sys.argv[1]); break\n        except InUse: time.sleep(0.001)\n"
             "    text = open(sys.argv[1]).read(); time.sleep(0.001); open(sys.argv[1], 'w').write(text + 'x'); lock.release()")
@@ -98,7 +98,7 @@ def test_what_fails_leaves_the_older_file(tmp_path, monkeypatch):
         place.write_text("ne")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match=r"/a could not be written \(No space left on device\)\. Make room"):
+    with pytest.raises(OSError, match=r"/a could not be written \(No space left on device\)\. Free some space"):
         write_atomically(path, half)
     monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -112,7 +112,7 @@ def test_parts_of_killed_processes_are_removed_and_nothing_else(tmp_path):
     for name in ("a[1].mp4.part", "a[1].mp4.0123456.part", "a1.mp4.01234567.part", "a[1].mp4.0123456g.part", "a[1].mp4.01234567.party"):
         (tmp_path / name).write_text("")
     kept = sorted(entry.name for entry in tmp_path.iterdir())
-    code = ("import sys, time; from comfyui_qvg.qvg.files.places import write_atomically\n"
+    code = ("import sys, time; from comfyui_qvg.qvg.files import write_atomically\n"
             "write_atomically(sys.argv[1], lambda place: (place.write_text('x'), print('half', flush=True), time.sleep(60)))")
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "half\n"

@@ -12,7 +12,7 @@ import torch
 
 from comfyui_qvg.benchmarks import soak
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH
-from comfyui_qvg.qvg.files.places import InUse
+from comfyui_qvg.qvg.files import InUse
 from comfyui_qvg.qvg.video import ChunkDone, Run, Schedule, StepDone
 from comfyui_qvg.qvg.video import session as storage
 from comfyui_qvg.qvg.video.decode import ChunkDecoder, encode_stream

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from comfyui_qvg.qvg.files import InUse, Taken
 from comfyui_qvg.qvg.files import places as files
-from comfyui_qvg.qvg.files.places import InUse, Taken
 from comfyui_qvg.qvg.video import segments
 from comfyui_qvg.qvg.video import session as storage
 from comfyui_qvg.qvg.video.segment_file import SUFFIX, SegmentFile

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_qvg.qvg.files.places import InUse, Taken
+from comfyui_qvg.qvg.files import InUse, Taken
 from comfyui_qvg.qvg.models.wan_vae import WanVAE, denormalize, normalize
 from comfyui_qvg.qvg.video import container_file, image_files
 from comfyui_qvg.qvg.video.container_file import PartEncoder

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..demo import CHUNK_FRAMES, PROMPTS
 from ..demo.run import COMPARED, DEFAULT, NOISE, Demo, draw, figures, hardware, render, write_video
-from ..files.places import write_atomically
+from ..files import write_atomically
 from ..units import format_bytes
 from ..video import Run
 from .arguments import device, whole

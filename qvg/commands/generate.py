@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..files.places import PlaceError, Taken, check_place, same_place
+from ..files import PlaceError, Taken, check_place, same_place
 from ..settings import PRESETS, QVGSettings
 from ..units import format_bytes
 from ..video import MAX_FRAMES, Adapted, ChunkDone, Run, Schedule, latent_frames

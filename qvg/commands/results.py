@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files.places import PlaceError, Taken, check_place
+from ..files import PlaceError, Taken, check_place
 
 
 def prepare_folder(out: Path, names: Sequence[str], overwrite: bool) -> None:

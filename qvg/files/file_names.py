@@ -1,6 +1,6 @@
-"""Names that a person gives to files of this pack, under one rule for every system, so that a graph made on one runs on another.
+"""File names that users give, under one rule for every system, so that a graph made on one runs on another.
 
-    relative("films/ball", ".safetensors")      # PurePosixPath("films/ball.safetensors")
+    relative_path("films/ball", ".safetensors")      # PurePosixPath("films/ball.safetensors")
 """
 
 from __future__ import annotations
@@ -9,51 +9,50 @@ import unicodedata
 from pathlib import PurePosixPath
 
 FORBIDDEN = '\\:*?"<>|'
-# names that Windows gives to devices, whatever ending follows
+# Windows reserves these names for devices, whatever suffix follows
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
-LONGEST = 255  # bytes that common file systems allow a part of a path
-BESIDE = len(".01234567.part")  # what a file's name grows by while it is written
+# bytes in one part of a path on common file systems, and those that a name grows by while its file is written
+LONGEST, TEMPORARY = 255, len(".01234567.part")
 
 
-def relative(name: str, ending: str = "", existing: bool = False) -> PurePosixPath:
-    """A name below a folder as a path that cannot lead out of it; `ending` (such as ".png") is added where it is missing.
+def relative_path(name: str, suffix: str = "", existing: bool = False) -> PurePosixPath:
+    """A name below a folder as a path that cannot leave it. `suffix` (such as ".png") is added where it is missing.
 
-    existing: the file was written before, so that what only some systems refuse is let pass.
+    existing: the file was written before, so names that only some systems refuse are allowed.
     Raises ValueError for a name that leads elsewhere, or that some system cannot store.
     """
     parts = str(name).split("/")
-    whole = parts if parts[-1].endswith(ending) else [*parts[:-1], parts[-1] + ending]
+    whole = parts if parts[-1].endswith(suffix) else [*parts[:-1], parts[-1] + suffix]
     for part, stored in zip(parts, whole):
-        if reason := _leads_out(part) or ("" if existing else _not_everywhere(stored)):
+        if reason := _leaves_folder(part) or ("" if existing else _not_portable(stored)):
             raise ValueError(f"The name {name!r} {reason}. Use a plain name, such as 'my video' or 'films/my video'.")
-    parts = whole
-    if any(len(part.encode()) > LONGEST - BESIDE for part in parts):
+    if any(len(part.encode()) > LONGEST - TEMPORARY for part in whole):
         raise ValueError(f"The name {str(name)[:40]!r}... is too long for a file. Use a shorter one.")
-    return PurePosixPath(*parts)
+    return PurePosixPath(*whole)
 
 
-def fault(name: str) -> str:
+def name_problem(name: str) -> str:
     """What is wrong with the name of a file, as the end of a sentence; "" where nothing is."""
     if not name.strip(" ."):
         return "has no name"
-    return _control(name) or _not_everywhere(name)
+    return _control_character(name) or _not_portable(name)
 
 
-def _leads_out(part: str) -> str:
+def _leaves_folder(part: str) -> str:
     """What is wrong with a part of a path on any system, as the end of a sentence; "" where nothing is."""
     if not part.strip(" .") or part.startswith("~"):
         return "is empty, leads out of its folder, or has a part without a name"
-    return _control(part)
+    return _control_character(part)
 
 
-def _control(part: str) -> str:
+def _control_character(part: str) -> str:
     return "has a control character" if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in part) else ""
 
 
-def _not_everywhere(part: str) -> str:
-    """The same for what some systems cannot store, or store under another name."""
+def _not_portable(part: str) -> str:
+    """What some systems cannot store, or store under another name, as the end of a sentence; "" where nothing is."""
     if found := next((letter for letter in part if letter in FORBIDDEN), ""):
-        return f"has a {found!r}, which a file's name cannot hold on every system"
+        return f"has a {found!r}, which not every system allows in a file name"
     if part != part.rstrip(" ."):
-        return "ends with a space, or ends with a dot, which some systems drop"
-    return f"has a part {part!r}, which Windows keeps for a device" if part.partition(".")[0].strip().lower() in DEVICES else ""
+        return f"ends with a {'dot' if part.endswith('.') else 'space'}, which some systems drop"
+    return f"has a part {part!r}, which Windows reserves for a device" if part.partition(".")[0].strip().lower() in DEVICES else ""

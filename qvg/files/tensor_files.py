@@ -1,12 +1,11 @@
-"""Files of tensors that somebody else made, opened so that a false one costs a sentence: no code, and no more memory than the file has.
+"""Tensor files from other people, opened so that a false one costs no more than an error: no code runs, and memory is bounded by its size.
 
     content, metadata = read_safetensors(path)
-    content = read_pickled(path)                # what torch.save wrote: dicts in dicts
-    check(state, path.stat().st_size)           # what is taken of it
+    content = read_pickled(path)                        # what torch.save wrote: nested dicts
+    check_tensors(state, path.stat().st_size)           # what is used of it
 
-Tensors stay mapped from the file where its format allows it. `read_pickled` gives a tree of dicts with text for keys and tensors for
-leaves; whatever else a training checkpoint holds is left out, and so is a dict that comes a second time, since one that holds itself
-would have no end.
+Tensors stay mapped from the file where its format allows it. `read_pickled` returns a tree of dicts with strings as keys and tensors as
+leaves. Whatever else a training checkpoint holds is dropped, and so is a dict that appears a second time, because it could contain itself.
 """
 
 from __future__ import annotations
@@ -20,95 +19,93 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .fields import short_repr
+from .sentences import first_line, short_repr
 
-# far beyond any checkpoint there is, and read in seconds
-MOST_TENSORS = 100_000
-DEEPEST = 16
-LONGEST_NAME = 300
-# a file that shares weights between two layers names more than it holds
+# far more than any known checkpoint, and still read in seconds
+MAX_TENSORS = 100_000
+MAX_DEPTH = 16
+MAX_NAME = 300
+# a file in which two layers share weights lists more bytes than it holds
 SHARED = 2
-# what a file system says, whatever is in the file
-PLACE = (FileNotFoundError, PermissionError, IsADirectoryError)
+# errors of the file system, whatever the file holds
+PLACE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and the file's own metadata. Raises ValueError with a sentence for a file that is damaged or false."""
+    """Tensors by name, and the file's metadata. Raises ValueError for a file that is damaged or false."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
-            fault = _fault(names)
-            content = {} if fault else {name: file.get_tensor(name) for name in names}
-    except PLACE:
+            problem = _names_problem(names)
+            content = {} if problem else {name: file.get_tensor(name) for name in names}
+    except PLACE_ERRORS:
         raise
-    # the library has an error of its own for most damage, and lets those of torch, of the system and of Python through for the rest
+    # most damage is a SafetensorError; the rest comes as errors of torch, the system or Python
     except Exception as error:
         raise ValueError(f"{path.name} is not a whole safetensors file ({first_line(error)}); download it again.") from error
-    if fault:
-        raise ValueError(f"{path.name} {fault}")
+    if problem:
+        raise ValueError(f"{path.name} {problem}")
     return content, metadata
 
 
 def read_pickled(path: Path) -> dict:
-    """What `torch.save` put into a file, as the module's text says. Raises ValueError with a sentence for a file that is damaged or false,
-    or that holds other Python objects, which could run code."""
-    mapped = _is_whole_zip(path)
+    """What `torch.save` wrote, as a tree of dicts (see the module's docstring).
+
+    Raises ValueError for a file that is damaged or false, or that holds other Python objects, which could run code.
+    """
+    mapped = _is_zip(path)
     try:
-        # no mmap for the format before torch 1.6
+        # the format before torch 1.6 cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except PLACE:
+    except PLACE_ERRORS:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path.name} holds Python objects besides tensors, or is damaged. It is not opened, because such a file can run "
                          "code. Get a .safetensors file, or a .pt of plain tensors.") from error
-    # for other damage torch has no error of its own: what a false number leads to is raised as it comes
+    # torch has no error of its own for other damage
     except Exception as error:
         raise ValueError(f"{path.name} is damaged ({first_line(error)}); download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds a {type(content).__name__}, not a state dict.")
     seen: set[int] = set()
-    tree = _tree(content, seen, DEEPEST)
+    tree = _tree(content, seen, MAX_DEPTH)
     waiting, names = [tree], []
     while waiting:
         inside = waiting.pop()
         names += inside
         waiting += [value for value in inside.values() if isinstance(value, dict)]
-    if fault := _fault(names):
-        raise ValueError(f"{path.name} {fault}")
+    if problem := _names_problem(names):
+        raise ValueError(f"{path.name} {problem}")
     return tree
 
 
-def check(state: Mapping[str, Tensor], available: int) -> None:
-    """Raises ValueError where a tensor is none that a network could have as a weight, or where all of them together are more than the
-    `available` bytes that their file has."""
+def check_tensors(state: Mapping[str, Tensor], available: int) -> None:
+    """Raises ValueError where a tensor cannot be a network's weight, or where all of them together exceed the `available` bytes of their
+    file."""
     for key, tensor in state.items():
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized or tensor.is_complex() or tensor.is_nested:
-            raise ValueError(f"It holds {key} as a {_kind(tensor)} tensor, which no layer takes. Get a file of plain tensors.")
+            raise ValueError(f"It holds {key} as a {_kind(tensor)} tensor, which no layer uses. Get a file of plain tensors.")
         if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"It holds {key} with shape {short_repr(tensor.shape)}, but fewer numbers than that; download it again.")
+            raise ValueError(f"It holds {key} with shape {short_repr(tensor.shape)}, but fewer elements than that; download it again.")
     total = sum(tensor.nbytes for tensor in state.values())
     if total > SHARED * available:
-        raise ValueError(f"It names tensors of {total:,} bytes together, but has only {available:,}; download it again.")
+        raise ValueError(f"It lists tensors of {total:,} bytes in all, but has only {available:,}; download it again.")
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, short enough to be part of a sentence."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:120].rstrip(" .:")
-
-
-def _fault(names: list[str]) -> str:
-    """What is wrong with the names of a file's tensors, as the end of a sentence: they are shown to people, and taken apart."""
-    if len(names) > MOST_TENSORS:
-        return f"holds {len(names):,} tensors; no video model has more than {MOST_TENSORS:,}. Choose another file."
-    strange = next((name for name in names if not name.isprintable() or len(name) > LONGEST_NAME), None)
+def _names_problem(names: list[str]) -> str:
+    """What is wrong with the names of a file's tensors, as the end of a sentence; "" where nothing is."""
+    if len(names) > MAX_TENSORS:
+        return f"holds {len(names):,} tensors; no video model has more than {MAX_TENSORS:,}. Choose another file."
+    strange = next((name for name in names if not name.isprintable() or len(name) > MAX_NAME), None)
     return "" if strange is None else f"holds a tensor with the name {short_repr(strange)}, which no weight has; download it again."
 
 
-def _is_whole_zip(path: Path) -> bool:
-    """Whether this is torch's format since 1.6, which can be mapped. Raises ValueError for one that is damaged, or compressed: torch never
-    compresses, and what is read through a map must not be."""
+def _is_zip(path: Path) -> bool:
+    """Whether this is torch's zip format (since 1.6), which can be mapped.
+
+    Raises ValueError for a zip that is damaged, or compressed: torch never compresses, and mapped data must not be.
+    """
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             return False
@@ -116,7 +113,7 @@ def _is_whole_zip(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except Exception as error:
-        # an archive's index is at its end, which a broken download lacks
+        # the index is at the end, which an interrupted download lacks
         raise ValueError(f"{path.name} is not a whole .pt file ({first_line(error)}); download it again.") from error
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -125,15 +122,16 @@ def _is_whole_zip(path: Path) -> bool:
     return True
 
 
-def _tree(content: dict, seen: set[int], deep: int) -> dict:
-    seen.add(id(content))
+def _tree(content: dict, seen_: set[int], depth: int) -> dict:
+    """Only dicts and tensors, to a limited depth; `seen_` collects their ids."""
+    seen_.add(id(content))
     kept = {}
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, Tensor):
-            seen.add(id(value))
+            seen_.add(id(value))
             kept[key] = value
-        elif isinstance(key, str) and isinstance(value, dict) and id(value) not in seen and deep:
-            kept[key] = _tree(value, seen, deep - 1)
+        elif isinstance(key, str) and isinstance(value, dict) and id(value) not in seen_ and depth:
+            kept[key] = _tree(value, seen_, depth - 1)
     return kept
 
 

@@ -86,7 +86,7 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Descript
         content, config, available = tensor_files.read_pickled(path), {}, path.stat().st_size
     try:
         found = find_network(content)
-        tensor_files.check(found.state, available)
+        tensor_files.check_tensors(found.state, available)
         family = next((family for family in FAMILIES.values() if family.recognizes is not None and family.recognizes(found.state)), None)
         state = found.state if family is None else family.convert(found.state)
     except ValueError as error:

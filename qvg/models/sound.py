@@ -6,8 +6,7 @@ import re
 
 import torch
 
-from ..files import tensor_files
-from ..files.fields import short_repr
+from ..files import short_repr, tensor_files
 from .family import Family, Sizes, State
 
 MOST_LAYERS = 256

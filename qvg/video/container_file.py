@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ..files.places import failed, write_atomically
+from ..files import write_atomically, write_error
 from .containers import Container, Mp4, WebM
 from .written import Written, chained_digest
 
@@ -79,7 +79,7 @@ class ContainerFile:
                     file.truncate(size)
                     raise
         except OSError as error:
-            raise failed(self.path, error) from error
+            raise write_error(self.path, error) from error
 
     def finish(self, written: Written) -> None:
         """Write an index, so that players know the length and can seek. Raises OSError where the disk refuses."""

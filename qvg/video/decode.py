@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..files.fields import short_repr
+from ..files import short_repr
 from ..models.wan_vae import WanVAE, denormalize, normalize
 
 

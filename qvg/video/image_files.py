@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files.places import write_atomically
+from ..files import write_atomically
 from .written import Written, chained_digest
 
 

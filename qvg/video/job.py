@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import first_line
 from ..files.fields import integer, partial_record, real_number, text
-from ..files.tensor_files import first_line
 from ..models.wan import PATCH
 from ..settings import QVGSettings
 from .run import MAX_FRAMES, Run

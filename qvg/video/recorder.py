@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from ..cache.forecast import forecast
-from ..files.places import Lock, PlaceError, Taken, check_place, remove_parts, same_place
+from ..files import Lock, PlaceError, Taken, check_place, remove_parts, same_place
 from ..models.wan_vae import WanVAE
 from . import session as storage
 from .decode import ChunkDecoder, to_bytes

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.places import remove_parts
+from ..files import remove_parts
 from . import session as storage
 from .writer import VideoWriter
 

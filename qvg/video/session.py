@@ -35,9 +35,8 @@ from ..cache.lifetime import Lifetime
 from ..codec.layout import make_span, span_layout, span_tensors
 from ..codec.smoothing import Codebook
 from ..codec.spans import PaperCodebook, PlaneSpan
-from ..files.fields import FieldError, require, short_repr
-from ..files.places import write_atomically
-from ..files.tensor_files import first_line
+from ..files import first_line, short_repr, write_atomically
+from ..files.fields import FieldError, require
 from ..models.fingerprint import fingerprint as fingerprint
 from ..settings import QVGSettings
 from .run import Run

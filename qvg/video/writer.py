@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..files.places import Lock, Taken, check_place, remove_parts
+from ..files import Lock, Taken, check_place, remove_parts
 from .container_file import FORMATS, ContainerFile
 from .image_files import ImageFiles
 from .written import Written
