@@ -22,20 +22,20 @@ class QVGCompare(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGCompare", display_name="Compare (QVG)", category="QuantVideoGen", is_output_node=True,
-            description="Puts two videos side by side, shows where they differ, and measures PSNR and SSIM of each frame.",
+            description="Compares two videos: side by side, as a heat map, and by PSNR and SSIM of each frame.",
             search_aliases=["psnr", "ssim", "difference", "side by side", "quality", "qvg"],
             inputs=[
-                io.Image.Input("first", tooltip="The video that is measured against, for example made with the preset Off."),
-                io.Image.Input("second", tooltip="The video that is measured; as many frames of the same size."),
+                io.Image.Input("first", tooltip="The reference video, for example made with the preset Off."),
+                io.Image.Input("second", tooltip="The video to measure; as many frames, of the same size."),
                 io.Float.Input("white_at", default=0.25, min=0.01, max=1.0, step=0.01, advanced=True, optional=True,
-                               tooltip="Difference of a channel, of 0 to 1, that the heat map shows white. Lower it to see finer ones. "
+                               tooltip="Channel difference (0 to 1) that the heat map shows as white. Lower it to see smaller differences. "
                                        "Default: 0.25."),
             ],
             outputs=[
-                io.Image.Output(display_name="side_by_side", tooltip="First left, second right."),
-                io.Image.Output(display_name="heat_map", tooltip="Black where equal, then red, yellow and white."),
-                io.Image.Output(display_name="chart", tooltip="PSNR and SSIM over the frames."),
-                io.String.Output(display_name="report", tooltip="JSON: mean and each frame's PSNR in dB and SSIM."),
+                io.Image.Output(display_name="side_by_side", tooltip="First on the left, second on the right."),
+                io.Image.Output(display_name="heat_map", tooltip="Black where both are equal, then red, yellow and white."),
+                io.Image.Output(display_name="chart", tooltip="PSNR and SSIM of each frame."),
+                io.String.Output(display_name="report", tooltip="JSON: PSNR in dB and SSIM, the means and of each frame."),
             ])
 
     @classmethod

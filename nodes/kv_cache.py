@@ -58,41 +58,42 @@ class QVGSettingsNode(io.ComfyNode):
 
         return io.Schema(
             node_id="QVGSettings", display_name="QVG Settings", category="QuantVideoGen",
-            description="How many bits the KV cache of an autoregressive video model keeps.",
+            description="How many bits per element the KV cache of an autoregressive video model keeps.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg"],
             inputs=[
                 io.Combo.Input("preset", options=list(LABELS), default="Balanced",
                                tooltip="Off: the model's own cache. Quality: 4 bits. Balanced: 2 bits, about 6x less memory. Smallest: "
                                        "1 bit. Paper: QVG as released, for comparison."),
                 knob("key_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits per element that old keys keep. More are closer to bf16, fewer leave room for longer video."),
+                     "Bits per element of old keys. More are closer to bf16; fewer allow longer video."),
                 knob("value_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits per element that old values keep. More are closer to bf16, fewer leave room for longer video."),
+                     "Bits per element of old values. More are closer to bf16; fewer allow longer video."),
                 count("stages", 4,
-                      "Codebooks subtracted one after the other (0 to 4), each 1/16 bit per element. More are closer to bf16, and slower."),
+                      "Codebooks subtracted one after another (0 to 4); each costs 1/16 bit per element. More are closer to bf16, and "
+                      "slower."),
                 count("centroids", 256, "Entries of a codebook (1 to 256). More are closer to bf16, and slower."),
-                knob("group_size", [16, 32, 64, 128], "Channels that share a scale; fewer are more exact and cost more."),
+                knob("group_size", [16, 32, 64, 128], "Channels that share a scale; fewer are more exact and cost more bits."),
                 count("sink_frames", 1000,
-                      "First latent frames, kept for good at sink_bits. More are closer to bf16 and take more memory."),
+                      "First latent frames, kept permanently at sink_bits. More are closer to bf16 and take more memory."),
                 knob("sink_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits of the sink frames. More are closer to bf16, fewer leave room for longer video."),
+                     "Bits per element of the first frames. More are closer to bf16; fewer allow longer video."),
                 count("recent_frames", 1000,
-                      "Newest latent frames, held at recent_bits until they age. More are closer to bf16 and take more memory."),
+                      "Newest latent frames, held at recent_bits until newer ones follow. More are closer to bf16 and take more memory."),
                 knob("recent_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits of the recent frames. More are closer to bf16, fewer leave room for longer video."),
-                count("window_frames", 100000, "Latent frames kept besides the sink; 0 keeps all. Set it for video without end."),
+                     "Bits per element of the newest frames. More are closer to bf16; fewer allow longer video."),
+                count("window_frames", 100000, "Latent frames kept besides the first ones; 0 keeps all. Set it for endless video."),
                 io.Float.Input("budget_gib", default=0.0, min=0.0, max=1000.0, step=0.1, advanced=True, optional=True,
-                               tooltip="Most GiB that cache and workspace may take. Over it the oldest frames lose bits, then leave. "
-                                       "0, the default, sets no limit. Set it where the card is shared or the video has no end."),
+                               tooltip="Memory budget of cache and workspace in GiB. Above it, the oldest frames lose bits, then are "
+                                       "dropped. 0, the default, is no limit. Set it when the card is shared or the video is endless."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, optional=True, control_after_generate=False,
-                             tooltip="Seed of the clustering. It does not touch the sampler's noise. Default: 0."),
+                             tooltip="Seed of k-means. It does not change the sampler's noise. Default: 0."),
                 io.Boolean.Input("offload", default=False, advanced=True, optional=True,
-                                 tooltip="Keep the frames in host memory (RAM) and bring them to the GPU a layer at a time, while it "
-                                         "computes the layer before. The video is the same; the GPU holds two layers instead of all. "
-                                         "Default: off; turn it on where the card is full and RAM is not."),
+                                 tooltip="Keep the cache in host memory (RAM) and copy it to the GPU one layer ahead of the computation. "
+                                         "The video is the same; the GPU holds two layers instead of all. Default: off; turn it on when "
+                                         "the card is full and RAM is not."),
                 io.Float.Input("host_gib", default=0.0, min=0.0, max=100000.0, step=0.5, advanced=True, optional=True,
-                               tooltip="Most GiB of host memory that offloaded frames may take. Over it the oldest lose bits, then leave. "
-                                       "0, the default, sets no limit."),
+                               tooltip="Host memory budget of offloaded frames in GiB. Above it, the oldest frames lose bits, then are "
+                                       "dropped. 0, the default, is no limit."),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])
 
@@ -121,7 +122,7 @@ class QVGQuantizeKVCache(io.ComfyNode):
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg", "self forcing", "causal forcing"],
             inputs=[
                 io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), or LongCat-Video."),
-                Settings.Input("settings", optional=True, tooltip="From QVG Settings; without it, the Balanced preset."),
+                Settings.Input("settings", optional=True, tooltip="From QVG Settings; without it, the preset Balanced."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same weights with a quantized cache.")],
             hidden=[io.Hidden.unique_id])

@@ -48,16 +48,16 @@ class QVGLoadARVideoModel(io.ComfyNode):
         files = [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIXES)]
         return io.Schema(
             node_id="QVGLoadARVideoModel", display_name="Load AR Video Model (QVG)", category="QuantVideoGen",
-            description="Opens Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 checkpoints, and LongCat-Video, as "
-                        "published (.pt, or parts) or repackaged (.safetensors), and says on the node what it found.",
+            description="Loads checkpoints of Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 models, and of "
+                        "LongCat-Video, as published (.pt, or in parts) or repackaged (.safetensors), and shows on the node what it found.",
             search_aliases=["self forcing", "causal forcing", "longlive", "krea", "longcat", "autoregressive", "unet loader", "qvg"],
             inputs=[
                 io.Combo.Input("model_name", options=files,
-                               tooltip="A file in models/diffusion_models. Training checkpoints are unwrapped, generator_ema before "
-                                       "generator. Ordinary Wan 2.1 text-to-video files have the same layout and are not told apart."),
+                               tooltip="A file in models/diffusion_models. Of training checkpoints, generator_ema is preferred to "
+                                       "generator. Ordinary Wan 2.1 text-to-video files have the same layout and cannot be told apart."),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True,
-                               tooltip="Type in which the weights are kept. default: as in the file, if the device can. fp8_e4m3fn: "
-                                       "half the memory of bf16, slightly less exact; take it when the model does not fit."),
+                               tooltip="Data type of the weights in memory. default: as in the file, if the device supports it. "
+                                       "fp8_e4m3fn: half the memory of bf16, slightly less exact; use it when the model does not fit."),
             ],
             outputs=[io.Model.Output(display_name="model",
                                      tooltip="A causal model for Sampler AR Video, or LongCat-Video for Continue Video (LongCat, QVG).")])

@@ -240,34 +240,35 @@ class QVGARVideoSampler(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGARVideoSampler", display_name="AR Video Sampler (QVG)", category="QuantVideoGen",
-            description="Makes long video chunk by chunk: any length, any cfg, prompts by the clock, from a start or a saved session.",
+            description="Makes long video chunk by chunk: any length, any cfg, prompts at given times, from images, a video or a saved "
+                        "session.",
             search_aliases=["qvg", "long video", "autoregressive", "self forcing", "causal forcing", "continue video", "resume"],
             inputs=[
                 io.Int.Input("chunk_frames", default=3, min=1, max=64,
-                             tooltip="Latent frames made at a time. It must be what the model was trained for: 3 for Self-Forcing, 1 for "
-                                     "framewise models."),
+                             tooltip="Latent frames per chunk. Use what the model was trained with: 3 for Self-Forcing, 1 for frame-wise "
+                                     "models."),
                 io.Latent.Input("start", optional=True,
-                                tooltip="Latents of an image or a video to go on from. They are stored in causal chunks and are the "
+                                tooltip="Latents of an image or a video to continue. They are stored in causal chunks and are the "
                                         "beginning of the result."),
-                SessionType.Input("session", optional=True, tooltip="A video to go on with, from Load Video Session (QVG)."),
+                SessionType.Input("session", optional=True, tooltip="A saved video to continue, from Load Video Session (QVG)."),
                 io.Boolean.Input("auto_budget", default=False, optional=True,
-                                 tooltip="Let the KV cache take what memory is free now, less a margin: when it is full, the oldest frames "
-                                         "lose bits and then leave, instead of an error. Default: off."),
+                                 tooltip="Set the cache's memory budget to what is free now, less a margin: when it is full, the oldest "
+                                         "frames lose bits and then are dropped, instead of an error. Default: off."),
                 io.Boolean.Input("keep_partial", default=True, optional=True,
-                                 tooltip="On interrupt, go on through the graph with the frames that are finished. Default: on."),
+                                 tooltip="When interrupted, continue the graph with the finished frames. Default: on."),
                 io.Int.Input("recache_frames", default=0, min=0, max=1000, optional=True, advanced=True,
-                             tooltip="Newest latent frames that are stored anew when the prompt changes, so that the new prompt takes hold "
-                                     "at once. 0 keeps the history as it is."),
+                             tooltip="Newest latent frames to store again when the prompt changes, so that the new prompt takes effect "
+                                     "immediately. 0 keeps the history as it is."),
                 io.Boolean.Input("first_alone", default=False, optional=True, advanced=True,
-                                 tooltip="The first latent frame is a chunk by itself. Default: off."),
+                                 tooltip="The first latent frame is a chunk of its own. Default: off."),
                 io.Int.Input("position_limit", default=0, min=0, max=100000, optional=True, advanced=True,
-                             tooltip="Latent frames that the model was trained on (21 for Self-Forcing). Beyond it positions no longer "
-                                     "grow; needs a window in QVG Settings. 0 counts on."),
+                             tooltip="Latent frames that the model was trained on (21 for Self-Forcing). Positions grow no further than "
+                                     "this; needs a window in QVG Settings. 0 is no limit."),
                 io.Float.Input("context_noise", default=0.0, min=0.0, max=0.99, step=0.01, optional=True, advanced=True,
-                               tooltip="Noise level at which finished chunks are stored. 0 for all released models."),
+                               tooltip="Noise level at which finished chunks are stored: 0 for all released models."),
                 io.Combo.Input("noise", options=list(NOISES), default="Same on every device", optional=True, advanced=True,
-                               tooltip="'As Sampler AR Video' draws the same numbers as core's sampler for the same seed. "
-                                       "Default: Same on every device."),
+                               tooltip="'As Sampler AR Video' draws the same noise as ComfyUI's sampler for the same seed. Default: Same "
+                                       "on every device."),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id])

@@ -101,7 +101,7 @@ class QVGLongCatContinue(io.ComfyNode):
         return io.Schema(
             node_id="QVGLongCatContinue", display_name="Continue Video (LongCat, QVG)", category="QuantVideoGen",
             description="Makes a video of any length with LongCat-Video, from text, an image or a video. Each segment continues the last "
-                        "frames before it, whose keys and values are held in a KV cache that Quantize KV Cache (QVG) makes small.",
+                        "frames of the one before; their keys and values are in a KV cache that Quantize KV Cache (QVG) makes small.",
             search_aliases=["longcat", "long video", "video continuation", "extend video", "text to video", "image to video", "qvg"],
             inputs=[
                 io.Model.Input("model", tooltip="LongCat-Video from Load AR Video Model (QVG), through Quantize KV Cache (QVG)."),
@@ -113,39 +113,40 @@ class QVGLongCatContinue(io.ComfyNode):
                 io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Pixels of the video, a multiple of 16. "
                                                                                        "Default: 480."),
                 io.Int.Input("length", default=93, min=5, max=393, step=4,
-                             tooltip="Video frames of a segment, those that it continues included. The model was trained with 93."),
+                             tooltip="Video frames per segment, including those that it continues. The model was trained with 93."),
                 io.Int.Input("given_frames", default=13, min=1, max=389, step=4,
-                             tooltip="Frames that a segment continues. 13 is quick; 73 remembers more, and then each segment adds 20."),
+                             tooltip="Video frames that a segment continues. 13 is fast; 73 remembers more, but then each segment adds "
+                                     "only 20."),
                 io.Int.Input("segments", default=1, min=1, max=1000,
-                             tooltip="How many. Of 93 frames that continue 13, each adds 80, which is 5.3 s at 15 frames a second. "
-                                     "Default: 1."),
+                             tooltip="Number of segments. A segment of 93 frames that continues 13 adds 80, which is 5.3 s at 15 frames "
+                                     "per second. Default: 1."),
                 io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="Seed of the sampler's noise. "
                                                                                                            "Default: 0."),
                 io.Int.Input("steps", default=STEPS, min=1, max=1000, tooltip="50 for the base model, 16 with the distillation LoRA."),
                 io.Float.Input("cfg", default=GUIDANCE, min=1.0, max=100.0, step=0.1, round=0.01,
                                tooltip="4 for the base model (CFG-Zero*), 1 with the distillation LoRA."),
                 io.Combo.Input("schedule", options=list(SCHEDULES), default=SCHEDULES[0],
-                               tooltip="Noise levels of the base model, or those that the distillation LoRA was trained with."),
+                               tooltip="Noise levels of the base model, or those of the distillation LoRA."),
                 io.Combo.Input("carry", options=list(CARRIES), default=CARRIES[0], advanced=True, optional=True,
-                               tooltip="How a segment gets the frames that it continues: decoded and encoded again, as the model was "
-                                       "published, or as latents, which is quicker and loses nothing on the way. Default: pixels."),
+                               tooltip="How a segment gets the frames that it continues: decoded and encoded again, as in the published "
+                                       "code, or as latents, which is faster and lossless. Default: pixels."),
                 io.Boolean.Input("fine_tail", default=True, advanced=True, optional=True,
-                                 tooltip="Ten equal steps below half of the noise, for fine detail. Only where the base model continues. "
-                                         "Default: on."),
+                                 tooltip="Ten equal steps in the lower half of the noise levels, for fine detail. Only when the base model "
+                                         "continues a video. Default: on."),
                 io.String.Input("stream_to", default="", advanced=True, optional=True,
-                                tooltip="Prefix of an MP4 in the output folder, such as video/cat. It grows segment by segment and plays "
-                                        "at any moment; a run that was stopped goes on behind the last whole segment. Outputs are then "
-                                        "of the last segment alone, so that memory does not grow with length. Needs carry pixels."),
+                                tooltip="Prefix of an MP4 file in the output folder, such as video/cat. It grows segment by segment and "
+                                        "can be played at any time; a stopped run continues after the last whole segment. The outputs are "
+                                        "then the last segment only, so that memory does not grow with length. Needs carry pixels."),
                 io.Image.Input("start", optional=True,
                                tooltip="One image to start from, or a video to continue. Without it, the first segment comes from text."),
                 io.Sampler.Input("sampler", optional=True,
-                                 tooltip="Without it euler, as the model was published. Through Save Video Session (QVG), segments are "
-                                         "saved as they are done."),
-                SessionType.Input("session", optional=True, tooltip="A video to go on with, from Load Video Session (QVG)."),
+                                 tooltip="Default: euler, as in the published code. With Save Video Session (QVG), each finished segment "
+                                         "is saved."),
+                SessionType.Input("session", optional=True, tooltip="A saved video to continue, from Load Video Session (QVG)."),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="The whole video, what it started with included."),
-                io.Latent.Output(display_name="latent", tooltip="Its latents, one segment after the other."),
+                io.Image.Output(display_name="images", tooltip="The whole video, including the frames that it started with."),
+                io.Latent.Output(display_name="latent", tooltip="The latents of all segments, in order."),
             ])
 
     @classmethod

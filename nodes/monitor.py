@@ -26,15 +26,15 @@ class QVGMemoryMonitor(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id=where.MONITOR, display_name="KV Memory Monitor (QVG)", category="QuantVideoGen", is_output_node=True,
-            description="Shows how many bytes the KV cache holds, while the model samples and afterwards: now, in bf16, at its "
-                        "peak, in each layer, and what was forecast.",
+            description="Shows the bytes of the KV cache while the model samples and afterwards: now, in bf16, at the peak, per layer, and "
+                        "as forecast.",
             search_aliases=["memory", "vram", "kv cache", "monitor", "chart", "qvg"],
             inputs=[
-                io.Model.Input("model", tooltip="MODEL from Quantize KV Cache (QVG), also through LoRA loaders."),
+                io.Model.Input("model", tooltip="MODEL from Quantize KV Cache (QVG), directly or through LoRA loaders."),
                 io.Latent.Input("samples", tooltip="LATENT of the sampler that used this model; the monitor waits for it."),
             ],
             outputs=[
-                io.Image.Output(display_name="chart", tooltip="Bytes over latent frames, and bytes of each layer."),
+                io.Image.Output(display_name="chart", tooltip="Bytes over latent frames, and bytes per layer."),
                 io.String.Output(display_name="report", tooltip="JSON: settings, forecast, bytes after every chunk."),
             ])
 

@@ -23,29 +23,29 @@ class QVGPlanMemory(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGPlanMemory", display_name="Plan KV Memory (QVG)", category="QuantVideoGen", is_output_node=True,
-            description="Says how many GiB the KV cache of a video takes at every preset, and the longest video that fits.",
+            description="Forecasts how many GiB the KV cache of a video takes at every preset, and the longest video that fits.",
             search_aliases=["memory", "vram", "kv cache", "forecast", "how long", "qvg"],
             inputs=[
                 io.Combo.Input("model", options=list(MODELS), tooltip="The model whose layers and heads are counted."),
-                io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 takes the model's usual width."),
-                io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 takes the model's usual height."),
+                io.Int.Input("width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 is the model's usual width."),
+                io.Int.Input("height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 is the model's usual height."),
                 io.Float.Input("seconds", default=30.0, min=0.1, max=36000.0, step=0.5, tooltip="Length of the video. Default: 30."),
-                io.Combo.Input("preset", options=list(LABELS), default="Balanced", tooltip="The preset that longest is counted for. "
-                                                                                           "Default: Balanced."),
+                io.Combo.Input("preset", options=list(LABELS), default="Balanced", tooltip="The preset for which the output longest is "
+                                                                                           "computed. Default: Balanced."),
                 io.Float.Input("memory_gib", default=0.0, min=0.0, max=10000.0, step=0.5, optional=True,
-                               tooltip="GiB that the cache may take, the model's weights not counted. 0 takes what is free on this device "
-                                       "when the node runs."),
+                               tooltip="GiB that the cache may take, model weights not included. 0 is what is free on this device when the "
+                                       "node runs."),
                 io.Boolean.Input("offload", default=False, optional=True, advanced=True,
-                                 tooltip="Plan for frames that are kept in host memory, as offload in QVG Settings does. Default: off."),
+                                 tooltip="Plan for a cache in host memory, as with offload in QVG Settings. Default: off."),
                 io.Combo.Input("weights", options=[UNCOUNTED, *WEIGHTS], default=UNCOUNTED, optional=True,
-                               tooltip="Type of the model's weights, to count them, too: memory_gib is then a whole card, 0 this one, and "
-                                       "the weights and 2 GiB for activations are taken off it. Default: not counted."),
+                               tooltip="Data type of the model's weights, to count them too: memory_gib is then a whole card (0: this "
+                                       "one), from which the weights and 2 GiB for activations are subtracted. Default: not counted."),
             ],
             outputs=[
-                io.String.Output(display_name="table", tooltip="A line a preset: stored, peak, ratios, whether it fits."),
-                io.String.Output(display_name="report", tooltip="JSON, all bytes as whole numbers."),
-                io.Int.Output(display_name="longest", tooltip="Frames of the longest video that fits, for the length of a latent node; "
-                                                             "0 when not even one chunk does."),
+                io.String.Output(display_name="table", tooltip="One line per preset: stored, peak, ratios, whether it fits."),
+                io.String.Output(display_name="report", tooltip="JSON, with all sizes in bytes."),
+                io.Int.Output(display_name="longest", tooltip="Video frames of the longest video that fits, for the length of a latent "
+                                                              "node; 0 if not even one chunk fits."),
             ])
 
     @classmethod

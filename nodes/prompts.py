@@ -31,11 +31,11 @@ class QVGPromptSchedule(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The model's text encoder."),
                 io.String.Input("text", multiline=True, default="0s: a calm sea\n6.5s: a storm comes up",
-                                tooltip="One prompt a line with the time at which it begins: '0s: ...', '6.5s: ...', '1:05: ...'. A line "
-                                        "without a time continues the one above."),
-                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model. Default: 16."),
+                                tooltip="One prompt per line, with the time at which it begins: '0s: ...', '6.5s: ...', '1:05: ...'. A "
+                                        "line without a time continues the one above."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="The model's frames per second. Default: 16."),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers take the "
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers use only the "
                                                                                  "first prompt.")])
 
     @classmethod
@@ -50,15 +50,16 @@ class QVGPromptAt(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGPromptAt", display_name="Prompt at Time (QVG)", category="QuantVideoGen",
-            description="Adds a prompt, from any text encoder, that takes over at a time of the video.",
+            description="Adds a prompt, from any text encoder, that takes over at a given time of the video.",
             search_aliases=["qvg", "prompt travel", "timeline", "multi prompt"],
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="What holds until then; may come from another Prompt at Time."),
-                io.Conditioning.Input("next", tooltip="What holds from then on."),
-                io.Float.Input("seconds", default=5.0, min=0.0, max=86400.0, step=0.1, tooltip="When it takes over. Default: 5."),
-                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second of the model. Default: 16."),
+                io.Conditioning.Input("conditioning", tooltip="The prompt until then; may come from another Prompt at Time."),
+                io.Conditioning.Input("next", tooltip="The prompt from then on."),
+                io.Float.Input("seconds", default=5.0, min=0.0, max=86400.0, step=0.1, tooltip="Time of the switch in seconds. Default: "
+                                                                                               "5."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="The model's frames per second. Default: 16."),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers take the "
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For AR Video Sampler (QVG); other samplers use only the "
                                                                                  "first prompt.")])
 
     @classmethod

@@ -166,19 +166,20 @@ class QVGSaveVideoSession(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGSaveVideoSession", display_name="Save Video Session (QVG)", category="QuantVideoGen",
-            description="Writes what a video needs to go on (cache, latents, position) while it is made, so that a crash loses little.",
+            description="Saves what is needed to continue a video (cache, latents, position) while it is made, so that a crash loses "
+                        "little.",
             search_aliases=["qvg", "checkpoint", "resume", "autosave", "crash"],
             inputs=[
-                io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG); for Continue Video (LongCat, QVG) any sampler, such as "
+                io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG); for Continue Video (LongCat, QVG), any sampler such as "
                                                     "euler from KSamplerSelect."),
                 io.String.Input("name", default="my video",
-                                tooltip=f"The file below output/{FOLDER}. It is replaced whole at every save; what another video saved "
+                                tooltip=f"The file below output/{FOLDER}. Every save replaces it whole; what another video saved "
                                         "there gets a number. Default: my video."),
                 io.Int.Input("every_chunks", default=4, min=1, max=10000,
-                             tooltip="Chunks, or segments of LongCat-Video, between saves. The end and an interrupt save, too. "
-                                     "Default: 4."),
+                             tooltip="Chunks (for LongCat-Video, segments) between saves. The session is also saved at the end and on "
+                                     "interrupt. Default: 4."),
             ],
-            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, saving.")])
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, which now saves.")])
 
     @classmethod
     def execute(cls, sampler, name, every_chunks) -> io.NodeOutput:
@@ -204,16 +205,16 @@ class QVGLoadVideoSession(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGLoadVideoSession", display_name="Load Video Session (QVG)", category="QuantVideoGen",
-            description="Opens a saved video to go on with. Damaged files and those of another release are refused.",
+            description="Opens a saved video to continue it. Damaged files and files of another release are refused.",
             search_aliases=["qvg", "checkpoint", "resume", "continue video"],
             inputs=[io.String.Input("name", default="my video",
                                     tooltip=f"A file below output/{FOLDER}, as Save Video Session (QVG) named it. Default: my video.")],
             outputs=[
                 SessionType.Output(display_name="session",
-                                   tooltip="For AR Video Sampler (QVG), whose latent says how long the whole video shall be, or for "
-                                           "Continue Video (LongCat, QVG), whose segments say so."),
+                                   tooltip="For AR Video Sampler (QVG), where the latent sets the length of the whole video, or for "
+                                           "Continue Video (LongCat, QVG), where segments sets it."),
                 io.Latent.Output(display_name="latent", tooltip="The latent frames made so far, for VAE Decode."),
-                io.Int.Output(display_name="latent_frames", tooltip="How many there are."),
+                io.Int.Output(display_name="latent_frames", tooltip="Number of latent frames made so far."),
             ])
 
     @classmethod

@@ -162,22 +162,23 @@ class QVGStreamVideo(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGStreamVideo", display_name="Stream Video to File (QVG)", category="QuantVideoGen",
-            description="Writes the video while it is made: it can be watched as it grows, and an interrupt keeps what is there.",
+            description="Writes the video to a file while it is made: it can be watched as it grows, and an interrupt keeps what was "
+                        "written.",
             search_aliases=["qvg", "save video", "live", "mp4", "webm", "preview"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG)."),
-                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE; frames are decoded chunk by chunk with its temporal memory."),
+                io.Vae.Input("vae", tooltip="A Wan 2.1 VAE; frames are decoded chunk by chunk, as if all at once."),
                 io.String.Input("filename_prefix", default="video/qvg",
-                                tooltip="Below the output folder; a number is added. Takes %date:yyyy-MM-dd%, %width% and the other tokens "
-                                        "of core's save nodes. Default: video/qvg."),
-                io.Combo.Input("format", options=list(FORMATS), default="MP4 (H.264)", tooltip="MP4 plays everywhere. PNG loses nothing. "
+                                tooltip="File name below the output folder; a number is added. Takes %date:yyyy-MM-dd%, %width% and the "
+                                        "other tokens of ComfyUI's save nodes. Default: video/qvg."),
+                io.Combo.Input("format", options=list(FORMATS), default="MP4 (H.264)", tooltip="MP4 plays everywhere. PNG is lossless. "
                                                                                                "Default: MP4 (H.264)."),
-                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames a second: 16 for Wan 2.1."),
+                io.Int.Input("frame_rate", default=16, min=1, max=120, tooltip="Frames per second: 16 for Wan 2.1."),
             ],
-            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, writing."),
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="The same sampler, which now writes the file."),
                      io.String.Output(display_name="path",
-                                      tooltip="The file that grows. If something is there when sampling starts, the next free number is "
-                                              "taken, and the log says so.")],
+                                      tooltip="The file being written. If it exists when sampling starts, the next free number is used, "
+                                              "and the log names it.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod

@@ -18,7 +18,7 @@ class QVGDemoPrompt(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGDemoPrompt", display_name="Tiny Scene Prompt (QVG)", category="QuantVideoGen",
-            description="Describes a scene to the tiny model that comes with the pack, and draws it.",
+            description="A prompt for the tiny model that comes with the pack, and a start image that shows it.",
             search_aliases=["qvg", "tiny", "demo", "prompt", "start image"],
             inputs=[
                 io.String.Input(
@@ -28,13 +28,13 @@ class QVGDemoPrompt(io.ComfyNode):
                             "ring. Motion: still, or moving or racing left, right, up, down. Background: dots stripes checks waves, "
                             "still or panning with a direction."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, optional=True, advanced=True, control_after_generate=False,
-                             tooltip="Where the shapes of start_image stand and how large they are. The conditioning ignores it. "
-                                     "Default: 0."),
+                             tooltip="Positions and sizes of the shapes in start_image. The conditioning does not depend on it. Default: "
+                                     "0."),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="conditioning", tooltip="For the tiny model alone."),
+                io.Conditioning.Output(display_name="conditioning", tooltip="For the tiny model only."),
                 io.Image.Output(display_name="start_image",
-                                tooltip=f"The scene's first frame, drawn, {WIDTH} x {HEIGHT} pixels. For AR Video I2V."),
+                                tooltip=f"The scene's first frame, {WIDTH} x {HEIGHT} pixels, for AR Video I2V."),
             ])
 
     @classmethod

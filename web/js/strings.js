@@ -1,5 +1,5 @@
-// What the pack's own widgets say. English is here; locales/LANGUAGE/main.json holds the rest under "qvg", and ComfyUI
-// serves all languages merged at /i18n.
+// Texts of the pack's own widgets. English is here; the other languages are in locales/LANGUAGE/main.json under "qvg", and ComfyUI
+// serves them all at /i18n.
 
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"
@@ -34,14 +34,14 @@ export const ENGLISH = {
   plain: "{bits}-bit values",
   pressure: "The KV cache will need {need}, but {free} are free. Choose a smaller preset in QVG Settings, set a budget there, or make the video shorter.",
   pressureTitle: "KV cache may not fit",
-  settingsOff: "The model's own cache. Nothing below changes it.",
-  settingsOld: "Old frames: keys in {key_bits} bits, values in {value_bits}; {stages} stages of {centroids} centroids, a scale for {group_size} channels.",
+  settingsOff: "The model's own cache. The settings below have no effect.",
+  settingsOld: "Old frames: keys in {key_bits} bits, values in {value_bits}; {stages} stages of {centroids} centroids, one scale per {group_size} channels.",
   settingsFirst: "First {sink_frames} latent frames: {sink_bits} bits.",
   settingsRecent: "Newest {recent_frames} latent frames: {recent_bits} bits.",
   settingsAll: "Every frame is kept.",
   settingsWindow: "Besides the first, the newest {window_frames} latent frames are kept.",
-  settingsOwn: "Set here: {names}. The rest is the preset's.",
-  partial: "The {done} latent frames that are finished, of {total}, go on through the graph. Press Stop again to end at once.",
+  settingsOwn: "Set here: {names}. The rest comes from the preset.",
+  partial: "{done} of {total} latent frames are finished and continue through the graph. Press Stop again to end immediately.",
   partialTitle: "Stopped",
 }
 
