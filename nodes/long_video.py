@@ -39,7 +39,8 @@ NOISES = {"Same on every device": "private", "As Sampler AR Video": "core"}
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of the node and of the nodes that add themselves to its SAMPLER. save: a `session.SaveTo`; stream: a `stream.StreamTo`."""
+    """Choices of the node and of the nodes that add themselves to its SAMPLER. save: a `session_saver.SaveTo`; stream: a
+    `stream.StreamTo`."""
 
     chunk_frames: int = 3
     first_alone: bool = False

@@ -36,7 +36,7 @@ from .live import TEXT
 from .long_video import ARSampler, SessionType, model_name
 from .outputs import places
 from .segments import CHANNELS, STRIDE, LongVideo, latent_frames
-from .session import SavingSampler, SegmentSaver
+from .session_saver import SavingSampler, SegmentSaver
 
 SCHEDULES = ("base", "distilled")
 CARRIES = ("pixels", "latents")

@@ -12,7 +12,7 @@ from ..qvg.backends import dispatch
 from ..qvg.video.segment_file import SegmentFile
 from ..qvg.video.segments import Segments
 from . import live, where
-from .session import SegmentSaver
+from .session_saver import SegmentSaver
 
 # of Wan 2.1's latents
 CHANNELS, STRIDE = 16, 8

@@ -1,4 +1,4 @@
-"""Stream Video to File (QVG): frames are decoded and written while the video is made.
+"""Stream Video to File (QVG): decodes frames and writes them while the video is made.
 
     QVGStreamVideo  SAMPLER, VAE -> SAMPLER that writes a file as the chunks come
 """
@@ -6,88 +6,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import comfy.model_management
-import comfy.ops
 import folder_paths
-import torch
-from comfy.ldm.wan.vae import WanVAE, count_cache_layers
+from comfy.ldm.wan.vae import WanVAE
 from comfy_api.latest import io
 
 from ..qvg.files import InUse, Taken
 from ..qvg.video.decode import to_bytes
 from ..qvg.video.writer import VideoWriter
+from .chunk_decoder import CoreDecoder
 from .outputs import SIZES, check_prefix, places
-from .session import own
+from .session import require_ar_sampler
 
-AT_A_TIME = 12  # latent frames between cuts, of a video that is there already
+# latent frames between two flushes, when the frames of a resumed session are written
+FLUSH_FRAMES = 12
 FORMATS = {"MP4 (H.264)": ".mp4", "WebM (VP9)": ".webm", "PNG images": ".png"}
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Core looks for an interrupt in every layer. Inside, it waits: one in the middle of a pass of the decoder would lose what its
-    convolutions saw last, and with that all frames behind it."""
-    check, comfy.ops.run_every_op = comfy.ops.run_every_op, lambda: None
-    try:
-        yield
-    finally:
-        comfy.ops.run_every_op = check
-
-
-class CoreDecoder:
-    """Core's Wan VAE with what its causal convolutions saw last; the frames of one decode of the whole.
-
-    Core's decoder remembers the frames of one call, and reaches back two: so after the first frame it must be given two at a time, and
-    an odd one waits for the next chunk, or for `last`.
-    """
-
-    def __init__(self, vae, patcher):
-        self.vae, self.patcher = vae, patcher
-        self.memory = [None] * count_cache_layers(vae.first_stage_model.decoder)
-        self.begun = self.broken = False
-        self.waiting: torch.Tensor | None = None
-
-    def __call__(self, latents: torch.Tensor, last: bool = False) -> Iterator[torch.Tensor]:
-        """[1, C, f, H, W] as VAE Decode takes them -> parts [1, 3, n, 8H, 8W] of the video, -1..1. What an interrupt leaves undecoded
-        comes first the next time; behind a pass that failed nothing comes, because it lacks what was seen last."""
-        self.waiting = latents if self.waiting is None else torch.cat([self.waiting, latents], 2)
-        return self._parts(last)
-
-    def _parts(self, last: bool) -> Iterator[torch.Tensor]:
-        while not self.broken and (left := self.waiting.shape[2]) and (left > 1 or last or not self.begun):
-            count = min(left, 2) if self.begun else 1
-            part = self._decode(self.waiting[:, :, :count])
-            self.waiting, self.begun = self.waiting[:, :, count:], True
-            yield part
-
-    @torch.no_grad()
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.vae
-        # both are named, so that the network is not sent away to make room for the VAE
-        comfy.model_management.load_models_gpu([self.patcher, vae.patcher],
-                                               memory_required=vae.memory_used_decode(latents.shape, vae.vae_dtype))
-        try:
-            with _undisturbed():
-                z = vae.first_stage_model.conv2(latents.to(vae.device, vae.vae_dtype))
-                return torch.cat(vae.first_stage_model.decoder(z, feat_cache=self.memory, feat_idx=[0]), 2)
-        except BaseException:
-            # half a pass has replaced some of it, and a copy to go back to would take as much memory again
-            self.broken = True
-            raise
-
-
-# node id -> the path that its latest execution announced, so that two nodes of a graph announce two
+# node id -> the path that its latest execution announced, so that two nodes of a graph announce different paths
 _announced: dict[str, Path] = {}
 
 
 def announce(prefix: str, ending: str, node_id: str | None) -> Path | None:
-    """Where the next video of a node will go, unless another takes that place; None where the name depends on the video's size."""
+    """Where the next video of a node will go unless another file takes the place; None where the name depends on the video's size."""
     if any(token in prefix for token in SIZES):
         check_prefix(prefix)
         return None
@@ -100,9 +44,10 @@ def announce(prefix: str, ending: str, node_id: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class StreamTo:
-    """Part of an `ARSampler`. The file is chosen when sampling starts, because ComfyUI runs a sampler again without the nodes before it.
+    """What Stream Video to File (QVG) chose. announced: the file, if it does not exist yet when sampling starts.
 
-    announced: where it goes if nothing is there."""
+    The file is opened when sampling starts, because ComfyUI can run a sampler again without the nodes before it.
+    """
 
     vae: object
     prefix: str
@@ -111,6 +56,7 @@ class StreamTo:
     announced: Path | None
 
     def open(self, sampler, base, session) -> Streamer:
+        """Called by the `ARSampler` when sampling starts."""
         return Streamer(self, base, self._writer(*sampler.shape[2:]))
 
     def _writer(self, rows: int, columns: int) -> VideoWriter:
@@ -124,15 +70,18 @@ class StreamTo:
 
 
 class Streamer:
+    """A recorder of an `ARSampler`: its methods are called as the video grows. video: the latents so far [B, C, F, H, W]."""
+
     def __init__(self, place: StreamTo, base, writer: VideoWriter):
         self.base, self.writer = base, writer
         self.decode = CoreDecoder(place.vae, base.current_patcher)
         self.done = 0
-        logging.info("QVG: the video grows in %s", writer.path)
+        logging.info("QVG: streaming the video to %s", writer.path)
 
     def resume(self, video) -> None:
-        for first in range(0, video.shape[2], AT_A_TIME):
-            self._write(video[:, :, :first + AT_A_TIME])
+        """Write the frames of a resumed session."""
+        for first in range(0, video.shape[2], FLUSH_FRAMES):
+            self._write(video[:, :, :first + FLUSH_FRAMES])
 
     def chunk(self, event, video) -> None:
         self._write(video)
@@ -149,11 +98,11 @@ class Streamer:
         self.writer.release()
 
     def _write(self, video, last: bool = False) -> None:
-        """Bring the file up to the end of the latents [B, C, F, H, W]; of a batch, the first video."""
+        """Decode and write what the file lacks; of a batch, the first video."""
         new, self.done = video[:1, :, self.done:], video.shape[2]
         for part in self.decode(self.base.process_latent_out(new), last):
             self.writer.write(to_bytes(part[0]))
-        # where the disk refuses, the writer keeps the frames for the next time
+        # where the disk refuses, the writer keeps the frames for the next flush
         self.writer.flush()
 
 
@@ -183,7 +132,7 @@ class QVGStreamVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, sampler, vae, filename_prefix, format, frame_rate) -> io.NodeOutput:
-        own(sampler)
+        require_ar_sampler(sampler)
         if not isinstance(vae.first_stage_model, WanVAE):
             raise ValueError(f"{type(vae.first_stage_model).__name__} cannot decode chunk by chunk. Load a Wan 2.1 VAE, or decode the "
                              "whole video with VAE Decode.")

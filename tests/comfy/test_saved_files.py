@@ -186,7 +186,7 @@ FULL = OSError(28, "No space left on device")
 
 def test_disks_that_are_full_do_not_end_the_video(ar_run, tmp_path, monkeypatch, caplog):
     """A real session whose every write fails, beside a recorder that fails as well: the video is whole, and both were closed."""
-    from comfyui_qvg.nodes.session import SaveTo
+    from comfyui_qvg.nodes.session_saver import SaveTo
 
     whole = ar_run(None, None)
     broken = Broken(chunk=FULL, close=FULL)
@@ -211,7 +211,7 @@ def test_every_recorder_is_closed(ar_run, failure):
 
 def test_an_error_of_a_preview_loses_no_chunk(ar_run, tmp_path):
     """The callback fails in the third chunk: the session holds the two before it."""
-    from comfyui_qvg.nodes.session import SaveTo
+    from comfyui_qvg.nodes.session_saver import SaveTo
 
     def callback(at, *_):
         if at == 4:
@@ -225,7 +225,7 @@ def test_an_error_of_a_preview_loses_no_chunk(ar_run, tmp_path):
 
 
 def test_what_was_opened_is_given_back_where_another_place_cannot_be(ar_run, tmp_path):
-    from comfyui_qvg.nodes.session import SaveTo
+    from comfyui_qvg.nodes.session_saver import SaveTo
 
     place = SaveTo(tmp_path / "a.safetensors", 1)
     with pytest.raises(ValueError, match="no place"):
@@ -238,7 +238,7 @@ def test_what_was_opened_is_given_back_where_another_place_cannot_be(ar_run, tmp
 def test_room_for_a_session_is_looked_at_before_the_first_step(ar_run, tmp_path, monkeypatch):
     import shutil
 
-    from comfyui_qvg.nodes.session import SaveTo
+    from comfyui_qvg.nodes.session_saver import SaveTo
 
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=1000))
@@ -266,7 +266,7 @@ def test_an_interrupt_within_a_pass_of_the_decoder_waits_for_its_end(comfy_modul
     import comfy.ops
     import comfy.sd
 
-    from comfyui_qvg.nodes.stream import CoreDecoder
+    from comfyui_qvg.nodes.chunk_decoder import CoreDecoder
     from comfyui_qvg.qvg.models.wan_vae import WanVAE
 
     torch.manual_seed(3)
@@ -297,7 +297,7 @@ def test_an_interrupt_while_frames_are_decoded_loses_none(comfy_modules, monkeyp
     import comfy.model_management
     import comfy.sd
 
-    from comfyui_qvg.nodes.stream import CoreDecoder
+    from comfyui_qvg.nodes.chunk_decoder import CoreDecoder
     from comfyui_qvg.qvg.models.wan_vae import WanVAE
 
     torch.manual_seed(3)
