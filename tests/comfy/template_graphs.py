@@ -1,6 +1,6 @@
 """The templates of workflows/ as data: what `write_templates.py` builds in the real frontend, and what tests expect to find.
 
-A `Template` is a graph in API format plus what a person sees of it: groups from left to right, titles, notes, and the files
+A `Template` is a graph in API format plus what the user sees of it: groups from left to right, titles, notes, and the files
 that it needs with their addresses.
 """
 
@@ -90,12 +90,12 @@ def _finish(template: Template, load: list, describe: list, note: tuple[str, str
 
 
 TINY_NOTE = """\
-The tiny model comes with the pack (16 MB, trained on drawn scenes), so there is nothing to download. It shows what the nodes do; \
-it is no measure of what a large model can do.
+The tiny model comes with the pack (16 MB, trained on drawn scenes), so there is nothing to download. It shows what the nodes do, not \
+what a large model can do.
 
-- **QVG Settings**: set the preset to Off and run again: the same video from the model's own cache.
+- **QVG Settings**: set the preset to Off and run again for the same video from the model's own cache.
 - **length**: make it longer and watch the monitor.
-- The prompt knows few words; hover over it to see them."""
+- The model knows few words; hover over the prompt to see them."""
 
 
 def tiny(image: bool) -> Template:
@@ -129,8 +129,8 @@ def _memory_note(model: str, files: list[tuple[str, str, str]]) -> str:
         presets = plan(model, seconds=seconds)["presets"]
         cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest"))]
         lines.append(f"| {seconds} s | " + " | ".join(f"{cell / GIB:.1f} GiB" for cell in cells) + " |")
-    lines += ["", "**length** counts video frames, 16 a second: 81 is 5 s. cfg is always 1. The model was trained on 5 s; longer videos "
-              "work but drift in colour and content, whatever the cache holds."]
+    lines += ["", "**length** counts video frames, 16 per second: 81 frames are 5 s. cfg is always 1. The model was trained on 5 s; longer "
+              "videos work but drift in colour and content, whatever the cache holds."]
     return "\n".join(lines)
 
 
@@ -179,15 +179,15 @@ LONGCAT_NEGATIVE = (
 def _longcat_note(lora: bool, files: list[tuple[str, str, str]]) -> str:
     lines = ["Put these files into ComfyUI/models:", ""]
     lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
-    lines += ["", "The bf16 file of the same page and the authors' own parts open too.", "",
+    lines += ["", "The bf16 file on the same page and the authors' own files also work.", "",
               "KV cache at 832 x 480, from `qvg plan` (peak, workspace included):", "",
               "| given_frames | bf16 | Quality | Balanced | Smallest |", "|---|---|---|---|---|"]
     for frames in (1, 4, 9, 19):
         presets = plan("longcat", latent_frames=frames)["presets"]
         cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest"))]
         lines.append(f"| {4 * frames - 3} | " + " | ".join(f"{cell / GIB:.1f} GiB" for cell in cells) + " |")
-    lines += ["", "A segment has 93 frames, 15 a second. Each one after the first continues **given_frames** of the one before: more are "
-              "remembered better and cost more segments for the same length."]
+    lines += ["", "A segment has 93 frames, at 15 per second. Each one after the first continues **given_frames** of the one before: more "
+              "keep the video more consistent, but the same length then takes more segments."]
     lines += ["", "With the distillation LoRA: 16 steps, cfg 1, schedule distilled." if lora else
               "Without a LoRA: 50 steps, cfg 4, schedule base. With cfg_step_lora: 16 steps, cfg 1, schedule distilled."]
     return "\n".join(lines)
@@ -231,7 +231,7 @@ def longcat(use: str, *, image: bool = False, segments: int = 1, given_frames: i
     template.heights |= {"positive": 200, "negative": 160, "picture": 370, "quantize": 150, "save": 430, "monitor": 560}
     note = _longcat_note(lora, list(template.files.values()))
     if segments == 1 and not image:
-        note += "\n\nA single segment from text continues nothing and needs no cache. Raise **segments** to go on."
+        note += "\n\nA single segment from text needs no cache. Raise **segments** for a longer video."
     if segments > 1:
         note += ("\n\n**Save Video Session (QVG)** saves every segment. After a crash or an interrupt, or to make the video longer, "
                  "connect *Load Video Session (QVG)* to **session**.")
@@ -249,13 +249,13 @@ LONG_NOTE = """\
 **AR Video Sampler (QVG)** makes video of any length, chunk by chunk.
 
 - **Stream Video to File (QVG)** writes it while it is made: open the file below output/video and watch it grow.
-- **Save Video Session (QVG)** saves every few chunks. After a crash, an interrupt, or to go on later: *Load Video Session (QVG)*.
+- **Save Video Session (QVG)** saves every few chunks. To continue after a crash, an interrupt, or later, use *Load Video Session (QVG)*.
 - Interrupt whenever you like: what is finished is decoded and saved.
-- Every prompt has its time. **recache_frames** lets a new one take hold at once."""
+- Each prompt begins at its own time. **recache_frames** lets a new one take effect immediately."""
 LONG_WINDOW = """\
 
-The model was trained on 21 latent frames. With **window_frames** 12, the sink's 3 and **position_limit** 21 it never sees more, so memory \
-and time a chunk stay the same however long the video is."""
+The model was trained on 21 latent frames. With **window_frames** 12, the 3 sink frames and **position_limit** 21 it never sees more, so \
+memory and time per chunk do not grow with the video's length."""
 LONG_PROMPTS = (
     "0s: A corgi runs along a wet beach at sunrise, ears flapping, paws splashing through shallow water. Golden light, cinematic, sharp.\n"
     "10s: The corgi stops, shakes the water out of its fur and looks out to sea. Golden light, cinematic, sharp.\n"
