@@ -1,3 +1,3 @@
-"""How each model family's attention is made to read a quantized cache, and how its LoRAs are named."""
+"""Hooks that make a model family in ComfyUI read a quantized KV cache, one module a family (`families`), and LoRA loading for all."""
 
 from . import lora as lora

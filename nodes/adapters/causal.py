@@ -1,8 +1,8 @@
-"""Core's causal Wan as a `Model` of `qvg.video`: every condition of the guider has a cache and a cross-attention cache of its own.
+"""Core's causal Wan as a `Model` of `qvg.video`: each condition of the guider has its own KV cache and cross-attention cache.
 
-For the time of a run the network's forward and its self-attention are replaced on the instance, and put back in `finally`. So this works
-with any guider, any loader and any LoRA, with or without Quantize KV Cache (QVG) on the model. A pass of several conditions in one batch
-is taken apart by the ids that core gives them, and each part goes through core's own `forward_block`.
+During a run, the network's forward and its self-attention are replaced on the instance, and restored in `finally`. So this works with any
+guider, loader and LoRA, with or without Quantize KV Cache (QVG) on the model. A batch of several conditions is split by the ids that core
+assigns to them, and each part goes through core's own `forward_block`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEDULE = "qvg_schedule"
 
 @dataclass
 class Slot:
-    """What belongs to one condition. cross: core's cross-attention caches, made anew for every prompt."""
+    """The caches of one condition. cross: core's cross-attention caches, created again for every prompt."""
 
     cache: KVCache
     schedule: list
@@ -37,12 +37,12 @@ class Slot:
     cross_name: str | None = None
 
     def entry(self, frame: int) -> tuple:
-        """(first frame, embedding or None for what the condition holds itself, name) at a latent frame."""
+        """(first frame, embedding or None for the condition's own, name) of the prompt at a latent frame."""
         return next((entry for entry in reversed(self.schedule) if entry[0] <= frame), (0, None, ""))
 
 
 class Handle:
-    """What core's block hands to its self-attention as the layer's cache."""
+    """What core's block passes to its self-attention as the layer's cache."""
 
     def __init__(self, attend: CachedAttention, layer: int):
         self.attend, self.layer = attend, layer
@@ -51,7 +51,7 @@ class Handle:
 class CausalWan:
     """The model, its guider, and the caches; see `qvg.video.Model` for the methods.
 
-    guider: core's CFGGuider or one of its kind during a run. make_cache: called once for each condition.
+    guider: a CFGGuider of core, or a compatible one, during a run. make_cache: called once per condition.
     """
 
     def __init__(self, guider, extra_args: dict, make_cache: Callable[[], KVCache], position_limit: int):
@@ -60,13 +60,13 @@ class CausalWan:
         self.slots = {cond["uuid"]: Slot(make_cache(), cond.get(SCHEDULE) or []) for cond in evaluated(guider)}
         self.caches = [slot.cache for slot in self.slots.values()]
         for cache in self.caches:
-            cache.said = self.caches[0].said  # one warning a run
+            cache.said = self.caches[0].said  # each warning is given once a run
         self._now = (0, 0, False)
         self._forwards, self._before = [], {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """The network goes through these caches inside, and is as it was afterwards, whatever happens."""
+        """The network uses these caches inside the block and is restored afterwards, also after an error."""
         layers = [bare(block).self_attn for block in self.network.blocks]
         self._forwards = [(self.network, between(self._forward)), *((layer, self._self_attention(layer)) for layer in layers)]
         try:
@@ -81,16 +81,16 @@ class CausalWan:
                 cache.free()
 
     def _install(self) -> None:
-        # for every pass, because core puts its patches anew where it has to move the network between two of them
+        # in every pass, because core applies its patches again when it moves the network between two passes
         for module, forward in self._forwards:
             if (now := vars(module).get("forward")) is not forward:
                 self._before[module], module.forward = now, forward
 
-    # what the sampler asks for
+    # the methods of `Model`
 
     def denoise(self, x: torch.Tensor, sigma: float, first: int, *, prompt_frame: int, store: bool) -> torch.Tensor:
         if not store:
-            # a chunk that is finished is still stored, so that it can be saved
+            # a finished chunk is still stored, so that it can be saved
             comfy.model_management.throw_exception_if_processing_interrupted()
         self._now = first, prompt_frame, store
         self._install()
@@ -110,7 +110,7 @@ class CausalWan:
     def stats(self) -> CacheStats:
         return CacheStats.total([cache.stats() for cache in self.caches])
 
-    # what replaces the network's own
+    # what replaces the network's methods
 
     def _forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # noqa: B006
         uuids = transformer_options["uuids"]
@@ -118,7 +118,7 @@ class CausalWan:
         outs = []
         for number, uuid in enumerate(uuids):
             if uuid not in self.slots:
-                raise ValueError("A condition appeared that the run did not begin with. Connect the prompts to the guider alone.")
+                raise ValueError("A condition was added after the run began. Connect the prompts to the guider only.")
             part = slice(number * rows, (number + 1) * rows)
             if self._stored(self.slots[uuid]):
                 outs.append(torch.zeros_like(x[part]))
@@ -127,8 +127,8 @@ class CausalWan:
         return torch.cat(outs)
 
     def _stored(self, slot: Slot) -> bool:
-        """Whether the pass would store a chunk again: guidance that calls the network twice does so in the storing pass, too, where nobody
-        looks at the result."""
+        """Whether the chunk of a storing pass is already stored: guidance that evaluates the network twice does so in this pass, too, where
+        the result is not used."""
         first, _, store = self._now
         return store and slot.cache.frames > first
 
@@ -140,7 +140,7 @@ class CausalWan:
 
     @outside
     def _begin(self, slot: Slot, x, context, transformer_options: dict) -> tuple[torch.Tensor, int, list[Handle]]:
-        """The embedding of the prompt that holds now, the first frame, and what the layers attend through."""
+        """The current prompt's embedding, the first frame, and the handles through which the layers attend."""
         check_pass(transformer_options)
         first, at, store = self._now
         _, embedding, name = slot.entry(at)

@@ -1,6 +1,6 @@
-"""What core's autoregressive sampler cannot do, refused before the first step with a sentence.
+"""Refuses, before the first step, graphs that core's autoregressive sampler cannot run.
 
-Without these checks the same graphs fail inside the sampler, after the model has been loaded, with a message about tensor shapes.
+Without these checks such graphs fail inside the sampler, after the model was loaded, with a message about tensor shapes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def is_autoregressive(sampler) -> bool:
 
 
 def evaluated(guider) -> list[dict]:
-    """The conditions that the guider asks the model for; at cfg 1 core leaves the negative ones out."""
+    """The conditions that the guider evaluates; at cfg 1 core skips the negative ones."""
     skips = getattr(guider, "cfg", None) == 1.0 and not guider.model_options.get("disable_cfg1_optimization")
     return [cond for name, conds in guider.conds.items() if not (skips and name == "negative") for cond in conds]
 
@@ -24,7 +24,7 @@ def check_size(shape) -> None:
     rows, columns = shape[3:]
     if rows % 2 or columns % 2:
         # Wan's latents are an eighth of the picture
-        raise ValueError(f"The latent is of {8 * columns} x {8 * rows} pixels, but the model takes pictures apart into tokens of 16 x 16. "
+        raise ValueError(f"The latent is of {8 * columns} x {8 * rows} pixels, but the model divides pictures into tokens of 16 x 16. "
                          f"Set width and height to multiples of 16, such as {16 * max(1, columns // 2)} x {16 * max(1, rows // 2)}.")
 
 
@@ -46,7 +46,7 @@ def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
 
 def _check_sampler(sampler, sigmas) -> None:
     function = getattr(sampler, "sampler_function", None)
-    # a sampler from another pack may well be autoregressive; of core's own, one is
+    # a sampler of another pack may be autoregressive; of core's samplers, only one is
     if function is not None and function.__module__.startswith("comfy.") and not is_autoregressive(sampler):
         raise ValueError(f"The sampler {function.__name__.removeprefix('sample_')} makes the whole video at once and keeps no KV "
                          "cache. Connect Sampler AR Video, or take the MODEL from before Quantize KV Cache (QVG).")

@@ -1,9 +1,9 @@
-"""LongCat-Video in ComfyUI: its model class, and the given frames that a sampling run reads from a quantized cache.
+"""The adapter for LongCat-Video: its ComfyUI model class, and the given frames that a sampling run reads from a quantized cache.
 
-ComfyUI does not know this network, so the classes that it would look up are made here and handed to its own machinery; latent format
-and text encoder are those of Wan 2.1. Sampling is ComfyUI's: any sampler makes the new frames, and the MODEL that `continue_from` returns
-passes the given frames through the network first, once for each run, storing each layer's keys and values as it goes. The cache holds
-one video, whether its conditions read it together or in turn, and is freed when the run ends.
+ComfyUI does not know this network, so this module defines the classes that it needs; latent format and text encoder are those of Wan 2.1.
+Any ComfyUI sampler makes the new frames. The MODEL that `continue_from` returns first passes the given frames through the network, once
+per run, and stores each layer's keys and values. The cache holds one video, which all conditions read, in one batch or separately, and is
+freed when the run ends.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ CHECKS = "quantvideogen_checks"
 
 
 class Network(LongCat):
-    """LongCat-Video as ComfyUI calls it: attention of its choice, and flow that points from video to noise."""
+    """LongCat-Video with ComfyUI's interface: its choice of attention, and a flow that points from video to noise."""
 
     def __init__(self, sizes: LongCatSizes, dtype=None, device=None, operations=None):
         super().__init__(sizes, operations=operations, device=device, dtype=dtype)
         self.dtype = dtype
         for layer in self.float32_layers():
             layer.comfy_cast_weights = True
-            # where a file keeps such a layer in scaled FP8, core would round its input to FP8, too
+            # if a file stores such a layer in scaled FP8, core would round its input to FP8, too
             layer._full_precision_mm = True
 
     @between
@@ -66,7 +66,7 @@ class Network(LongCat):
 
     @outside
     def _attentions(self, x, transformer_options: dict):
-        """What attends to given and new frames, and what to the text."""
+        """Attention to given and new frames, and attention to the text."""
         check_pass(transformer_options)
         attention = partial(core_attention, transformer_options=transformer_options)
         given: Given | None = transformer_options.get(GIVEN)
@@ -81,7 +81,7 @@ class Model(comfy.model_base.BaseModel):
 
 
 class Config(comfy.supported_models.WAN21_T2V):
-    """What ComfyUI asks about a model it loads. The state dict's sizes stand where it keeps a network's arguments."""
+    """ComfyUI's description of the model. The sizes take the place of a network's arguments."""
 
     unet_config = {}
     sampling_settings = {"shift": SHIFT}
@@ -120,13 +120,13 @@ def load(state: dict[str, torch.Tensor], *, config: Mapping | None = None, dtype
 
 
 def checked(executor, *args, **kwargs):
-    """A sampling run. Raises ValueError where another node's patch cannot work with this network."""
+    """Wraps a sampling run. Raises ValueError where another node's patch cannot work with this network."""
     check_patches(executor.class_obj, LONGCAT)
     return executor(*args, **kwargs)
 
 
 class Given:
-    """Given frames of one run, which its passes read."""
+    """The stored given frames of one run."""
 
     def __init__(self, cache: KVCache, frames: int):
         self.cache, self.frames = cache, frames
@@ -136,14 +136,14 @@ class Given:
 
 
 class Hook:
-    """Wrappers around one MODEL's sampling runs, which continue `latents` [B or 1, C, F, H, W] (as a VAE encodes them)."""
+    """Wrappers around one MODEL's sampling runs, which continue `latents` [B or 1, C, F, H, W], in the scale of the VAE."""
 
     def __init__(self, latents: torch.Tensor, settings: QVGSettings, log: RunLog):
         self.latents, self.settings, self.log = latents, settings, log
         self.reserved = 0
 
     def outer_sample(self, executor, noise, *args, **kwargs):
-        """Forecast the run. Raises ValueError where noise and given frames do not fit, or the settings cannot serve them."""
+        """Forecast the run. Raises ValueError where noise and given frames do not match, or the settings cannot work for them."""
         if noise.ndim != 5 or noise.shape[1:2] + noise.shape[3:] != self.latents.shape[1:2] + self.latents.shape[3:]:
             raise ValueError(f"The new frames have latents of shape {tuple(noise.shape)}, the given ones of {tuple(self.latents.shape)}; "
                              "channels, height and width must be equal.")
@@ -167,14 +167,14 @@ class Hook:
             self.log.end()
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
-        """Ask core to leave room for the cache and for the context pass, as so many more frames of its estimate."""
+        """Make core reserve memory for the cache and for the context pass, as an equivalent number of frames."""
         frame = model.model.memory_required([noise_shape[0], noise_shape[1], 1, *noise_shape[3:]])
         shape = list(noise_shape)
         shape[2] = max(shape[2], self.latents.shape[2]) + -(-self.reserved // max(1, int(frame)))
         return executor(model, shape, conds, *args, **kwargs)
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
-        """Between loading the weights and the first step: the context pass."""
+        """The context pass, between loading the weights and the first step."""
         model, frames = guider.inner_model, self.latents.shape[2]
         cache = self._cache(model, noise)
         options = extra_args["model_options"].setdefault("transformer_options", {})
@@ -204,7 +204,7 @@ class Hook:
         return forecast_context(context_settings(settings, geometry, given, new, itemsize), geometry, given, new, itemsize)
 
     def _check_memory(self, patcher, new: int, needed: int) -> None:
-        """Raises ValueError for a cache that exceeds the whole device, whatever else leaves it, with the presets that would fit."""
+        """Raises ValueError for a cache larger than the whole device, naming the presets that would fit."""
         whole, given = comfy.model_management.get_total_memory(patcher.load_device), self.latents.shape[2]
         if needed <= whole:
             return
@@ -233,7 +233,7 @@ def owns(network: torch.nn.Module) -> bool:
 
 
 def quantize(model, settings: QVGSettings, node_id: str | None = None):
-    """A clone of `model` that stores given frames as `settings` say; node_id: of the node on which a run shows its bytes.
+    """A clone of `model` that stores given frames according to `settings`. node_id: the node that shows the run's bytes.
 
     Raises ValueError when the settings do not fit the heads.
     """
@@ -252,13 +252,13 @@ def check(model) -> None:
 
 
 def settings_of(model) -> QVGSettings:
-    """How `quantize` said that given frames are stored; unquantized where it did not."""
+    """The settings that `quantize` attached; unquantized if it was not used."""
     log: RunLog | None = model.get_attachment(ATTACHMENT)
     return QVGSettings.preset("off") if log is None else log.settings
 
 
 def note_nothing(model) -> None:
-    """Write down that a run of this model continues nothing, so that it holds no cache."""
+    """Record a run of this model that continues nothing and has no cache."""
     log: RunLog | None = model.get_attachment(ATTACHMENT)
     if log is not None:
         log.start(0, None)
@@ -267,7 +267,7 @@ def note_nothing(model) -> None:
 
 
 def continue_from(model, latents: torch.Tensor):
-    """A clone of LongCat-Video whose sampling runs continue `latents` [B or 1, C, F, H, W], stored as `quantize` said, or unquantized."""
+    """A clone of LongCat-Video whose sampling runs continue `latents` [B or 1, C, F, H, W], stored with the settings of `settings_of`."""
     patched = model.clone()
     settings = settings_of(model)
     Hook(latents, settings, model.get_attachment(ATTACHMENT) or RunLog(settings, None)).install(patched)

@@ -1,7 +1,7 @@
-"""Which pass of core's autoregressive sampler is the one over a finished chunk, without waiting for the device to say so.
+"""Tells the pass over a finished chunk from noisy ones, in runs of core's autoregressive sampler, without synchronizing with the device.
 
-The sampler tells a pass its noise level in a tensor on the device. To look at it is to wait for all that the device still has to do, in
-every pass. But the order of the passes is known: a start image, then for each chunk as many noisy ones as there are steps, and a clean one.
+The sampler passes the noise level as a tensor on the device, and reading it would synchronize in every pass. But the order of the passes is
+known: the start image, then for each chunk one noisy pass per step and a clean one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .checks import is_autoregressive
 
 
 class Passes:
-    """clean: whether the present pass is over a finished chunk; None where the sampler is not core's, and has to be asked."""
+    """clean: whether the current pass is over a finished chunk; None with another sampler, whose noise levels must be read."""
 
     def __init__(self):
         self.clean: bool | None = None
@@ -24,17 +24,17 @@ class Passes:
         self._told: tuple[bool, torch.Tensor, torch.cuda.Event] | None = None
 
     def expect(self, sampler, sigmas, given: bool) -> None:
-        """A run begins. given: whether it starts with frames that are stored before the first chunk."""
+        """Start a run. given: whether it stores start frames before the first chunk."""
         order = chain([True] * given, cycle([False] * (len(sigmas) - 1) + [True]))
         self.clean, self._told, self._order = None, None, order if is_autoregressive(sampler) else iter(())
 
     def predict_noise(self, executor, *args, **kwargs):
-        """Around what the sampler calls once a pass, however often guidance then calls the network."""
+        """Wraps what the sampler calls once per pass, however often guidance then evaluates the network."""
         self.clean = next(self._order, None)
         return executor(*args, **kwargs)
 
     def is_clean(self, timestep: torch.Tensor) -> bool:
-        """Of the present pass, whose noise levels are those."""
+        """Whether the current pass is over a finished chunk. timestep: its noise levels."""
         if self.clean is None or timestep.device.type == "cpu":
             return not bool(timestep.any())
         if timestep.device.type == "cuda":
@@ -42,11 +42,11 @@ class Passes:
         return self.clean
 
     def _compare(self, timestep: torch.Tensor) -> None:
-        """Raises RuntimeError where an earlier pass was not what the order says, once the device has said so."""
+        """Raises RuntimeError where an earlier pass was not what the order predicts, once its noise level has arrived."""
         if self._told is not None and self._told[2].query():
             clean, noisy, _ = self._told
             if clean == bool(noisy):
-                raise RuntimeError("The passes of this sampler do not come in the order of Sampler AR Video, so that a noisy chunk "
+                raise RuntimeError("The passes of this sampler are not in the order of Sampler AR Video, so that a noisy chunk "
                                    "would be stored. A node on this model changes how often it is called; remove it.")
             self._told = None
         if self._told is None:

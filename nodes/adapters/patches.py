@@ -1,8 +1,8 @@
-"""What other nodes put on a MODEL or a condition: what works with a cache, and what is refused before the first step.
+"""Patches that other nodes put on a MODEL or a condition: which work with a cache, and which are refused before the first step.
 
-Core's causal network asks for no patches while it makes a video chunk by chunk, and the LongCat-Video of this pack for few. Without these
-checks such a node is passed over in silence, or fails inside the network with a message about arguments. `PATCHES` is all there is to know;
-the help page of Quantize KV Cache (QVG) has the same table.
+Core's causal network applies no patches while it makes a video chunk by chunk, and the LongCat-Video of this pack applies few. Without
+these checks such a node would be ignored silently, or fail inside the network with a message about arguments. The table `PATCHES` is
+complete; the help page of Quantize KV Cache (QVG) has the same table.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from .compiled import bare, check_compiled
 CAUSAL, LONGCAT = "causal", "longcat"
 OVERRIDE = "optimized_attention_override"
 
-IGNORED = "changes parts of a network that this one does not have or does not ask about, so it would do nothing"
-TAKES_PLACE = "takes the place of what reads the KV cache"
-SKIPS = "leaves out passes by comparing them with the pass before, which may be of another chunk"
+IGNORED = "changes parts of a network that this network lacks or does not let patches change, so it would do nothing"
+TAKES_PLACE = "replaces the code that reads the KV cache"
+SKIPS = "skips passes by comparing them with the pass before, which may be of another chunk"
 STEPS_IN_AND_OUT = "evaluates the negative prompt in some steps only, so that its cache would have gaps"
-OTHER_NETWORK = "asks the network for something that only other networks have"
+OTHER_NETWORK = "needs something that only other networks have"
 WHOLE = "belongs to the whole video, which is made chunk by chunk"
 SECOND = "has no cache of its own for the prompt that it adds"
-TWICE = "is what LongCat-Video does by itself, and would count twice"
-WINDOWS = "cuts the video into windows, whose frames are not where the cache has them"
+TWICE = "is built into LongCat-Video, and would be applied twice"
+WINDOWS = "divides the video into windows, whose frames are not at the positions in the cache"
 ONE_DEVICE = "spreads the model over several GPUs, but the cache is on one"
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A kind of patch. name: as a graph calls it; where: which of `_found` it is about; pattern: of a name there; causal, longcat: why it
-    cannot work with these networks, "" where it works."""
+    """A kind of patch. name: of the nodes that set it. where, pattern: which of `_found` it matches. causal, longcat: why it cannot work
+    with these networks, "" if it works."""
 
     name: str
     where: str
@@ -44,7 +44,7 @@ class Patch:
     longcat: str = ""
 
 
-# the first that fits counts
+# the first match counts
 PATCHES = (
     Patch("torch.compile of the whole model or of its blocks (TorchCompileModel)", "compile", "."),
     Patch("LoRA, also by hooks", "hooks", "."),
@@ -74,14 +74,14 @@ PATCHES = (
     Patch("image, camera and audio conditions (WanImageToVideo and its like)", "condition",
           r"(concat_latent_image|concat_mask|reference_latents|clip_vision_output|camera_conditions|time_dim_concat|vace_frames|audio_embed)$",
           IGNORED, IGNORED),
-    Patch("prompts for an area", "condition", r"area$", WHOLE, "cuts the picture, whose frames are whole in the cache"),
+    Patch("prompts for an area", "condition", r"area$", WHOLE, "divides the picture, whose frames are whole in the cache"),
     Patch("prompts for a mask", "condition", r"mask$", WHOLE),
     Patch("prompts for some steps", "condition", r"(start|end)_percent$", STEPS_IN_AND_OUT),
 )
 
 
 def check_patches(guider, family: str) -> None:
-    """Raises ValueError where something that another node put on a guider's model or conditions cannot work. family: CAUSAL or LONGCAT."""
+    """Raises ValueError for a patch of another node, on the guider's model or conditions, that cannot work. family: CAUSAL or LONGCAT."""
     patcher, options = guider.model_patcher, guider.model_options
     check_compiled(options)
     for where, name, thing in _found(patcher, options, guider.conds):
@@ -91,11 +91,11 @@ def check_patches(guider, family: str) -> None:
     override = options.get("transformer_options", {}).get(OVERRIDE)
     if override is not None:
         logging.info("QVG: attention over the KV cache is computed by %s%s", home(override) or "a function",
-                     "; core's attention to the prompt does not ask for it" if family == CAUSAL else "")
+                     "; core's attention to the prompt does not use it" if family == CAUSAL else "")
 
 
 def check_pass(transformer_options: dict) -> None:
-    """Raises ValueError where a function that ran since `check_patches` asks for patches that the network would pass over."""
+    """Raises ValueError where patches were added after `check_patches` that the network would ignore."""
     for name in ("patches_replace", "patches"):
         for kind, thing in transformer_options.get(name, {}).items():
             if thing:
@@ -103,7 +103,7 @@ def check_pass(transformer_options: dict) -> None:
 
 
 def check_taken(model, names) -> None:
-    """Raises ValueError where another node replaced a part of the network (one of `names`) that is about to be replaced."""
+    """Raises ValueError where another node already replaced one of the parts `names` of the network."""
     for name in names:
         thing = model.object_patches.get(name)
         if thing is not None:
@@ -111,7 +111,7 @@ def check_taken(model, names) -> None:
 
 
 def refusal(name: str, thing, why: str, where: str = "") -> str:
-    """The sentence that a person reads. name: its first word is shown."""
+    """The error sentence. name: its first word is shown."""
     what, place = ("condition", "prompt") if where == "condition" else ("patch", "model")
     maker = home(thing)
     return (f"A {what} on this {place} ({name.split()[0]}{f', from {maker}' if maker else ''}) {why}. Remove the node that sets it, or "
@@ -119,7 +119,7 @@ def refusal(name: str, thing, why: str, where: str = "") -> str:
 
 
 def home(thing) -> str:
-    """Where a function was written, as far as it says: "PerturbedAttentionGuidance of nodes_pag"; "" for plain data."""
+    """Where a function was defined, such as "PerturbedAttentionGuidance of nodes_pag"; "" for plain data."""
     module, name = _address(thing)
     if module.partition(".")[0] in ("builtins", "torch"):
         return ""
@@ -142,12 +142,12 @@ def _own(thing) -> bool:
 
 
 def _start(row: Patch) -> str:
-    """Names of functions may have anything before what is looked for."""
+    """The regular expression of a row; in names of functions it may match anywhere."""
     return rf"(?i).*({row.pattern})" if row.where == "function" else rf"(?i){row.pattern}"
 
 
 def _found(patcher, options: dict, conds: dict) -> Iterator[tuple[str, str, object]]:
-    """(where, name, what is there) of all that other nodes left. Functions are named by module and class."""
+    """(where, name, object) of everything that other nodes set. Functions are named by module and class."""
     inner = options.get("transformer_options", {})
     for key, value in options.items():
         if key.startswith("sampler_") or key == "model_function_wrapper":

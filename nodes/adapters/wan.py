@@ -1,8 +1,8 @@
-"""The hook into core's causal Wan (comfy/ldm/wan/ar_model.py).
+"""The adapter for core's causal Wan (comfy/ldm/wan/ar_model.py).
 
-Core's sampler asks the model for per-layer caches, rewinds their "end" after every noisy step, and runs each finished block once more at
-timestep 0. Here the caches are stand-ins that only keep "end"; K and V go to a `KVCache`, which stores on the pass at timestep 0 alone.
-Object patches on a clone carry the hook, so that the model is untouched in every graph that does not use the node.
+Core's sampler asks the model for one cache per layer, rewinds their "end" after every noisy step, and runs each finished chunk once more at
+timestep 0. Here those caches are stubs that only have "end". Keys and values go to a `KVCache`, which stores in the pass at timestep 0
+only. The hook is a set of object patches on a clone, so the model is unchanged in every graph that does not use the node.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from .patches import CAUSAL, check_pass, check_patches, check_taken
 KEY = "quantvideogen"
 PATCHES = ("diffusion_model.init_kv_caches", "diffusion_model.forward", "get_dtype")
 ATTENTION_PATCH = "diffusion_model.blocks.{}.self_attn.forward"
-# float32 tensors of the whole video that a run holds: noise, the latent that it begins from, their mixture, the result
+# float32 latents of the whole video that a run holds: noise, the start, their mixture, the result
 WHOLE_LATENTS = 4
 
 
 def compute_dtype(model):
-    """What the network computes in. Core's sampler makes its cache and casts the start image to what the weights are kept in; where that is
-    fp8, it can neither hold what attention computes nor an image."""
+    """The dtype that the network computes in. Core's sampler uses the dtype of the weights for its cache and for the start image, which
+    does not work with fp8 weights."""
     return model.manual_cast_dtype or model.diffusion_model.dtype
 
 
 def block_state(transformer_options: dict) -> tuple[int, list, list] | None:
-    """What core's sampler hands to its causal network: first frame, KV caches, cross-attention caches. None where it is not that sampler's
-    run."""
+    """What core's sampler passes to its causal network: first frame, KV caches, cross-attention caches. None in a run of another
+    sampler."""
     state = transformer_options.get("ar_state")
     return state and tuple(state[key] for key in ("start_frame", "kv_caches", "crossattn_caches"))
 
@@ -67,7 +67,7 @@ class CacheStub:
 
 
 class PlainHook:
-    """The preset Off: core's own cache, whose bytes are written down."""
+    """The preset Off: core's own cache, whose bytes are recorded in the log."""
 
     def __init__(self, model, log: RunLog):
         self.model, self.log = model, log
@@ -94,7 +94,7 @@ class PlainHook:
 
     def init_kv_caches(self, batch_size, max_seq_len, device, dtype):
         caches = type(self.network).init_kv_caches(self.network, batch_size, max_seq_len, device, dtype)
-        # all of it is there from the first frame to the last
+        # allocated whole, from the first frame to the last
         for frames in (0, self.frames):
             self.log.note(plain_stats(caches, self.frames, frames))
         return caches
@@ -120,10 +120,10 @@ class PlainHook:
 
 
 class Hook:
-    """A quantized cache: made when a run first attends, fed by it, and freed when it ends, however it ends.
+    """A quantized cache, created when a run first attends and freed when the run ends, for whatever reason.
 
-    model: core's BaseModel around the causal Wan that samples. For the time of a run it is the one that the run's own patcher
-    holds, which may be another copy of the same weights.
+    model: core's BaseModel around the causal Wan that samples. During a run it is that of the run's own patcher, which may be another copy
+    of the same weights. settings, log: of the node.
     """
 
     def __init__(self, model, settings: QVGSettings, log: RunLog):
@@ -167,8 +167,8 @@ class Hook:
 
     @outside
     def _begin(self, x, timestep, transformer_options: dict):
-        """The network, what core's sampler says of the pass ((first frame, KV caches, cross-attention caches), or None), and whether the
-        chunk is stored already: guidance that calls the network twice does so here, too, where nobody looks at the result."""
+        """The network, `block_state` of the pass, and whether its chunk is already stored: guidance that evaluates the network twice does
+        so in the storing pass, too, where the result is not used."""
         state = block_state(transformer_options)
         if state is None:
             return self.network, None, False
@@ -199,7 +199,7 @@ class Hook:
         return forward
 
     def _pass(self, q) -> CachedAttention:
-        """The attention of the block being computed. The cache is made here, where batch, device and dtype are those of real keys."""
+        """Attention for the pass. The cache is created here, because batch, device and dtype are those of the actual keys."""
         if self.attend is None:
             start, frames, clean = self.block
             if self.cache is None:
@@ -234,7 +234,7 @@ class Hook:
             self.log.end()
 
     def _plan(self, guider, shape, sampler) -> None:
-        """Forecast the run. Raises ValueError when the settings cannot serve it."""
+        """Forecast the run. Raises ValueError when the settings cannot work for it."""
         start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
         self.frames, self.grid = shape[2], (-(-shape[3] // 2), -(-shape[4] // 2))
         self.chunk_frames = min(getattr(sampler, "extra_options", {}).get("num_frame_per_block", 3), self.frames)
@@ -244,11 +244,11 @@ class Hook:
         forecast = forecasts.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)
         own_caches = getattr(sampler, "keeps_own_caches", False)
-        # core stores the frames that are given in one pass; what another pack's sampler passes at once is not known
+        # core stores the given frames in one pass; how another pack's sampler does it is unknown
         given = 0 if own_caches or start is None else start.shape[2]
         self.given = given
         self.pass_frames = max(self.chunk_frames, given) if own_caches or is_autoregressive(sampler) else self.frames
-        # a sampler with caches of its own has one for each condition
+        # a sampler that keeps its own caches has one per condition
         self.reserved = forecast.peak_bytes * (len(evaluated(guider)) if own_caches else 1)
         self.reserved += WHOLE_LATENTS * 4 * math.prod(shape)
         self.log.start(self.frames, forecast)
@@ -256,12 +256,15 @@ class Hook:
                      *map(format_bytes, (forecast.stored_bytes, forecast.peak_bytes, forecast.bf16_bytes)), self.settings.name)
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
-        """Ask core to leave room for a pass and for the cache. Its own estimate is of a pass over the whole video, for which it would move
-        weights off the device, and knows no cache; what it is told here is a number of frames that takes as much."""
+        """Make core reserve memory for one pass and for the cache.
+
+        Core estimates a pass over the whole video, for which it would move weights off the device, and knows nothing of the cache. It
+        accepts a number of frames only, so it gets the number that needs as much memory.
+        """
         frame = model.model.memory_required([noise_shape[0], noise_shape[1], 1, *noise_shape[3:]])
         shape, management = list(noise_shape), comfy.model_management
         if management.xformers_enabled() or management.pytorch_attention_flash_attention():
-            # a pass, and as much again for encoding; other kinds of attention also need room for the scores of the whole history
+            # a pass, and the same again for encoding; other attention kernels also need memory for the scores of the whole history
             shape[2] = min(shape[2], 2 * self.pass_frames)
         shape[2] += -(-self.reserved // max(1, int(frame)))
         return executor(model, shape, conds, *args, **kwargs)
@@ -281,7 +284,7 @@ def _patched(layers: int) -> list[str]:
 
 
 def _uninstall(patched, layers: int) -> None:
-    """Take an earlier hook off, so that of two nodes in a row the last one counts."""
+    """Remove an earlier hook, so that of two nodes in a row the last one counts."""
     for name in _patched(layers):
         patched.object_patches.pop(name, None)
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREPARE_SAMPLING, WrappersMP.PREDICT_NOISE):
@@ -300,9 +303,9 @@ def owns(network: torch.nn.Module) -> bool:
 
 
 def quantize(model, settings: QVGSettings, node_id: str | None = None):
-    """A clone of `model` whose cache is quantized as `settings` say; with the preset Off its own cache is only counted.
+    """A clone of `model` whose cache is quantized according to `settings`; with the preset Off, core's own cache is only measured.
 
-    node_id: of the node on which a run shows its bytes.
+    node_id: the node that shows the run's bytes.
     Raises ValueError when the settings do not fit the heads, or another node's patch is in the way.
     """
     network = bare(model.get_model_object("diffusion_model"))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention.rope import Rope
 from ..cache.kv_cache import KVCache
-from ..models.wan import HEAD_DIM, PATCH, CausalWan
+from ..models.wan import PATCH, WAN, CausalWan
 from ..settings import QVGSettings
 from ..units import GIB
 from .network import CachedNetwork, Condition, check_positions, guided
@@ -48,8 +47,9 @@ def cache_of(network: CausalWan, settings: QVGSettings, run: Run, grid: tuple[in
 
     grid: tokens (height, width) of a latent frame. dtype: of unquantized and decoded values, the network's own by default.
     """
-    return KVCache(settings, layers=network.sizes.layers, heads=network.sizes.heads, head_dim=HEAD_DIM, grid=grid, rope=Rope, batch=batch,
-                   device=device, dtype=dtype or network.dtype, max_frames=run.frames, chunk_frames=run.chunk_frames)
+    return KVCache(settings, layers=network.sizes.layers, heads=network.sizes.heads, head_dim=network.sizes.head_dim, grid=grid,
+                   rope=WAN.rope, batch=batch, device=device, dtype=dtype or network.dtype, max_frames=run.frames,
+                   chunk_frames=run.chunk_frames)
 
 
 @torch.no_grad()

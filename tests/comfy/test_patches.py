@@ -225,7 +225,7 @@ def test_an_attention_override_attends_over_the_cache(case, settings, caplog):
     assert any(keys > queries for queries, keys in seen), "the history is among the keys"
     said = [line for line in caplog.messages if "test_an_attention_override" in line]
     assert len(said) == 1 + (case.family == "packs sampler" and settings is BALANCED)
-    assert ("does not ask" in said[0]) == (case.family != "longcat")
+    assert ("does not use" in said[0]) == (case.family != "longcat")
     model.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args, **more: 0 * function(*args, **more)
     assert not torch.allclose(case.sample(model), plain, atol=1e-2)
 
@@ -240,7 +240,7 @@ def test_another_forward_is_refused_wherever_it_comes_from(case, part):
         model.add_object_patch(f"diffusion_model.{part}", forward)
         return model
 
-    words = f"diffusion_model.{part}, from test_another_forward.*takes the place of what reads the KV cache"
+    words = f"diffusion_model.{part}, from test_another_forward.*replaces the code that reads the KV cache"
     case.refused(words, patched(case.quantized()))
     if part in ("forward", "blocks.1.self_attn.forward") and case.family != "longcat":
         with pytest.raises(ValueError, match=words):
