@@ -36,20 +36,8 @@ from .jobs import (
     address,
     span_addresses,
 )
-from .octets import (
-    bfloat16_octet,
-    dequantize,
-    dequantize_pairs,
-    e4m3_octet,
-    factors_of,
-    fetch,
-    octet_of,
-    octets,
-    tile_of,
-    turn,
-    turn_pairs,
-    words_of,
-)
+from .octet_pairs import dequantize_pairs, factors_of, octet_of, rotate_pairs, words_of
+from .octets import bfloat16_octet, dequantize, e4m3_octet, fetch, octets, rotate, tile_of
 from .tiles import (
     power_of_two,
     prefetch,
@@ -218,7 +206,7 @@ def _decode_tile(data, scales, ids, centroids, local, channel,
 
 
 @triton.jit
-def _rotate(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, OCTETS: tl.constexpr,
+def _apply_rope(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, OCTETS: tl.constexpr,
             HALVES: tl.constexpr, NVIDIA: tl.constexpr):
     """RoPE on an octet. of_time, of_place: rows of the table of angles, in octets; the first TIME channel pairs rotate with time."""
     # the boundary may fall between the second and the third of an octet's four pairs
@@ -231,14 +219,14 @@ def _rotate(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.const
     if HALVES:
         left = angles + tl.max_contiguous(2 * left + octet, (1, OCTETS))
         right = angles + tl.max_contiguous(2 * right + octet, (1, OCTETS))
-        x = turn_pairs(x, tl.load(left + part * OCTETS), tl.load(right + (part * OCTETS + D // 8)), NVIDIA)
+        x = rotate_pairs(x, tl.load(left + part * OCTETS), tl.load(right + (part * OCTETS + D // 8)), NVIDIA)
     else:
         left = angles + tl.max_contiguous(4 * left + octet, (1, OCTETS))
         right = angles + tl.max_contiguous(4 * right + octet, (1, OCTETS))
-        x0, x1 = turn(x[0], x[1], tl.load(left))
-        x2, x3 = turn(x[2], x[3], tl.load(left + D // 8))
-        x4, x5 = turn(x[4], x[5], tl.load(right + D // 4))
-        x6, x7 = turn(x[6], x[7], tl.load(right + 3 * (D // 8)))
+        x0, x1 = rotate(x[0], x[1], tl.load(left))
+        x2, x3 = rotate(x[2], x[3], tl.load(left + D // 8))
+        x4, x5 = rotate(x[4], x[5], tl.load(right + D // 4))
+        x6, x7 = rotate(x[6], x[7], tl.load(right + 3 * (D // 8)))
         x = (x0, x1, x2, x3, x4, x5, x6, x7)
     return x
 
@@ -335,7 +323,7 @@ def decode_kernel(
                     found = found + (words[stage][part],)
                 x = dequantize_pairs(bits[part], scale[part], found, sizes, factors[part], BITS, STAGES, NVIDIA, NATIVE_E4M3)
             if not is_value:
-                x = _rotate(x, angles, of_time, of_place, octet, part, D, TIME, OCTETS, HALVES, NVIDIA)
+                x = _apply_rope(x, angles, of_time, of_place, octet, part, D, TIME, OCTETS, HALVES, NVIDIA)
             at = out + local.to(tl.int64) * token_stride
             _store(at, x, channel, factors[part][2] if HALVES else 1.0, part, dtype, D, TOKENS, PARTS, NVIDIA)
         frame, place, local = next_frame, next_place, next_local

@@ -1,7 +1,7 @@
-"""Two float16 numbers in a word of 32 bits, which NVIDIA's cards compute with in one instruction.
+"""Two float16 values in a 32-bit word, on which NVIDIA GPUs compute with one instruction.
 
-Decoding adds few numbers of one size and rounds the sum to 16 bits in the end, so that the 11 bits of a float16 are enough on the way
-where a power of two keeps them in range. NVIDIA: whether there are such instructions; elsewhere the same is spelled out.
+Decoding adds a few values of similar size and rounds the sum to bf16, so the 11 bits of float16 suffice in between. NVIDIA: whether the GPU
+has these instructions; otherwise the same is computed in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def pair(low, high, NVIDIA: tl.constexpr):
-    """Two float32 as a word of float16."""
+    """Two float32 as a pair."""
     if NVIDIA:
         return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", args=[low, high], dtype=tl.int32, is_pure=True, pack=1)
     low, high = low.to(tl.float16).to(tl.int16, bitcast=True), high.to(tl.float16).to(tl.int16, bitcast=True)
@@ -27,7 +27,7 @@ def _half(words):
 
 @triton.jit
 def unpair(words, NVIDIA: tl.constexpr):
-    """The two as float32."""
+    """A pair as two float32."""
     if NVIDIA:
         return tl.inline_asm_elementwise("{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }", "=f,=f,r",
                                          args=[words], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
@@ -51,8 +51,8 @@ def fma(a, b, c, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def turn_pair(x, angle, NVIDIA: tl.constexpr):
-    """A channel pair turned by (cos, sin)."""
+def rotate_pair(x, angle, NVIDIA: tl.constexpr):
+    """RoPE on a channel pair. angle: the pair (cos, sin)."""
     if NVIDIA:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 c, s; .reg .b32 cc, ss, t; mov.b32 {c, s}, $2; mov.b32 cc, {c, c}; mov.b32 ss, {s, s};"
@@ -64,7 +64,7 @@ def turn_pair(x, angle, NVIDIA: tl.constexpr):
 
 @triton.jit
 def bfloat16_pair(x, factor):
-    """Two float16 as bf16, times a power of two, which `factor` holds twice as bf16 (NVIDIA alone)."""
+    """A pair as two bf16 times a power of two (NVIDIA only). factor: the power, twice as bf16 in a word."""
     return tl.inline_asm_elementwise(
         "{ .reg .b16 l, h; .reg .f32 a, b; .reg .b32 w, z; mov.b32 {l, h}, $1; cvt.f32.f16 a, l; cvt.f32.f16 b, h;"
         " cvt.rn.bf16x2.f32 w, b, a; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, w, $2, z; }",
@@ -73,9 +73,9 @@ def bfloat16_pair(x, factor):
 
 @triton.jit
 def e4m3_pairs(words, NATIVE: tl.constexpr):
-    """Four E4M3 codes a number, int32 -> two words, 2^8 too small where the device has no instruction that reads E4M3."""
+    """Four E4M3 codes in an int32 -> two pairs, too small by 2^8 without NATIVE, an instruction that converts E4M3."""
     if NATIVE:
-        # both in one text, which leaves it to the assembler to take the upper half without moving it
+        # both in one statement, so that the assembler can use the upper half without moving it
         return tl.inline_asm_elementwise(
             "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.rn.f16x2.e4m3x2 $0, l; cvt.rn.f16x2.e4m3x2 $1, h; }", "=r,=r,r",
             args=[words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
@@ -84,14 +84,22 @@ def e4m3_pairs(words, NATIVE: tl.constexpr):
 
 @triton.jit
 def e4m3_pair(words, NATIVE: tl.constexpr):
-    """The same of the two lower codes alone."""
+    """The same for the two lower codes only."""
     if NATIVE:
         return tl.inline_asm_elementwise("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }", "=r,r",
                                          args=[words], dtype=tl.int32, is_pure=True, pack=1)
-    return _moved(((words & 0xFF) << 8) | ((words & 0xFF00) << 16))
+    return _shift_codes(((words & 0xFF) << 8) | ((words & 0xFF00) << 16))
 
 
 @triton.jit
-def _moved(words):
-    """Two E4M3 codes, the high bytes of a word's halves. A float16 has the same fields and an exponent that counts from 15, not 7."""
+def _shift_codes(words):
+    """Two E4M3 codes in the high bytes of a word's halves -> float16 fields: the exponent has one more bit and a bias of 15, not 7."""
     return (words & -2147450880) | ((words & 0x7F007F00) >> 1)
+
+
+@triton.jit
+def e4m3_octet_pairs(codes, NATIVE: tl.constexpr):
+    """Eight E4M3 codes in an int64 -> four pairs, scaled as in `e4m3_pairs`."""
+    a, b = e4m3_pairs(codes.to(tl.int32), NATIVE)
+    c, d = e4m3_pairs((codes >> 32).to(tl.int32), NATIVE)
+    return a, b, c, d
