@@ -130,7 +130,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             yield Variant(f"assign-d{dim}-{dtype[1:]}", assign.assign_kernel, {
                 "x": dtype, "table": "*bf16", "norms": "*fp32", "ids": "*i64"},
                 {"D": dim, **product}, cut.warps, stages=cut.stages)
-            yield Variant(f"leave-d{dim}-{dtype[1:]}", store.leave_kernel, {"x": dtype, **STORED, "residual": "*fp32"},
+            yield Variant(f"residual-d{dim}-{dtype[1:]}", store.residual_kernel, {"x": dtype, **STORED, "residual": "*fp32"},
                           {"D": dim, **product, "NATIVE_E4M3": native_e4m3}, cut.warps, stages=cut.stages)
             if few:
                 break
@@ -178,7 +178,7 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
         ("sums", update.sums_kernel, SUMS, {"D": 64, **product, "PRECISION": cut.precision}),
         ("means", update.means_kernel, MEANS, {"D": 64, "SEARCH": 32, "PREPARES": True}),
         ("store", store.store_kernel, {"found": "*fp32", **STORED}, {"MOST": e4m3.MAX, "D": 64, "BLOCK": cut.block, "NATIVE_E4M3": False}),
-        ("leave", store.leave_kernel, {"x": "*bf16", **STORED, "residual": "*fp32"}, {"D": 64, **product, "NATIVE_E4M3": False}),
+        ("residual", store.residual_kernel, {"x": "*bf16", **STORED, "residual": "*fp32"}, {"D": 64, **product, "NATIVE_E4M3": False}),
         ("rotate", rotate.rotate_kernel, ROTATED, {"D": 64, "LINES": 32, "PLACES": True}),
         ("encode", encode.encode_kernel, ENCODED, {**shape, "BITS": 1, **product}),
         ("encode-scales", encode.scales_kernel, SCALES, {"BLOCK": 64}),

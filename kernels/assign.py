@@ -1,9 +1,9 @@
 """Nearest centroid of every token, for all rows in one launch. Reference: `qvg.codec.smoothing.assign`.
 
-Centroids are first written as the matrix units take them, with half their norms; a program then multiplies its tokens with one block of
-centroids at a time and keeps the best in registers, so the [tokens, centroids] matrix never exists in memory. Operands are rounded to
-`product` (bf16 on a GPU): where two centroids are equally near to within that rounding either may win, and the residual is taken against
-the one that did, so nothing is lost.
+Centroids are first prepared as operands of the matrix units, with half their squared norms. A program then multiplies its tokens with one
+block of centroids at a time and keeps the best in registers, so the [tokens, centroids] matrix never exists in memory. Operands are rounded
+to bf16 on a GPU: of two centroids that are equally near within that rounding either may win. The residual is computed from the winner, so
+nothing is lost.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 from ..qvg.backends import Unsupported, before_launch
 from .tiles import Product, require_channels_last
 
-# centroids of a program that prepares them
+# centroids that one program prepares
 PREPARED = 16
-# a score gives its lowest bits to the number of its centroid, of which there are at most 256
+# the lowest eight bits of a score hold the id of its centroid
 MAX_CENTROIDS = 256
 
 
 @triton.jit
 def nearest(x, table, norms, count, last, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """Ids int32 [TOKENS], `last` at most, of the rows of x [TOKENS, D], in the number type of `table` [count, D], of which `BLOCK` go at a
-    time.
+    """Ids int32 [TOKENS], at most `last`, of the nearest centroids of x [TOKENS, D]. table [count, D] has the dtype of x and is processed
+    BLOCK rows at a time; norms [count] float32 are half the squared norms.
 
-    norms [count] float32 are half those of the centroids. |x|^2 is the same for every centroid and is left out. The highest score and its
-    place are found as one number: the lowest bits of the score count its place backwards, so that of equal scores above zero the lower
-    id wins, and below zero the higher one. Tokens that are no numbers have no score, and get an id that there is.
+    |x|^2 is the same for every centroid and is omitted. The highest score and its index are found together: the lowest bits of a score hold
+    255 minus the index, so that of equal positive scores the lower id wins, and of negative ones the higher. Tokens with NaN have no best
+    score and get a valid id.
     """
     best = tl.full((TOKENS,), float("-inf"), tl.float32)
     number = tl.arange(0, BLOCK)
-    # offsets within a block do not change, and those that the compiler knows cost no instruction
+    # offsets within a block are constants, which cost no instruction
     within = number[:, None] * D + tl.arange(0, D)[None, :]
     for start in range(0, count, BLOCK):
         block = tl.load(table + start * D + within)
@@ -45,8 +45,8 @@ def nearest(x, table, norms, count, last, D: tl.constexpr, TOKENS: tl.constexpr,
 
 @triton.jit
 def prepare(block, table, norms, at, number, count, D: tl.constexpr):
-    """Store float32 centroids [BLOCK, D] and half their norms for `nearest`, as rows `at + number` of what `table` and `norms` begin.
-    Those from `count` on only fill the last block and are never near."""
+    """Store float32 centroids [BLOCK, D] and half their squared norms for `nearest`, as rows `at + number` of `table` and `norms`. Rows
+    from `count` on are padding and never the nearest."""
     place = (at + number)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(table + place, block.to(table.dtype.element_ty))
     tl.store(norms + at + number, tl.where(number < count, 0.5 * tl.sum(block * block, axis=1), 3e38))
@@ -74,17 +74,17 @@ def assign_kernel(x, table, norms, ids, tokens, count, last, x_row, x_token, D: 
 
 
 def prepared(product: Product, count: int, dim: int, device: torch.device, *outer: int) -> tuple[Tensor, Tensor]:
-    """Room for what `prepare` writes of `count` centroids in whole blocks: table [*outer, padded, dim] and norms [*outer, padded].
-    Raises Unsupported when they are too many to be told apart."""
+    """Buffers for what `prepare` writes of `count` centroids, padded to whole blocks: table [*outer, padded, dim], norms [*outer, padded].
+    Raises Unsupported for more than MAX_CENTROIDS."""
     if count > MAX_CENTROIDS:
-        raise Unsupported(f"{count} centroids are more than the {MAX_CENTROIDS} that the kernel tells apart")
+        raise Unsupported(f"{count} centroids are more than the {MAX_CENTROIDS} that the kernel distinguishes")
     padded = triton.cdiv(count, product.block) * product.block
     return (torch.empty(*outer, padded, dim, dtype=product.torch_dtype, device=device),
             torch.empty(*outer, padded, dtype=torch.float32, device=device))
 
 
 class Search:
-    """The launches for tokens x [R, T, D], float32 or bf16, and `count` centroids, with the room that they need: table and norms."""
+    """The launches for tokens x [R, T, D], float32 or bf16, and `count` centroids, with their buffers: table and norms."""
 
     def __init__(self, x: Tensor, count: int):
         require_channels_last(x)
@@ -98,7 +98,7 @@ class Search:
             centroids, self.table, self.norms, self._count, padded, D=dim, BLOCK=PREPARED, num_warps=4)
 
     def __call__(self, ids: Tensor) -> None:
-        """The nearest of what was prepared, to ids int64 [R, T]."""
+        """Write the ids of the nearest prepared centroids to ids int64 [R, T]."""
         (rows, tokens, dim), product, x = self._x.shape, self._product, self._x
         assign_kernel[(triton.cdiv(tokens, product.tokens), rows)](
             x, self.table, self.norms, ids, tokens, self.table.shape[1], self._count - 1, x.stride(0), x.stride(1),

@@ -1,6 +1,6 @@
-"""k-means steps for all rows, three launches each. Reference: `qvg.codec.smoothing.kmeans`.
+"""k-means for all rows, three launches an iteration. Reference: `qvg.codec.smoothing.kmeans`.
 
-A step begins where the one before ended: means are also written as `assign` takes centroids.
+The launch that computes means also prepares them as the centroids of the next iteration.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .update import Means
 
 def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> Tensor:
     """x [R, T, D] float32 or bf16, centroids [R, C, D] float32 to start from -> float32 [R, C, D]."""
-    # distances are products of rounded operands anyhow, and half as much is read
+    # the operands of distances are rounded anyway, and this halves what is loaded
     x, centroids = x.to(Product.of(x.shape[-1], x.device).torch_dtype), centroids.contiguous()
     search, means = Search(x, centroids.shape[1]), Means(x, centroids.shape[1])
     ids = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)

@@ -1,4 +1,7 @@
-"""RoPE on a chunk's own tokens, in one pass over them. Twins: `qvg.attention.rope.rotate` and `qvg.attention.rope.turn_chunk`."""
+"""RoPE on a chunk's own tokens in one pass. References: `qvg.attention.rope.rotate` and `qvg.attention.rope.turn_chunk`.
+
+A chunk's queries and keys are rotated in one launch, which also writes the keys and values of the first group of heads into the workspace.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ from ..qvg.backends import Unsupported, before_launch
 from .tiles import require_channels_last
 
 
-@triton.jit(do_not_specialize=["lines", "heads", "placed", "rooms"])
-def rotate_kernel(x, other_x, cos, sin, out, other_out, value, keys, values, lines, heads, placed, rooms, x_batch, x_token, x_head,
-                  value_batch, value_token, value_head, room_batch, room_token, D: tl.constexpr, LINES: tl.constexpr, PLACES: tl.constexpr):
-    """LINES heads of neighbouring tokens, [LINES, D], of x or of other_x; both outs are contiguous. PLACES: the first `placed` heads of
-    other_x, turned, also go to `keys`, and those of `value` as they are to `values`, [rooms, tokens, placed, D] each.
+@triton.jit(do_not_specialize=["lines", "heads", "placed", "batches"])
+def rotate_kernel(x, other_x, cos, sin, out, other_out, value, keys, values, lines, heads, placed, batches, x_batch, x_token, x_head,
+                  value_batch, value_token, value_head, workspace_batch, workspace_token,
+                  D: tl.constexpr, LINES: tl.constexpr, PLACES: tl.constexpr):
+    """RoPE on LINES heads of neighbouring tokens, [LINES, D], of x or of other_x; both outputs are contiguous. PLACES: the first `placed`
+    heads of other_x are also stored in `keys`, after RoPE, and those of `value` in `values`, [batches, tokens, placed, D] each.
 
     Grid: (blocks of lines, batch, tensors).
     """
@@ -30,15 +34,15 @@ def rotate_kernel(x, other_x, cos, sin, out, other_out, value, keys, values, lin
     at = token[:, None] * (D // 2) + pair
     c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
     even, odd = tl.split(tl.reshape(tile.to(tl.float32), (LINES, D // 2, 2)))
-    turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (LINES, D)).to(tile.dtype)
-    tl.store(tl.where(second, other_out, out) + (batch * lines + line.to(tl.int64)[:, None]) * D + channel, turned, mask=mask)
+    rotated = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (LINES, D)).to(tile.dtype)
+    tl.store(tl.where(second, other_out, out) + (batch * lines + line.to(tl.int64)[:, None]) * D + channel, rotated, mask=mask)
     if PLACES:
-        if second and batch < rooms:
+        if second and batch < batches:
             mask = (inside & (head < placed))[:, None]
-            room = batch * room_batch + token[:, None] * room_token + head[:, None] * D + channel
-            tl.store(keys + room, turned, mask=mask)
+            spot = batch * workspace_batch + token[:, None] * workspace_token + head[:, None] * D + channel
+            tl.store(keys + spot, rotated, mask=mask)
             tile = tl.load(value + batch * value_batch + token[:, None] * value_token + head[:, None] * value_head + channel, mask=mask)
-            tl.store(values + room, tile, mask=mask)
+            tl.store(values + spot, tile, mask=mask)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,17 +51,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _launch("rotate", batched, batched, cos, sin, 1)[0].view(x.shape)
 
 
-def turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    """See `qvg.attention.rope.turn_chunk`; both turned tensors are contiguous."""
+def turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, workspace: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    """As `qvg.attention.rope.turn_chunk`; both results are contiguous."""
     if q.shape != k.shape or q.stride() != k.stride() or q.dtype != k.dtype:
-        raise Unsupported("queries and keys that differ in shape, layout or type are not turned together")
-    if room is None:
+        raise Unsupported("queries and keys differ in shape, strides or dtype")
+    if workspace is None:
         return _launch("turn", q, k, cos, sin, 2)
-    keys, values = room
+    keys, values = workspace
     if keys.stride() != values.stride() or keys.stride()[2:] != (keys.shape[-1], 1) or {keys.dtype, values.dtype, v.dtype} != {k.dtype}:
-        raise Unsupported("a workspace that differs from the tokens in type, or in layout within itself, is filled by copies")
+        raise Unsupported("the workspace's keys and values differ from the tokens in dtype, or from each other in strides")
     if v.shape != k.shape:
-        raise Unsupported(f"values {tuple(v.shape)} are not the keys' {tuple(k.shape)}")
+        raise Unsupported(f"values {tuple(v.shape)} differ in shape from keys {tuple(k.shape)}")
     require_channels_last(v)
     return _launch("turn", q, k, cos, sin, 2, v, keys, values)
 

@@ -1,9 +1,7 @@
-"""What k-means found as a codebook holds it, and what that leaves of the tokens, for all rows in two launches.
+"""Quantize centroids to the bytes of a codebook and subtract them from the tokens, for all rows in two launches.
 
-Reference: `qvg.codec.smoothing.store`.
-
-The first launch writes the bytes and, beside them, the values that they stand for as `assign` takes them. The second finds each token's
-nearest value and writes the difference, so that neither ids nor what was chosen exist in memory.
+Reference: `qvg.codec.smoothing.store`. The first launch writes the bytes and prepares the values that they stand for as `assign` does. The
+second finds each token's nearest centroid and writes the residual, so that neither ids nor gathered centroids exist in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from .tiles import Product, converts_e4m3, e4m3_to_float32, float32_to_e4m3, req
 @triton.jit(do_not_specialize=["count", "padded"])
 def store_kernel(found, codes, units, table, norms, count, padded, MOST: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
                  NATIVE_E4M3: tl.constexpr):
-    """Codes and channel units of the centroids of a row. MOST: the largest number that a code stands for. Grid: (rows)."""
+    """Codes and channel units of the centroids of a row, found [rows, count, D] float32. MOST: the largest value of a code. Grid:
+    (rows)."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, D)
     largest = tl.zeros((D,), tl.float32)
@@ -31,7 +30,7 @@ def store_kernel(found, codes, units, table, norms, count, padded, MOST: tl.cons
         at = (row * count + number)[:, None] * D + channel[None, :]
         block = tl.load(found + at, mask=(number < count)[:, None], other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(block), axis=0))
-    # the power of two above
+    # rounded up to a power of two
     unit = tl.div_rn(largest, tl.full((D,), MOST, tl.float32)).to(tl.int32, bitcast=True)
     unit = ((unit + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.where(unit == 0, 1.0, unit)
@@ -49,9 +48,9 @@ def store_kernel(found, codes, units, table, norms, count, padded, MOST: tl.cons
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "padded"])
-def leave_kernel(x, codes, units, table, norms, residual, tokens, count, padded, x_row, x_token,
+def residual_kernel(x, codes, units, table, norms, residual, tokens, count, padded, x_row, x_token,
                  D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, NATIVE_E4M3: tl.constexpr):
-    """Tokens less their nearest centroids; residual is contiguous. Grid: (blocks of tokens, rows)."""
+    """Tokens minus their nearest centroids; residual is contiguous. Grid: (blocks of tokens, rows)."""
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mask = (token < tokens)[:, None]
@@ -59,10 +58,10 @@ def leave_kernel(x, codes, units, table, norms, residual, tokens, count, padded,
     channel = tl.arange(0, D)[None, :]
     at = row * x_row + token * x_token + channel
     tile = tl.load(x + at, mask=mask, other=0.0).to(table.dtype.element_ty)
-    chosen = nearest(tile, table + row * padded * D, norms + row * padded, padded, count - 1, D, TOKENS, BLOCK)
+    ids = nearest(tile, table + row * padded * D, norms + row * padded, padded, count - 1, D, TOKENS, BLOCK)
     unit = tl.load(units + row * D + channel).to(tl.float32)
-    value = e4m3_to_float32(tl.load(codes + (row * count + chosen)[:, None] * D + channel), NATIVE_E4M3) * unit
-    # taken anew from the cache, not kept in registers
+    value = e4m3_to_float32(tl.load(codes + (row * count + ids)[:, None] * D + channel), NATIVE_E4M3) * unit
+    # loaded from the cache again instead of kept in registers
     tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(residual + (row * tokens + token) * D + channel, tile - value, mask=mask)
 
@@ -81,7 +80,7 @@ def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     before_launch("store", dim, x.dtype, x.device)
     store_kernel[(rows,)](found.contiguous(), codes, units, table, norms, count, padded, MOST=e4m3.MAX, D=dim, BLOCK=product.block,
                           NATIVE_E4M3=native, num_warps=8)
-    leave_kernel[(triton.cdiv(tokens, product.tokens), rows)](
+    residual_kernel[(triton.cdiv(tokens, product.tokens), rows)](
         x, codes, units, table, norms, residual, tokens, count, padded, x.stride(0), x.stride(1),
         D=dim, TOKENS=product.tokens, BLOCK=product.block, NATIVE_E4M3=native, num_warps=product.warps, num_stages=product.stages)
     return codes, units, residual

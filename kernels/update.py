@@ -1,7 +1,7 @@
-"""Means of the tokens that chose each centroid, for all rows in two launches. Reference: `qvg.codec.smoothing.update`.
+"""Means of the tokens assigned to each centroid, for all rows in two launches. Reference: `qvg.codec.smoothing.update`.
 
-Sums are a matrix product with the one-hot assignment, built in registers, and partial sums are added in a fixed order:
-no float atomics, so two runs give the same bits.
+Sums are a matrix product with the one-hot assignment, which is built in registers. Partial sums are added in a fixed order without atomics,
+so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .tiles import Product, require_channels_last
 
 # enough programs for every multiprocessor, few enough that the partial sums stay small beside the tokens
 PROGRAMS = 256
-# numbers that a program looks at together for the token that is served worst
+# elements that a program loads together when it searches the token with the largest error
 SEARCH = 4096
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "share"])
 def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
                 D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums over `share` tokens. Grid: (parts of the tokens, blocks of centroids, rows)."""
+    """Sums and counts over `share` tokens. Grid: (parts of the tokens, blocks of centroids, rows)."""
     part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, D)[None, :]
@@ -33,10 +33,10 @@ def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
     for start in range(part * share, min(part * share + share, tokens), TOKENS):
         token = start + tl.arange(0, TOKENS)
         mask = token < tokens
-        chosen = tl.load(ids + row * tokens + token, mask=mask, other=-1).to(tl.int32)
+        assigned = tl.load(ids + row * tokens + token, mask=mask, other=-1).to(tl.int32)
         at = row * x_row + token.to(tl.int64)[:, None] * x_token + channel
         tile = tl.load(x + at, mask=mask[:, None], other=0.0)
-        member = number[:, None] == chosen[None, :]
+        member = number[:, None] == assigned[None, :]
         total += tl.dot(member.to(tile.dtype), tile, input_precision=PRECISION)
         size += tl.sum(member.to(tl.float32), axis=1)
     at = (part * tl.num_programs(2) + row) * count + number
@@ -48,7 +48,8 @@ def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
 @triton.jit(do_not_specialize=["tokens", "count", "padded", "parts"])
 def means_kernel(x, ids, centroids, sums, sizes, means, table, norms, tokens, count, padded, x_row, x_token, parts,
                  D: tl.constexpr, SEARCH: tl.constexpr, PREPARES: tl.constexpr):
-    """Add the parts up; a centroid without tokens searches its share of them. PREPARES: see `prepare`. Grid: (centroids, rows)."""
+    """Means from the partial sums. A centroid without tokens becomes the token with the largest error in its own share of them. PREPARES:
+    also call `prepare`. Grid: (centroids, rows)."""
     number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, D)
     total = tl.zeros((D,), tl.float32)
@@ -65,10 +66,10 @@ def means_kernel(x, ids, centroids, sums, sizes, means, table, norms, tokens, co
             offset = start + tl.arange(0, SEARCH)
             mask = offset < share
             token = number * share + offset
-            chosen = tl.load(ids + row * tokens + token, mask=mask, other=0)
+            assigned = tl.load(ids + row * tokens + token, mask=mask, other=0)
             at = row * x_row + token.to(tl.int64)[:, None] * x_token + channel[None, :]
             tile = tl.load(x + at, mask=mask[:, None], other=0.0).to(tl.float32)
-            tile -= tl.load(centroids + (row * count + chosen[:, None]) * D + channel[None, :])
+            tile -= tl.load(centroids + (row * count + assigned[:, None]) * D + channel[None, :])
             error = tl.where(mask, tl.sum(tile * tile, axis=1), -1.0)
             largest, where = tl.max(error, axis=0, return_indices=True)
             place = tl.where(largest > most, number * share + start + where, place)
@@ -80,7 +81,7 @@ def means_kernel(x, ids, centroids, sums, sizes, means, table, norms, tokens, co
 
 
 class Means:
-    """The two launches for tokens x [R, T, D], float32 or bf16, and `count` centroids, with the room that they need."""
+    """The two launches for tokens x [R, T, D], float32 or bf16, and `count` centroids, with their buffers."""
 
     def __init__(self, x: Tensor, count: int):
         require_channels_last(x)
@@ -95,7 +96,8 @@ class Means:
         self._sizes = torch.empty(self._parts, rows, count, dtype=torch.float32, device=x.device)
 
     def __call__(self, ids: Tensor, centroids: Tensor, out: Tensor, table: Tensor | None = None, norms: Tensor | None = None) -> None:
-        """Means of those that chose `ids` int64 [R, T] among `centroids` float32 [R, C, D], to `out`; and to the table, if there is one."""
+        """Write to `out` the means of the tokens assigned by ids int64 [R, T] to centroids float32 [R, C, D]; prepare them in `table`, if
+        there is one."""
         (rows, tokens, dim), product, x = self._x.shape, self._product, self._x
         sums_kernel[(self._parts, self._blocks, rows)](
             x, ids, self._sums, self._sizes, tokens, self._count, x.stride(0), x.stride(1), self._share,
@@ -109,7 +111,7 @@ class Means:
 
 
 def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
-    """x [R, T, D] float32 or bf16, ids int64 [R, T], centroids [R, C, D] float32 that they chose from -> float32 [R, C, D]."""
+    """x [R, T, D] float32 or bf16, ids int64 [R, T] into centroids [R, C, D] float32 -> means float32 [R, C, D]."""
     means = Means(x, centroids.shape[1])
     out = torch.empty(centroids.shape, dtype=torch.float32, device=x.device)
     before_launch("update", x.shape[-1], x.dtype, x.device)
