@@ -10,9 +10,8 @@ from torch import nn
 
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.commands import cli
-from comfyui_qvg.qvg.models import FAMILIES, Family, ModelShape
+from comfyui_qvg.qvg.models import FAMILIES, Family, ModelShape, open_checkpoint
 from comfyui_qvg.qvg.models.catalogue import MODELS
-from comfyui_qvg.qvg.models.checkpoint import open_checkpoint
 from comfyui_qvg.qvg.models.lora import convert
 from comfyui_qvg.qvg.report.plan import plan
 from comfyui_qvg.qvg.settings import QVGSettings
@@ -121,6 +120,17 @@ def test_it_runs(state):
     assert torch.equal(exact[:, :, :2], quantized[:, :, :2]), "the first chunk reads no history"
     assert 0 < (quantized - exact).square().mean() < 0.01 * exact.square().mean()
     assert stats.stored_bytes < plain.stored_bytes / 3
+
+
+def test_keys_that_would_name_another_model(tmp_path, state):
+    """A family says which of the fragments that stand for other models are its own."""
+    path = tmp_path / "toy.safetensors"
+    save_file(state | {"double_blocks.0.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is a HunyuanVideo model"):
+        open_checkpoint(path)
+    FAMILIES.remove("toy")
+    FAMILIES.register(replace(TOY, own=("double_blocks.",)))
+    assert open_checkpoint(path)[1].family == "toy"
 
 
 def test_its_loras_are_read(state):
