@@ -1,19 +1,20 @@
 """What quantized KV caches are usually compared with, written for the closed loop: all of their levels used, keys before RoPE.
 
-Each takes the place of a `qvg.codec.spans.TensorCodec` and makes spans that count their own bytes. Codes have 2 or 4 bits, scales and zero
+Each takes the place of a `qvg.codec.TensorCodec` and makes spans that count their own bytes. Codes have 2 or 4 bits, scales and zero
 points are E4M3 bytes, levels run from the smallest to the largest number of a group (asymmetric min-max).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..qvg.codec import e4m3
-from ..qvg.codec.spans import PlainSpan
+from ..qvg.codec import Span, TensorCodec, e4m3
+from ..qvg.codec.plain import PlainSpan
 
 GROUP = 64
 
@@ -54,19 +55,23 @@ class MinMax:
 
 
 @dataclass
-class Span:
+class MinMaxSpan(Span):
     """layout: "channels" (groups of a token's channels), "tokens" (groups of tokens of one channel) or "hadamard" (channels, rotated)."""
 
     data: MinMax
     layout: str
+    shape: tuple[int, int, int]
     codebook = None
 
     @property
     def bits(self) -> int:
         return self.data.bits
 
-    def bytes_by_kind(self) -> dict[str, int]:
-        return {"planes": self.data.codes.nbytes, "scales": self.data.scales.nbytes + self.data.zeros.nbytes}
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.data.codes, "scales": self.data.scales, "zeros": self.data.zeros}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> MinMaxSpan:
+        return replace(self, data=replace(self.data, **tensors))
 
     def decode(self, rows: slice, tables) -> Tensor:
         """float32 [T, r, D]"""
@@ -86,10 +91,8 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     return (matrix / size**0.5).to(device)
 
 
-class Baseline:
+class Baseline(TensorCodec):
     """A codec without codebooks that lays its groups as `layout` says."""
-
-    kind = "baseline"
 
     def __init__(self, layout: str):
         self.layout = layout
@@ -97,18 +100,21 @@ class Baseline:
     def train(self, x: Tensor, generator, previous=None) -> None:
         return None
 
-    def encode(self, x: Tensor, bits: int, codebook=None) -> Span:
+    def encode(self, x: Tensor, bits: int, codebook=None) -> MinMaxSpan:
         """x [T, R, D] -> a span."""
-        tokens, _, dim = x.shape
+        (tokens, _, dim), shape = x.shape, tuple(x.shape)
         if self.layout == "tokens":
             group = max(size for size in range(1, GROUP + 1) if tokens % size == 0 and size * bits % 8 == 0)
-            return Span(MinMax.encode(x.permute(1, 2, 0), bits, group), self.layout)
+            return MinMaxSpan(MinMax.encode(x.permute(1, 2, 0), bits, group), self.layout, shape)
         if self.layout == "hadamard":
             x = x.float() @ hadamard(dim, x.device)
-        return Span(MinMax.encode(x, bits, min(GROUP, dim)), self.layout)
+        return MinMaxSpan(MinMax.encode(x, bits, min(GROUP, dim)), self.layout, shape)
+
+    def bytes_by_kind(self, span: MinMaxSpan) -> dict[str, int]:
+        return {"planes": span.data.codes.nbytes, "scales": span.data.scales.nbytes + span.data.zeros.nbytes}
 
 
-class Noise:
+class Noise(TensorCodec):
     """No quantization, but noise of a thousandth of the tensor's own deviation: how much of a difference is mere chaos."""
 
     def __init__(self, seed: int):
@@ -117,6 +123,9 @@ class Noise:
     def encode(self, x: Tensor, bits: int, codebook=None) -> PlainSpan:
         noise = torch.randn(x.shape, generator=self.generator).to(x)
         return PlainSpan(x + 1e-3 * x.std() * noise)
+
+    def bytes_by_kind(self, span: PlainSpan) -> dict[str, int]:
+        return {"plain": span.nbytes}
 
 
 # codecs of K and V

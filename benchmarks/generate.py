@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..qvg.cache import lifetime
-from ..qvg.cache.budget import Geometry
+from ..qvg.cache.geometry import Geometry
 from ..qvg.commands.arguments import MOST_GIB, whole
 from ..qvg.commands.arguments import number as real
 from ..qvg.models.catalogue import MODELS

@@ -19,11 +19,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from ..qvg import backends
 from ..qvg.attention.rope import Rope, rotate
-from ..qvg.backends import dispatch
 from ..qvg.cache.kv_cache import KVCache
-from ..qvg.codec import smoothing
-from ..qvg.codec import spans as codec
+from ..qvg.codec import kmeans
+from ..qvg.codec import pair as codec
 from ..qvg.models.catalogue import MODELS
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
@@ -94,7 +94,7 @@ class Bench:
         self.device, self.small = device, small
         self.bandwidth = copy_bandwidth(device, (1 << 20) if small else (1 << 30))
         self.rows: list[tuple] = []
-        self.backend = "triton" if not dispatch.refusal("decode", device) else "torch"
+        self.backend = "triton" if not backends.refusal("decode", device) else "torch"
 
     def add(self, op: str, backend: str, shape: str, function: Callable, size: float | None = None, note: str = "", **timing) -> float:
         time = microseconds(function, self.device, **timing)
@@ -167,17 +167,17 @@ def encode(bench: Bench, found: list[Case]) -> None:
         codecs, books = [side.codec for side in layer.sides], [side.book for side in layer.sides]
         label = f"{case.model}, {case.chunk} frames, {case.heads} x {case.head_dim}"
         spans = codec.encode(codecs, pair, (2, 2), books)
-        size = sum(x.nbytes for x in pair) + sum(sum(span.bytes_by_kind().values()) for span in spans)
+        size = sum(x.nbytes for x in pair) + sum(span.nbytes for span in spans)
         bench.add("encode", bench.backend, label, lambda: codec.encode(codecs, pair, (2, 2), books), size,  # noqa: B023
                   note="K and V, 2 planes, 2 stages of 128")
         rows = torch.cat([x.transpose(0, 1) for x in pair]).contiguous()
-        start = rows[:, :codecs[0].settings.codebook_size(rows.shape[1])].float().contiguous()
-        ids = smoothing.assign(rows, start) if bench.backend == "triton" else smoothing.assign(rows.float(), start)
+        start = rows[:, :codecs[0].codec.book_size(codecs[0].settings, rows.shape[1])].float().contiguous()
+        ids = kmeans.assign(rows, start) if bench.backend == "triton" else kmeans.assign(rows.float(), start)
         count = start.shape[1]
         exact = rows.float()
-        bench.add("assign", bench.backend, label, lambda: smoothing.assign(exact, start), exact.nbytes + ids.nbytes,  # noqa: B023
+        bench.add("assign", bench.backend, label, lambda: kmeans.assign(exact, start), exact.nbytes + ids.nbytes,  # noqa: B023
                   note=f"K and V, {count} centroids, float32 tokens")
-        bench.add("update", bench.backend, label, lambda: smoothing.update(exact, ids, start), exact.nbytes + ids.nbytes,  # noqa: B023
+        bench.add("update", bench.backend, label, lambda: kmeans.update(exact, ids, start), exact.nbytes + ids.nbytes,  # noqa: B023
                   note=f"K and V, {count} centroids, float32 tokens")
 
         for name, earlier in (("the first of a video, 8 iterations", [None, None]), ("a later epoch, 2 iterations", books)):
@@ -188,7 +188,7 @@ def encode(bench: Bench, found: list[Case]) -> None:
             if bench.device.type == "cuda":
                 bench.rows.append(("train", bench.backend, label, kernel_microseconds(train), None, None,
                                    f"K and V, 2 stages, {name}, the kernels alone"))
-        bench.add("k-means", bench.backend, label, lambda: smoothing.kmeans(exact, start, 8),  # noqa: B023
+        bench.add("k-means", bench.backend, label, lambda: kmeans.kmeans(exact, start, 8),  # noqa: B023
                   note=f"K and V, {count} centroids, 8 iterations, float32 tokens, with the host's time", ahead=False)
         if case.model not in ("longcat", "hy-worldplay-8b"):
             _flash_kmeans(bench, label, exact, rows, start)
@@ -235,7 +235,7 @@ def tune(bench: Bench, found: list[Case]) -> None:
     """The decode kernel with other tiles, to choose `Tiling.of` and `PROGRAM` by."""
     case = found[min(1, len(found) - 1)]
     if bench.backend != "triton":
-        bench.absent("decode", "triton", dispatch.refusal("decode", bench.device))
+        bench.absent("decode", "triton", backends.refusal("decode", bench.device))
         return
     from ..kernels import decode
     from ..kernels.tiles import platform
@@ -265,6 +265,6 @@ def main(arguments: list[str]) -> None:
         # on the disk after every part, so that a time limit loses the one under way alone
         result = {"environment": environment(device, command_line("kernels", arguments)), "copy_bytes_per_second": bench.bandwidth,
                   "rows": [dict(zip(COLUMNS, row)) for row in bench.rows],
-                  "refusals": [row for row in dispatch.report(device) if row[2]]}
+                  "refusals": [row for row in backends.report(device) if row[2]]}
         write(options.out, "kernels", result, f"copy bandwidth {bench.bandwidth / 1e9:.0f} GB/s\n\n" + table(COLUMNS, bench.rows),
               show=number == len(options.only))

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..qvg.attention.cached import CachedAttention, sdpa
 from ..qvg.attention.rope import Rope, rotate
-from ..qvg.cache.budget import Geometry
 from ..qvg.cache.context import context_settings
+from ..qvg.cache.geometry import Geometry
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.commands.arguments import whole
 from ..qvg.models.longcat import LongCat, LongCatSizes

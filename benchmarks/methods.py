@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..qvg import backends
 from ..qvg.attention.cached import CachedAttention, sdpa
 from ..qvg.attention.rope import Rope, rotate
-from ..qvg.backends import dispatch
-from ..qvg.cache.budget import Geometry
+from ..qvg.cache.geometry import Geometry
 from ..qvg.cache.kv_cache import KVCache
-from ..qvg.codec.spans import LevelTables
+from ..qvg.codec.base import Tables
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
 
@@ -149,7 +149,7 @@ class Released(Method):
         self.tail = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(geometry.layers)]
         self.spans = [[] for _ in range(geometry.layers)]
         self.tail_frames = [0] * geometry.layers
-        self.tables = LevelTables(self.device)
+        self.tables = Tables(self.device)
         self.open()
 
     def open(self) -> None:
@@ -175,7 +175,7 @@ class Released(Method):
     def decode(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Fill keys and values [1, T, H, D] with all spans, keys not yet turned."""
         spans, heads = self.spans[layer], slice(0, self.geometry.heads)
-        if dispatch.refusal("decode", self.device):
+        if backends.refusal("decode", self.device):
             tokens = RELEASED_FRAMES * self.geometry.frame_tokens
             for number, pair in enumerate(spans):
                 for span, out in zip(pair, (keys, values)):
@@ -206,7 +206,7 @@ class Released(Method):
 
     def state_bytes(self) -> int:
         spans = [span for layer in self.spans for pair in layer for span in pair]
-        return sum(x.nbytes for x in self.tail) + sum(sum(s.bytes_by_kind().values()) + s.codebook.nbytes for s in spans)
+        return sum(x.nbytes for x in self.tail) + sum(s.nbytes + s.codebook.nbytes for s in spans)
 
 
 def _unturned_reader(method: Released):

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..qvg.cache.kv_cache import Entry, KVCache, LayerCache
-from ..qvg.codec import spans as codec
+from ..qvg.cache.entry import Entry
+from ..qvg.cache.kv_cache import KVCache
+from ..qvg.cache.layer import LayerCache
+from ..qvg.codec import pair as codec
+from ..qvg.codec.plain import PlainSpan
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler
@@ -59,7 +62,7 @@ class ReleasedLayer(LayerCache):
     """A layer of the paper codec on the released schedule: bf16 until `RELEASED_FRAMES` are full, then one span of them all."""
 
     def append(self, key: Tensor, value: Tensor, frames: int, newest: int = 0) -> None:
-        spans = [codec.PlainSpan(x.transpose(0, 1).flatten(1, 2).to(self.owner.workspace.dtype)) for x in (key, value)]
+        spans = [PlainSpan(x.transpose(0, 1).flatten(1, 2).to(self.owner.workspace.dtype)) for x in (key, value)]
         self.spans.append(Entry(self.next_frame, frames, False, self.sides, spans, self.owner))
         self.next_frame += frames
         self.owner._note_peak(self)

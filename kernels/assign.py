@@ -1,4 +1,4 @@
-"""Nearest centroid of every token, for all rows in one launch. Reference: `qvg.codec.smoothing.assign`.
+"""Nearest centroid of every token, for all rows in one launch. Reference: `qvg.codec.kmeans.assign`.
 
 Centroids are first prepared as operands of the matrix units, with half their squared norms. A program then multiplies its tokens with one
 block of centroids at a time and keeps the best in registers, so the [tokens, centroids] matrix never exists in memory. Operands are rounded

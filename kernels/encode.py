@@ -1,4 +1,4 @@
-"""Encode tokens to bit planes: centroids subtracted, channel and group scales, packed planes. Reference: `qvg.codec.spans`.
+"""Encode tokens to bit planes: centroids subtracted, channel and group scales, packed planes. Reference: `qvg.codec.qvg`.
 
 K and V are encoded together, because a launch takes the host longer than a small kernel takes the device. There are three launches. The
 first prepares the centroids as operands of the matrix units. The second loads the tokens and does everything except the bytes of the
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..qvg.backends import Failures, before_launch, note, ran_out, sentence_of
 from ..qvg.codec import planes
+from ..qvg.codec.qvg import PlaneSpan
 from ..qvg.codec.smoothing import Codebook
-from ..qvg.codec.spans import PlaneSpan
 from .assign import PREPARED, nearest, prepare, prepared
 from .octets import e4m3_octet, float32_octet, octets, tile_of
 from .quantize import plane_bytes, power, scale_to_e4m3, shared_exponent

@@ -1,4 +1,4 @@
-"""`encode` for NVIDIA's Hopper in one launch. Reference: `qvg.codec.spans`.
+"""`encode` for NVIDIA's Hopper in one launch. Reference: `qvg.codec.qvg`.
 
 Four threads hold a token from the first product to the last byte, 16 channels of every 64 each, as pairs of bf16. The loaded registers are
 an operand of the matrix units as they are, because a product does not depend on the order of its channels; ids arrive in the threads that
@@ -29,7 +29,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from ..qvg.codec.spans import PlaneSpan
+from ..qvg.codec.qvg import PlaneSpan
 from .encode import borders_and_planes
 from .hopper_assign import load_centroids, nearest, prepare_centroids, start_turns, store_centroids
 from .hopper_layouts import codebook_layout, word_layout, word_offset

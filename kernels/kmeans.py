@@ -1,4 +1,4 @@
-"""k-means for all rows, three launches an iteration. Reference: `qvg.codec.smoothing.kmeans`.
+"""k-means for all rows, three launches an iteration. Reference: `qvg.codec.kmeans.kmeans`.
 
 The launch that computes means also prepares them as the centroids of the next iteration.
 """

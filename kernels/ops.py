@@ -8,12 +8,12 @@ from .assign import assign, assign_kernel
 from .encode import encode
 from .kmeans import kmeans
 from .reader import read, recover
-from .rotate import rotate, turn_chunk
+from .rotate import rotate, rotate_chunk
 from .store import store
 from .update import update
 
 OPS = {
-    "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate, "turn": turn_chunk,
+    "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate, "turn": rotate_chunk,
     "decode": read, "recover": recover,
 }
 # with TRITON_INTERPRET=1 kernels run in Python on the CPU, which only tests ask for

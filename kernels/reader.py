@@ -1,6 +1,6 @@
 """What the kernel that decodes is told of spans: a row of a table each, made once and kept as long as a span is as it was.
 
-Reference: `qvg.cache.kv_cache.LayerCache.read`. A `Reader` keeps one row of addresses, strides and levels per span, so that one launch
+Reference: `qvg.cache.read.read`. A `Reader` keeps one row of addresses, strides and levels per span, so that one launch
 covers all spans of one kind, K and V together.
 """
 
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ..qvg.attention.rope import axis_dims
 from ..qvg.backends import Unsupported, before_launch, launching
+from ..qvg.cache.read import History
 from ..qvg.codec import planes
-from ..qvg.codec.spans import PaperSpan, PlainSpan, PlaneSpan
+from ..qvg.codec.paper import PaperSpan
+from ..qvg.codec.plain import PlainSpan
+from ..qvg.codec.qvg import PlaneSpan
 from .decode import Tiling, computes_in_halves, decode_kernel
 from .jobs import (
     CENTROID_SCALE,
@@ -163,24 +166,25 @@ def _send(table: Tensor, device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def read(layer, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:
-    """`qvg.cache.kv_cache.LayerCache.read`; the layer and its cache keep what one read can leave to the next."""
-    owner = layer.owner
-    if owner.angles is None:
-        owner.angles = Angles(owner.rope)
-    if layer.reader is None:
-        layer.reader = Reader(owner.rope, owner.geometry.head_dim, keys.dtype, keys.device, owner.angles)
-    layer.reader.update([(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in layer.present()])
+def read(history: History, heads: slice, keys: Tensor, values: Tensor) -> None:
+    """`qvg.cache.read.read`; angles are kept for all layers of a run, the job table for the layer."""
+    angles = history.run_memo.get("angles")
+    if angles is None:
+        angles = history.run_memo["angles"] = Angles(history.rope)
+    reader = history.memo.get("reader")
+    if reader is None:
+        reader = history.memo["reader"] = Reader(history.rope, keys.shape[-1], keys.dtype, keys.device, angles)
+    reader.update(history.held)
     try:
-        layer.reader(heads, owner.geometry.heads, keys, values)
+        reader(heads, history.heads, keys, values)
     except BaseException:
-        # what failed may be one of several kinds, of which the next read is to ask again
-        layer.reader = None
+        # one of several kinds may have failed, for which the next read has to ask again
+        history.memo.clear()
         raise
 
 
 def recover(spans: list, tables, like: Tensor) -> list[Tensor]:
-    """`qvg.codec.spans.tokens_of`: each span is read as the values are, in one launch over all its rows."""
+    """`qvg.codec.pair.tokens_of`: each span is read as the values are, in one launch over all its rows."""
     return [_recover(span, like.dtype, like.device) for span in spans]
 
 

@@ -1,4 +1,4 @@
-"""RoPE on a chunk's own tokens in one pass. References: `qvg.attention.rope.rotate` and `qvg.attention.rope.turn_chunk`.
+"""RoPE on a chunk's own tokens in one pass. References: `qvg.attention.rope.rotate` and `qvg.attention.rope.rotate_chunk`.
 
 A chunk's queries and keys are rotated in one launch, which also writes the keys and values of the first group of heads into the workspace.
 """
@@ -51,8 +51,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _launch("rotate", batched, batched, cos, sin, 1)[0].view(x.shape)
 
 
-def turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, workspace: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-    """As `qvg.attention.rope.turn_chunk`; both results are contiguous."""
+def rotate_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, workspace: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    """As `qvg.attention.rope.rotate_chunk`; both results are contiguous."""
     if q.shape != k.shape or q.stride() != k.stride() or q.dtype != k.dtype:
         raise Unsupported("queries and keys differ in shape, strides or dtype")
     if workspace is None:

@@ -1,4 +1,4 @@
-"""Means of the tokens assigned to each centroid, for all rows in two launches. Reference: `qvg.codec.smoothing.update`.
+"""Means of the tokens assigned to each centroid, for all rows in two launches. Reference: `qvg.codec.kmeans.update`.
 
 Sums are a matrix product with the one-hot assignment, which is built in registers. Partial sums are added in a fixed order without atomics,
 so two runs give the same bits.

@@ -17,7 +17,7 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io
 
-from ..qvg.backends import dispatch
+from ..qvg import backends
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.models.wan import WAN
 from ..qvg.settings import PRESETS, QVGSettings
@@ -98,7 +98,7 @@ class ARSampler(comfy.samplers.Sampler):
         sampler = Sampler(model, run, (*x.shape[:2], *x.shape[3:]), device=x.device, noise=x if given else None,
                           start=None if options.session else self._start(base, model_wrap, x))
         line = StatusLine(options.node_id)
-        with model.installed(), dispatch.on_compile(line.write):
+        with model.installed(), backends.on_compile(line.write):
             made = self._run(sampler, base, callback, log, x, line)
         return base.model_sampling.inverse_noise_scaling(sigmas[-1], made)
 

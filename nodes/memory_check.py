@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from ..qvg.cache.budget import Geometry, buffers_on
 from ..qvg.cache.forecast import Forecast, forecast
+from ..qvg.cache.geometry import Geometry, buffers_on
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.units import GIB, format_bytes
 from ..qvg.video import Run

@@ -19,7 +19,7 @@ import comfy.model_management
 import torch
 
 from ..qvg.cache.forecast import Forecast
-from ..qvg.cache.kv_cache import KINDS, CacheStats
+from ..qvg.cache.stats import KINDS, CacheStats
 from ..qvg.report.chart import Chart
 from ..qvg.settings import QVGSettings
 from ..qvg.units import GIB, format_bytes
@@ -171,8 +171,8 @@ class Run:
         if not self.history:
             return self.title
         now = self.history[-1]
-        return (f"{self.title}\n{format_bytes(now.stored_bytes)} instead of {format_bytes(now.bf16_bytes)} in bf16 ({now.ratio:.2f}x), "
-                f"peak {format_bytes(now.peak_bytes)} ({now.peak_ratio:.2f}x)"
+        return (f"{self.title}\n{format_bytes(now.stored_bytes)} instead of {format_bytes(now.bf16_bytes)} in bf16 "
+                f"({now.stored_ratio:.2f}x), peak {format_bytes(now.peak_bytes)} ({now.peak_ratio:.2f}x)"
                 + (f"; {format_bytes(now.host_bytes)} of it wait in host memory" if now.host_bytes else ""))
 
     def notes(self) -> str:
@@ -232,6 +232,6 @@ def plain_stats(caches: list, total_frames: int, frames: int) -> CacheStats:
     numbers = sum(cache["k"].numel() + cache["v"].numel() for cache in caches)
     stored = sum(by_layer)
     return CacheStats(
-        frames=frames, held_frames=total_frames, tokens=caches[0]["k"].shape[1], numbers=numbers, stored_bytes=stored,
+        frames=frames, held_frames=total_frames, tokens=caches[0]["k"].shape[1], elements=numbers, stored_bytes=stored,
         workspace_bytes=0, peak_bytes=stored, bf16_bytes=2 * numbers, by_kind=dict.fromkeys(KINDS, 0) | {"plain": stored},
         by_layer=by_layer, by_bits={8 * caches[0]["k"].element_size(): stored})

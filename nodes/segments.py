@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..qvg.backends import dispatch
+from ..qvg import backends
 from ..qvg.video.segment_file import SegmentFile
 from ..qvg.video.segments import Segments
 from . import live, where
@@ -95,7 +95,7 @@ class LongVideo:
         text = f"segment {segment + 1} of {self.segments}, {known} of {frames} latent frames given"
         place = where.here()
         live.write(place, place and place.node, text)
-        with dispatch.on_compile(lambda sentence: live.write(place, place and place.node, sentence or text)):
+        with backends.on_compile(lambda sentence: live.write(place, place and place.node, sentence or text)):
             new = sampler(segment, given, frames - known)
         whole = new if given is None else torch.cat([given.to(new), new], dim=2)
         if self.carry == "latents":

@@ -54,3 +54,7 @@ class Registry(Generic[T]):
 
     def values(self) -> Iterator[T]:
         return iter(self._known.values())
+
+
+# ways to keep keys and values, see `codec.base.Codec`
+CODECS: Registry = Registry("codec")

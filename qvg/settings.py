@@ -9,79 +9,28 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 
+from .codec.tensor_settings import (
+    GAINS,
+    MAX_CENTROIDS,
+    MAX_STAGES,
+    PLAIN_BITS,
+    PLANE_BITS,
+    TensorSettings,
+    require,
+    require_int,
+)
+from .registry import CODECS
+
+__all__ = ["CODECS", "GAINS", "MAX_CENTROIDS", "MAX_STAGES", "PLAIN_BITS", "PLANE_BITS", "PRESETS", "QVGSettings", "TensorSettings"]
+
 VERSION = 1
-CODECS = ("plain", "qvg", "paper")
-GAINS = ("energy", "unbiased", "mse")
-PLANE_BITS = (1, 2, 3, 4)
-PLAIN_BITS = (8, 16)
-MAX_STAGES = 4
-MAX_CENTROIDS = 256
 # fields of settings that older sessions hold under another name
 RENAMED = {"epoch_frames": "codebook_frames"}
-
-# a codebook with fewer tokens a centroid memorizes its tokens instead of finding what they share
-TOKENS_PER_CENTROID = 36
-# as many as the released code's 256 centroids have in three latent frames of Self-Forcing
-PAPER_TOKENS_PER_CENTROID = 18
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ValueError(sentence)
-
-
-def _require_int(name: str, value, low: int, high: int, hint: str = "") -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    _require(good, f"{name} is {value!r}; it must be a whole number from {low} to {high}.{hint}")
 
 
 def _refuse_unknown(fields: dict, kind: type) -> None:
     unknown = set(fields) - set(kind.__dataclass_fields__)
-    _require(not unknown, f"Unknown settings: {', '.join(sorted(unknown))}.")
-
-
-@dataclass(frozen=True)
-class TensorSettings:
-    """How K or V alone is stored.
-
-    bits: planes of the residual (1 to 4), or 8 or 16 for plain storage without codebooks.
-    stages: codebooks subtracted one after the other (0 to 4), paper section 4.2.
-    centroids: entries of each codebook (1 to 256); fewer are used where a codebook would see under 36 tokens each, or 18
-        with the paper codec.
-    group: channels that share a scale; a head narrower than this is one group.
-    gain: what the levels preserve: "energy" (for keys: softmax weights keep their size), "unbiased" (for values: averages
-        of many tokens come out right) or "mse" (Lloyd's own levels, which shrink).
-    symmetric: paper codec only: absmax levels around zero, or min-max levels with a zero point.
-    """
-
-    bits: int = 2
-    stages: int = 1
-    centroids: int = MAX_CENTROIDS
-    group: int = 64
-    gain: str = "energy"
-    symmetric: bool = True
-
-    def __post_init__(self):
-        allowed = PLANE_BITS + PLAIN_BITS
-        _require(type(self.bits) is int and self.bits in allowed,
-                 f"bits is {self.bits!r}; choose 1, 2, 3 or 4 planes, or 8 or 16 for plain storage.")
-        _require_int("stages", self.stages, 0, MAX_STAGES)
-        _require_int("centroids", self.centroids, 1, MAX_CENTROIDS, " An id is one byte.")
-        _require(type(self.group) is int and self.group in (8, 16, 32, 64, 128, 256),
-                 f"group is {self.group!r}; choose 8, 16, 32, 64, 128 or 256 channels to a scale.")
-        _require(self.gain in GAINS, f"gain is {self.gain!r}; choose one of {', '.join(GAINS)}.")
-        _require(isinstance(self.symmetric, bool), f"symmetric is {self.symmetric!r}; it must be true or false.")
-
-    def groups(self, head_dim: int) -> int:
-        """Scales that one token of one head holds."""
-        group = min(self.group, head_dim)
-        _require(head_dim % group == 0,
-                 f"This model's heads have {head_dim} channels, which groups of {group} do not divide; choose a smaller group size.")
-        return head_dim // group
-
-    def codebook_size(self, tokens: int, codec: str = "qvg") -> int:
-        """Centroids that a codebook trained on `tokens` tokens of a head gets."""
-        return max(1, min(self.centroids, tokens // (PAPER_TOKENS_PER_CENTROID if codec == "paper" else TOKENS_PER_CENTROID)))
+    require(not unknown, f"Unknown settings: {', '.join(sorted(unknown))}.")
 
 
 @dataclass(frozen=True)
@@ -120,39 +69,26 @@ class QVGSettings:
     host_gib: float = 0.0
 
     def __post_init__(self):
-        _require(isinstance(self.name, str), f"name is {self.name!r}; it must be a text.")
+        require(isinstance(self.name, str), f"name is {self.name!r}; it must be a text.")
         for name in ("key", "value"):
             value = getattr(self, name)
-            _require(isinstance(value, TensorSettings), f"{name} is {value!r}; it must be settings of a tensor.")
-        _require(self.codec in CODECS, f"codec is {self.codec!r}; choose one of {', '.join(CODECS)}.")
+            require(isinstance(value, TensorSettings), f"{name} is {value!r}; it must be settings of a tensor.")
+        if not isinstance(self.codec, str) or self.codec not in CODECS:
+            raise ValueError(f"codec is {self.codec!r}; choose one of {', '.join(CODECS)}.")
         for name in ("sink_bits", "recent_bits"):
             value = getattr(self, name)
-            _require(type(value) is int and value in PLANE_BITS + PLAIN_BITS, f"{name} is {value!r}; choose 1, 2, 3, 4, 8 or 16.")
+            require(type(value) is int and value in PLANE_BITS + PLAIN_BITS, f"{name} is {value!r}; choose 1, 2, 3, 4, 8 or 16.")
         for name in ("sink_frames", "recent_frames", "window_frames"):
-            _require_int(name, getattr(self, name), 0, 100_000)
-        _require_int("codebook_frames", self.codebook_frames, 1, 100_000)
-        _require_int("iterations", self.iterations, 1, 100)
-        _require_int("seed", self.seed, 0, 2**63 - 1)
+            require_int(name, getattr(self, name), 0, 100_000)
+        require_int("codebook_frames", self.codebook_frames, 1, 100_000)
+        require_int("iterations", self.iterations, 1, 100)
+        require_int("seed", self.seed, 0, 2**63 - 1)
         for name in ("budget_gib", "host_gib"):
             value = getattr(self, name)
-            _require(type(value) in (int, float) and 0 <= value < 100_000, f"{name} is {value!r}; give GiB, or 0 for no limit.")
-        _require(isinstance(self.offload, bool), f"offload is {self.offload!r}; it must be true or false.")
-        _require(self.offload or not self.host_gib, "host_gib limits offloaded spans, but offload is off. Turn it on, or set it to 0.")
-        for name, tensor in (("key", self.key), ("value", self.value)) if self.codec == "plain" else ():
-            _require(tensor.bits in PLAIN_BITS,
-                     f"{name} is to hold {tensor.bits} bits, but the plain codec (the preset Off) has no planes; "
-                     "choose 8 or 16 bits, or another preset.")
-        if self.codec == "paper":
-            for tensor in (self.key, self.value):
-                _require(tensor.bits in (2, 4), f"The paper codec stores 2 or 4 bits, not {tensor.bits}; "
-                                                "choose 2 or 4, or the qvg codec.")
-                _require(tensor.group in (16, 32, 64, 128),
-                         f"The paper codec scales blocks of 16, 32, 64 or 128 channels, not {tensor.group}.")
-            _require(not self.recent_frames or self.recent_bits in PLAIN_BITS,
-                     f"The paper codec cannot narrow a span from {self.recent_bits} bits; set recent_frames to 0, or recent_bits "
-                     "to 8 or 16.")
-            _require(not self.sink_frames or self.sink_bits in (2, 4, *PLAIN_BITS),
-                     f"The paper codec cannot hold a sink in {self.sink_bits} bits; choose 2, 4, 8 or 16.")
+            require(type(value) in (int, float) and 0 <= value < 100_000, f"{name} is {value!r}; give GiB, or 0 for no limit.")
+        require(isinstance(self.offload, bool), f"offload is {self.offload!r}; it must be true or false.")
+        require(self.offload or not self.host_gib, "host_gib limits offloaded spans, but offload is off. Turn it on, or set it to 0.")
+        CODECS[self.codec].check(self)
 
     @property
     def changes_nothing(self) -> bool:
@@ -163,7 +99,7 @@ class QVGSettings:
     @staticmethod
     def preset(name: str) -> QVGSettings:
         """One of `PRESETS` by name. Raises ValueError with the names there are."""
-        _require(name in PRESETS, f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+        require(name in PRESETS, f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
         return PRESETS[name]
 
     def both(self, **changes) -> QVGSettings:
@@ -171,15 +107,19 @@ class QVGSettings:
         return replace(self, key=replace(self.key, **changes), value=replace(self.value, **changes))
 
     def to_json(self) -> str:
-        return json.dumps({"version": VERSION, **asdict(self)})
+        fields = asdict(self)
+        for name in ("key", "value"):
+            if not fields[name]["options"]:
+                del fields[name]["options"]
+        return json.dumps({"version": VERSION, **fields})
 
     @staticmethod
     def from_json(text: str) -> QVGSettings:
         """The inverse of `to_json`. Raises ValueError for another version or an unknown field."""
         fields = json.loads(text)
-        _require(isinstance(fields, dict), "These settings are no object of fields.")
+        require(isinstance(fields, dict), "These settings are no object of fields.")
         version = fields.pop("version", None)
-        _require(version == VERSION, f"These settings have version {version!r}; this release reads version {VERSION}.")
+        require(version == VERSION, f"These settings have version {version!r}; this release reads version {VERSION}.")
         for old, new in RENAMED.items():
             if old in fields:
                 fields[new] = fields.pop(old)
@@ -188,8 +128,10 @@ class QVGSettings:
         for name in ("key", "value"):
             if name in fields:
                 tensors[name] = fields.pop(name)
-                _require(isinstance(tensors[name], dict), f"The settings of {name} are no object of fields.")
+                require(isinstance(tensors[name], dict), f"The settings of {name} are no object of fields.")
                 _refuse_unknown(tensors[name], TensorSettings)
+                if "options" in tensors[name]:
+                    tensors[name]["options"] = tuple(map(tuple, tensors[name]["options"]))
                 tensors[name] = TensorSettings(**tensors[name])
         return QVGSettings(**fields, **tensors)
 

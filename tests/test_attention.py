@@ -7,7 +7,9 @@ import torch
 
 from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa, widened
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache.kv_cache import KVCache, _runs
+from comfyui_qvg.qvg.cache import read as read_op
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.cache.read import Held, _runs
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 ALL = slice(None)
@@ -110,12 +112,13 @@ class Stretch:
 def test_stretches_of_a_history(entries, shift, runs):
     """(frames held before it, position, frames) of what follows without a gap; where the frames between are not in the same group, too."""
     held = [Stretch(*entry) for entry in entries]
+    placed = [Held(None, None, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in held]
     before = [sum(entry.frames for entry in held[:number]) for number in range(len(held))]
-    assert _runs(list(zip(before, held)), shift) == runs
+    assert _runs(list(zip(before, placed))) == runs
     if len(held) > 2:
         # the second is decoded with another group
         first, third = held[0], held[2]
-        alone = _runs([(0, first), (before[2], third)], shift)
+        alone = _runs([(0, placed[0]), (before[2], placed[2])])
         assert alone == [(0, first.first - (0 if first.sink else shift), first.frames), (before[2], third.first - shift, third.frames)]
 
 
@@ -129,9 +132,12 @@ def test_a_window_behind_three_sinks():
 
 def test_a_long_history_is_decoded_in_parts(monkeypatch):
     whole = read(filled(TWO_BITS, [1] * 12)[0])
-    monkeypatch.setattr("comfyui_qvg.qvg.cache.kv_cache.READ_TOKENS", 3 * 24)
+    monkeypatch.setattr("comfyui_qvg.qvg.cache.read.READ_TOKENS", 3 * 24)
     cache = filled(TWO_BITS, [1] * 12)[0]
-    assert max(sum(entry.frames for _, entry in group) for group in cache.layers[0]._alike()) == 3
+    groups, real = [], read_op._groups
+    monkeypatch.setattr(read_op, "_groups", lambda history: groups.extend(real(history)) or real(history))
+    read(cache)
+    assert max(sum(held.frames for _, held in group) for group in groups) == 3 and len(groups) > 3
     torch.testing.assert_close(read(cache), whole, rtol=1e-5, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.backends import Backend, launches, registry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
-from comfyui_qvg.qvg.codec import smoothing
+from comfyui_qvg.qvg.codec import kmeans, smoothing
 from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.settings import PRESETS
 
@@ -44,9 +44,9 @@ def test_unknown_backend():
 
 def test_unknown_op():
     with pytest.raises(ValueError, match="no op 'asign'; the ops are assign, update"):
-        backends.run("asign", smoothing._assign, X, TABLE)
+        backends.run("asign", kmeans._assign, X, TABLE)
     with pytest.raises(ValueError, match="pass at least one tensor"):
-        backends.run("assign", smoothing._assign, 1)
+        backends.run("assign", kmeans._assign, 1)
 
 
 class Toy:
@@ -74,9 +74,9 @@ def test_a_registered_backend_runs_its_op_first(toy):
     """Above the built-in one and the reference; what it does not implement, on other devices, and what it refuses is left to them."""
     calls = {}
     with backends.recording(calls):
-        assert torch.equal(smoothing.assign(X, TABLE), smoothing._assign(X, TABLE))
-        smoothing.assign(X[:, :5], TABLE)
-        smoothing.update(X, torch.zeros(2, 30, dtype=torch.int64), TABLE)
+        assert torch.equal(kmeans.assign(X, TABLE), kmeans._assign(X, TABLE))
+        kmeans.assign(X[:, :5], TABLE)
+        kmeans.update(X, torch.zeros(2, 30, dtype=torch.int64), TABLE)
     assert toy.calls == 1 and backends.names() == ["toy", "triton", "torch"]
     said = backends.summary(calls)
     assert said["assign"].startswith("toy; 1 of 2 calls in torch (it needs ten tokens; ") and "toy" not in said["update"]
@@ -84,11 +84,11 @@ def test_a_registered_backend_runs_its_op_first(toy):
     assert rows["assign"] == ("toy", "") and rows["update"][0] == "torch" and not backends.refusal("assign", "cpu")
     assert "toy kernels need cpu, not mps" in backends.refusal("assign", "mps")
     with backends.force("torch"):
-        smoothing.assign(X, TABLE)
+        kmeans.assign(X, TABLE)
     with backends.force("toy"), pytest.raises(backends.Unsupported, match="assign cannot run on toy: it needs ten tokens"):
-        smoothing.assign(X[:, :5], TABLE)
+        kmeans.assign(X[:, :5], TABLE)
     with backends.force("toy"), pytest.raises(backends.Unsupported, match="no toy kernel for update"):
-        smoothing.update(X, torch.zeros(2, 30, dtype=torch.int64), TABLE)
+        kmeans.update(X, torch.zeros(2, 30, dtype=torch.int64), TABLE)
     assert toy.calls == 1
 
 
@@ -101,7 +101,7 @@ def test_a_backend_of_lower_priority_runs_after_the_others(monkeypatch):
     install(monkeypatch, fail)
     backends.register(Backend("toy", devices=("cpu",), ops={"assign": toy.assign}, priority=-1))
     with backends.recording(calls):
-        smoothing.assign(X, TABLE)
+        kmeans.assign(X, TABLE)
     why = "the Triton kernel failed (RuntimeError: Failed to find C compiler)"
     assert toy.calls == 1 and backends.summary(calls) == {"assign": f"toy ({why})"}
     assert backends.report("cpu")[0] == ("assign", "toy", why)
@@ -140,20 +140,20 @@ def without_triton(monkeypatch):
 
 
 def test_without_triton(without_triton):
-    assert smoothing.assign(X, TABLE).shape == (2, 30)
+    assert kmeans.assign(X, TABLE).shape == (2, 30)
     assert "No module named 'triton'" in backends.refusal("assign", "cuda")
     with backends.force("triton"), pytest.raises(backends.Unsupported, match="No module named 'triton'"):
-        smoothing.assign(X, TABLE)
+        kmeans.assign(X, TABLE)
 
 
 def test_unsupported_shape_falls_back_and_a_forced_backend_says_why():
     pytest.importorskip("triton")
     x = torch.randn(2, 30, 48, device="cuda" if torch.cuda.is_available() else "cpu")
-    assert smoothing.assign(x, x[:, :5]).shape == (2, 30)
+    assert kmeans.assign(x, x[:, :5]).shape == (2, 30)
     book, = smoothing.train([x.bfloat16().transpose(0, 1)], 2, 5, 1, torch.Generator(), [None])
     assert book.values(1).isfinite().all()
     with backends.force("triton"), pytest.raises(backends.Unsupported, match="heads of 48 channels"):
-        smoothing.assign(x, x[:, :5])
+        kmeans.assign(x, x[:, :5])
 
 
 @pytest.fixture
@@ -178,8 +178,8 @@ def install(monkeypatch, assign):
 
 def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel):
     with backends.force("triton"), pytest.raises(RuntimeError, match="C compiler"):
-        smoothing.assign(X, TABLE)
-    assert smoothing.assign(X, TABLE).shape == (2, 30)
+        kmeans.assign(X, TABLE)
+    assert kmeans.assign(X, TABLE).shape == (2, 30)
     assert "C compiler" in backends.refusal("assign", "cpu")
 
 
@@ -194,12 +194,12 @@ class Kernel:
         self.tried.append(x.shape)
         if self.fails(x):
             raise RuntimeError("Triton Error [CUDA]: misaligned address")
-        return smoothing._assign(x, centroids)
+        return kmeans._assign(x, centroids)
 
 
 def assigned(tokens: int, dim: int = 64) -> None:
     x = torch.randn(2, tokens, dim)
-    assert torch.equal(smoothing.assign(x, x[:, :5]), smoothing._assign(x, x[:, :5]))
+    assert torch.equal(kmeans.assign(x, x[:, :5]), kmeans._assign(x, x[:, :5]))
 
 
 def test_a_failed_launch_leaves_other_shapes_to_the_kernel(monkeypatch, caplog):
@@ -236,7 +236,7 @@ def test_a_launch_without_memory_is_no_failure_of_the_kernel(monkeypatch):
 
     install(monkeypatch, full)
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-        smoothing.assign(X, TABLE)
+        kmeans.assign(X, TABLE)
     assert not backends.refusal("assign", "cpu")
 
 
@@ -250,7 +250,7 @@ def test_what_a_listener_raises_is_no_failure_of_the_kernel(monkeypatch, error):
     install(monkeypatch, kernel)
     monkeypatch.setattr(launches, "_launched", set())
     with backends.on_compile(listener), pytest.raises(type(error)) as raised:
-        smoothing.assign(X, TABLE)
+        kmeans.assign(X, TABLE)
     assert raised.value is error and not backends.refusal("assign", "cpu")
     said = []
     with backends.on_compile(said.append), backends.recording(calls):
@@ -328,15 +328,15 @@ def test_a_kernel_is_told_of_before_it_is_compiled(fresh):
     with backends.force("triton"):
         with backends.on_compile(outer.append):
             with backends.on_compile(said.append):
-                smoothing.assign(x, table)
+                kmeans.assign(x, table)
                 assert said == [TOLD.format("assign"), ""]
-                smoothing.assign(x[:, :11], table[:, :2])
+                kmeans.assign(x[:, :11], table[:, :2])
                 assert len(said) == 2, "other sizes are not compiled for"
-                smoothing.assign(x.half(), table)
+                kmeans.assign(x.half(), table)
                 assert said[2:] == said[:2], "another dtype is"
-            smoothing.update(x, torch.zeros(2, 30, dtype=torch.int64, device=DEVICE), table)
+            kmeans.update(x, torch.zeros(2, 30, dtype=torch.int64, device=DEVICE), table)
         assert outer == [*said, TOLD.format("update"), ""]
-        smoothing.assign(x.repeat(1, 1, 2), table.repeat(1, 1, 2))
+        kmeans.assign(x.repeat(1, 1, 2), table.repeat(1, 1, 2))
     assert len(outer) == 6
 
 
@@ -368,7 +368,7 @@ def test_a_kernel_that_fails_is_no_longer_told_of(fresh, broken_kernel, monkeypa
     install(monkeypatch, fail)
     said = []
     with backends.on_compile(said.append):
-        assert smoothing.assign(X, TABLE).shape == smoothing.assign(X, TABLE).shape == (2, 30)
+        assert kmeans.assign(X, TABLE).shape == kmeans.assign(X, TABLE).shape == (2, 30)
     assert said == [TOLD.format("assign"), ""]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from comfyui_qvg.benchmarks import baselines, context, generate, longcat, methods, scatter
 from comfyui_qvg.benchmarks.kernels import Case, tokens
-from comfyui_qvg.qvg.cache.budget import Geometry
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.demo import NETWORK_PATH
 from comfyui_qvg.qvg.files import Taken
@@ -93,7 +93,7 @@ def test_baselines(layouts, bits):
         whole = span.decode(slice(None), None)
         assert torch.allclose(span.decode(slice(1, 2), None), whole[:, 1:2], atol=1e-5)
         assert (whole - x).square().mean() < (0.3 if bits == 2 else 0.02)
-        numbers = 8 * sum(span.bytes_by_kind().values()) / x.numel()
+        numbers = 8 * span.nbytes / x.numel()
         assert bits + 0.2 < numbers < bits + 0.4
 
 

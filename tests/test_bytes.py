@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache import budget
-from comfyui_qvg.qvg.cache.budget import Geometry, Limits
+from comfyui_qvg.qvg.cache import ageing, codebooks, geometry, limits, sizes
+from comfyui_qvg.qvg.cache.ageing import Limits
 from comfyui_qvg.qvg.cache.forecast import Forecast, PlannedLayer, forecast
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
-from comfyui_qvg.qvg.codec.spans import TensorCodec
+from comfyui_qvg.qvg.codec.pair import TensorCodec
+from comfyui_qvg.qvg.registry import CODECS
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 from comfyui_qvg.qvg.units import GIB
 
@@ -33,38 +35,38 @@ EIGHT = BARE.both(bits=8)
     ("qvg", {"stages": 1, "group": 256}, 1, [3360, 420, 4, 420]),
     ("qvg", {}, 8, [26880, 1680]),
     ("qvg", {}, 16, [107520]),
-    ("paper", {}, 2, [6720, 840, 0, 840]),
+    ("paper", {}, 2, [6720, 840, 840]),
     ("paper", {"symmetric": False}, 4, [13440, 840, 840, 840]),
     ("plain", {"stages": 0}, 8, [26880, 1680])])
 def test_a_span(kind, changes, bits, parts):
     """And a real span takes as much."""
     tensor = replace(TWO, **changes)
-    assert budget.span_parts(ODD, kind, tensor, 3, bits, itemsize=4) == parts
-    assert budget.span_bytes(ODD, kind, tensor, 3, bits, itemsize=4) == sum(parts)
-    assert sum(budget.span_parts(replace(ODD, batch=2), kind, tensor, 3, bits, itemsize=4)) == 2 * sum(parts)
+    assert sizes.span_parts(ODD, kind, tensor, 3, bits, itemsize=4) == tuple(parts)
+    assert sizes.span_bytes(ODD, kind, tensor, 3, bits, itemsize=4) == sum(parts)
+    assert sum(sizes.span_parts(replace(ODD, batch=2), kind, tensor, 3, bits, itemsize=4)) == 2 * sum(parts)
     codec = TensorCodec(kind, tensor, 64, 1)
     x = torch.randn(105, 4, 64)
     span = codec.encode(x, bits, codec.train(x, torch.Generator()))
-    counted = span.bytes_by_kind()
+    counted = codec.bytes_by_kind(span)
     assert sum(counted.values()) == sum(parts) and span.bits == bits
     if kind == "qvg" and bits < 8:
         assert counted == {"planes": 3360 * bits, "scales": parts[-3] + 4, "ids": parts[-1]}
     elif kind == "paper":
-        assert counted == {"planes": 3360 * bits, "scales": parts[1] + parts[2], "ids": 840}
+        assert counted == {"planes": 3360 * bits, "scales": sum(parts[1:-1]) if len(parts) < 4 else parts[1] + parts[3], "ids": 840}
     else:
         assert counted == {"plain": sum(parts)}
 
 
 def test_sixteen_bits_take_what_the_model_computes_in():
-    assert [budget.span_bytes(ODD, "plain", TWO, 3, 16, itemsize) for itemsize in (2, 4)] == [53760, 107520]
+    assert [sizes.span_bytes(ODD, "plain", TWO, 3, 16, itemsize) for itemsize in (2, 4)] == [53760, 107520]
 
 
 def test_offloaded_tensors_begin_at_whole_lines():
-    assert list(map(budget.aligned, (0, 1, 127, 128, 129, 840, 3360))) == [0, 128, 128, 128, 256, 896, 3456]
+    assert list(map(geometry.aligned, (0, 1, 127, 128, 129, 840, 3360))) == [0, 128, 128, 128, 256, 896, 3456]
     settings = replace(BARE, key=TWO, value=TWO)
     # K in two planes 2 * 3360 + 840 + 4 + 840, V in one 3360 + 1684
-    assert budget.entry_bytes(ODD, settings, 3, (2, 1)) == 8404 + 5044
-    assert budget.entry_bytes(ODD, replace(settings, offload=True), 3, (2, 1)) == 2 * 3456 + 896 + 128 + 896 + 3456 + 896 + 128 + 896
+    assert sizes.entry_bytes(ODD, settings, 3, (2, 1)) == 8404 + 5044
+    assert sizes.entry_bytes(ODD, replace(settings, offload=True), 3, (2, 1)) == 2 * 3456 + 896 + 128 + 896 + 3456 + 896 + 128 + 896
 
 
 @pytest.mark.parametrize(("kind", "changes", "frames", "count"), [
@@ -78,7 +80,7 @@ def test_offloaded_tensors_begin_at_whole_lines():
     ("paper", {}, 3, 5120)])
 def test_a_codebook(kind, changes, frames, count):
     tensor = replace(TWO, **changes)
-    assert budget.codebook_bytes(ODD, kind, tensor, 35 * frames) == count
+    assert sizes.codebook_bytes(ODD, kind, tensor, 35 * frames) == count
     book = TensorCodec(kind, tensor, 64, 1).train(torch.randn(35 * frames, 4, 64), torch.Generator())
     assert book.nbytes == count
 
@@ -87,8 +89,8 @@ def test_a_codebook(kind, changes, frames, count):
                                                        (100_000, 256, 256), (9216, 256, 256), (9215, 256, 255)])
 def test_centroids_of_a_codebook(tokens, most, count):
     """36 tokens for each, half as many with the paper codec."""
-    assert TensorSettings(centroids=most).codebook_size(tokens) == count
-    assert TensorSettings(centroids=most).codebook_size(tokens // 2, "paper") == count
+    assert CODECS["qvg"].book_size(TensorSettings(centroids=most), tokens) == count
+    assert CODECS["paper"].book_size(TensorSettings(centroids=most), tokens // 2) == count
 
 
 def test_a_geometry():
@@ -101,18 +103,18 @@ def test_a_geometry():
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (9, 1), (10, 2), (12, 3), (16, 4), (24, 6), (40, 10)])
 def test_heads_that_are_decoded_at_once(heads, group):
     """The largest divisor of at most a quarter."""
-    assert budget.head_group(heads) == group
+    assert geometry.head_group(heads) == group
 
 
 def test_buffers():
-    assert [budget.buffers_on(*what) for what in (("cpu", 12), ("cuda", 12), ("cuda", 2), ("cuda", 1), ("mps", 12))] == [1, 2, 2, 1, 1]
+    assert [geometry.buffers_on(*what) for what in (("cpu", 12), ("cuda", 12), ("cuda", 2), ("cuda", 1), ("mps", 12))] == [1, 2, 2, 1, 1]
 
 
 def test_a_workspace():
     # K and V of 210 tokens of one head of 64 channels in two bytes
-    assert budget.workspace_bytes(ODD, 6) == 2 * 210 * 64 * 2
-    assert budget.workspace_bytes(replace(ODD, batch=3, buffers=2), 6, itemsize=4) == 2 * 210 * 64 * 4 * 6
-    assert budget.workspace_bytes(replace(ODD, heads=12), 6) == 3 * 2 * 210 * 64 * 2
+    assert geometry.workspace_bytes(ODD, 6) == 2 * 210 * 64 * 2
+    assert geometry.workspace_bytes(replace(ODD, batch=3, buffers=2), 6, itemsize=4) == 2 * 210 * 64 * 4 * 6
+    assert geometry.workspace_bytes(replace(ODD, heads=12), 6) == 3 * 2 * 210 * 64 * 2
     cache = KVCache(BARE, layers=1, heads=12, head_dim=64, grid=(5, 7), rope=Rope, dtype=torch.bfloat16, max_frames=6)
     assert [tuple(part.shape) for part in cache.workspace.views(70)] == [(1, 70, 3, 64)] * 2
     assert cache.workspace.nbytes == 3 * 2 * 210 * 64 * 2
@@ -137,7 +139,7 @@ def test_a_workspace_without_an_end_grows_by_more_than_it_must():
 def test_bits_of_a_new_span(changes, sink, bits):
     """Sinks and recent frames hold at least theirs, and no less than was chosen."""
     settings = replace(BARE, sink_bits=3 if "recent_frames" in changes else 4, **changes)
-    assert budget.first_bits(settings, sink) == bits
+    assert ageing.first_bits(settings, sink) == bits
 
 
 @pytest.mark.parametrize(("bits", "sink_bits", "sink", "needed"), [
@@ -145,7 +147,7 @@ def test_bits_of_a_new_span(changes, sink, bits):
     (16, 4, True, False)])
 def test_what_needs_a_codebook(bits, sink_bits, sink, needed):
     settings = replace(BARE, sink_frames=1, sink_bits=sink_bits)
-    assert budget.needs_codebooks(replace(settings, key=TensorSettings(bits=bits)), sink)[0] is needed
+    assert ageing.needs_codebooks(replace(settings, key=TensorSettings(bits=bits)), sink)[0] is needed
 
 
 @pytest.mark.parametrize(("sink", "window", "cap", "total", "seen", "stored"), [
@@ -165,25 +167,25 @@ def test_what_needs_a_codebook(bits, sink_bits, sink, needed):
     (3, 0, 5, 100, 13, 10)])
 def test_frames_that_a_pass_sees(sink, window, cap, total, seen, stored):
     settings = replace(BARE, sink_frames=sink, window_frames=window)
-    assert budget.capacity_frames(settings, 3, total, cap) == seen
-    assert budget.history_frames(settings, 3, total, cap) == stored
+    assert limits.capacity_frames(settings, 3, total, cap) == seen
+    assert limits.history_frames(settings, 3, total, cap) == stored
 
 
 def test_what_visits_the_device():
     """A frame of `EVEN` in b planes takes, aligned, 256 b + 256 scales + 128 + 256 ids a tensor: 3,328 for both of 4 planes, 2,304 of 2."""
     settings = replace(QVGSettings().both(stages=1, centroids=2), offload=True)
-    staged = budget.staging_bytes(settings, EVEN, 3, 18, Limits())
+    staged = limits.staging_bytes(settings, EVEN, 3, 18, Limits())
     # three sinks, three recent frames and two more of a chunk that reaches into them
     assert staged == 3 * 3328 + 5 * 3328 + 10 * 2304
-    assert budget.staging_bytes(settings, EVEN, 3, 18, Limits(40_000)) == 40_000
-    assert budget.staging_bytes(settings, EVEN, 3, 18, Limits(staged + 1)) == staged
-    assert budget.staging_bytes(settings, EVEN, 3, 2, Limits()) == 2 * 3328
-    assert budget.staging_bytes(settings, EVEN, 3, 5, Limits()) == 5 * 3328
-    assert budget.staging_bytes(replace(settings, sink_bits=2, sink_frames=2), EVEN, 1, 6, Limits()) == 2 * 2304 + 3 * 3328 + 2304
-    assert budget.staging_bytes(replace(settings, offload=False), EVEN, 3, 18, Limits()) is None
-    assert budget.staging_bytes(settings, EVEN, 3, None, Limits()) is None
+    assert limits.staging_bytes(settings, EVEN, 3, 18, Limits(40_000)) == 40_000
+    assert limits.staging_bytes(settings, EVEN, 3, 18, Limits(staged + 1)) == staged
+    assert limits.staging_bytes(settings, EVEN, 3, 2, Limits()) == 2 * 3328
+    assert limits.staging_bytes(settings, EVEN, 3, 5, Limits()) == 5 * 3328
+    assert limits.staging_bytes(replace(settings, sink_bits=2, sink_frames=2), EVEN, 1, 6, Limits()) == 2 * 2304 + 3 * 3328 + 2304
+    assert limits.staging_bytes(replace(settings, offload=False), EVEN, 3, 18, Limits()) is None
+    assert limits.staging_bytes(settings, EVEN, 3, None, Limits()) is None
     # where a frame is too little for a codebook, sinks wait as int8: 2048 numbers and 256 scales of two bytes, twice
-    assert budget.staging_bytes(settings.both(centroids=256), EVEN, 3, 2, Limits()) == 2 * 5120
+    assert limits.staging_bytes(settings.both(centroids=256), EVEN, 3, 2, Limits()) == 2 * 5120
 
 
 # A budget of `EVEN`, besides codebooks of 32 bytes each: the workspace takes 2 * 2,048 * 2 bytes a frame that a pass sees, the frames held
@@ -204,42 +206,42 @@ def test_what_visits_the_device():
     (replace(EIGHT, sink_frames=2, sink_bits=16), 1, 1, 24_000, 1, 24_000 - 8192),
 ])
 def test_what_a_budget_leaves_to_a_layer(settings, chunk, total, budget_bytes, cap, share):
-    found = budget.limits(replace(settings, budget_gib=budget_bytes / GIB), EVEN, chunk, total)
+    found = limits.limits(replace(settings, budget_gib=budget_bytes / GIB), EVEN, chunk, total)
     assert (found.cap_frames, found.layer_bytes) == (cap, share)
 
 
 def test_a_budget_is_shared_by_the_layers():
-    one = budget.limits(replace(EIGHT, budget_gib=148_000 / GIB), EVEN, 1, None)
+    one = limits.limits(replace(EIGHT, budget_gib=148_000 / GIB), EVEN, 1, None)
     # twice what is left beside one workspace
-    two = budget.limits(replace(EIGHT, budget_gib=(148_000 + one.layer_bytes + 1) / GIB), replace(EVEN, layers=2), 1, None)
+    two = limits.limits(replace(EIGHT, budget_gib=(148_000 + one.layer_bytes + 1) / GIB), replace(EVEN, layers=2), 1, None)
     assert two == one
-    assert budget.limits(EIGHT, EVEN, 1, None) == Limits(None, None)
+    assert limits.limits(EIGHT, EVEN, 1, None) == Limits(None, None)
 
 
 def test_a_limit_of_the_host():
     """10 frames of 5,120 bytes, of whole lines of 128; beside a budget, the smaller of both."""
     settings = replace(EIGHT, offload=True, host_gib=(51_200 + 300) / GIB)
-    assert budget.limits(settings, EVEN, 1, None) == Limits(51_200 + 256, 10)
-    assert budget.limits(replace(settings, budget_gib=1.0), EVEN, 1, None) == Limits(51_200 + 256, 10)
-    assert budget.limits(settings, replace(EVEN, layers=2), 1, None).cap_frames == 5
+    assert limits.limits(settings, EVEN, 1, None) == Limits(51_200 + 256, 10)
+    assert limits.limits(replace(settings, budget_gib=1.0), EVEN, 1, None) == Limits(51_200 + 256, 10)
+    assert limits.limits(settings, replace(EVEN, layers=2), 1, None).cap_frames == 5
     with pytest.raises(ValueError, match=r"A limit of .* GiB for offloaded spans is too small: .* need 4\.77e-06 GiB at one plane"):
-        budget.limits(replace(settings, host_gib=5000 / GIB), EVEN, 1, None)
+        limits.limits(replace(settings, host_gib=5000 / GIB), EVEN, 1, None)
 
 
 def test_a_budget_of_what_is_offloaded():
     """On the device: the workspace, two layers that visit, and the newest span on its way. Of 4 frames in 8 bits, 5 * 8,192, 2 * 4 * 5,120
     and 5,120 bytes; what is offloaded of each of the layers may take half of what is left."""
     settings, layers = replace(EIGHT, offload=True), replace(EVEN, layers=5)
-    found = budget.limits(replace(settings, budget_gib=(5 * 8192 + 9 * 5120 + 5000) / GIB), layers, 1, None)
+    found = limits.limits(replace(settings, budget_gib=(5 * 8192 + 9 * 5120 + 5000) / GIB), layers, 1, None)
     assert found.cap_frames == 4
     # without codebooks, which 8 bits never need
     assert found.layer_bytes // 128 == (4 * 5120 + 2500) // 128
     # with a sink of two frames in 16 bits, of which a chunk brings one: seen, held, and larger on its way than any other span
     more = 2 * 8192 + 2 * 2 * 8192 + 8192 - 5120
     sink = replace(settings, sink_frames=2, sink_bits=16, budget_gib=(5 * 8192 + 9 * 5120 + more + 5000) / GIB)
-    found = budget.limits(sink, layers, 1, None)
+    found = limits.limits(sink, layers, 1, None)
     assert found.cap_frames == 4 and 0 <= 2 * 8192 + 4 * 5120 + 2500 - found.layer_bytes < 128 + 5 * 3 * 32 // 2
-    host = budget.limits(replace(settings, budget_gib=(5 * 8192 + 9 * 5120 + 5000) / GIB, host_gib=5 * 3 * 5120 / GIB), layers, 1, None)
+    host = limits.limits(replace(settings, budget_gib=(5 * 8192 + 9 * 5120 + 5000) / GIB, host_gib=5 * 3 * 5120 / GIB), layers, 1, None)
     assert host == Limits(3 * 5120, 3)
 
 
@@ -248,28 +250,28 @@ def test_the_smallest_budget(settings):
     """A chunk, the one before it in the workspace, and the sink."""
     newest = 5120 if settings.key.bits == 8 else 2562
     least = 2 * 8192 + newest + settings.sink_frames * 2 * 8192
-    assert budget.limits(replace(settings, budget_gib=(least + 200) / GIB), EVEN, 1, None).cap_frames == 1
+    assert limits.limits(replace(settings, budget_gib=(least + 200) / GIB), EVEN, 1, None).cap_frames == 1
     with pytest.raises(ValueError, match=r"A memory budget of .* is too small: .* Raise the budget"):
-        budget.limits(replace(settings, budget_gib=(least - 100) / GIB), EVEN, 1, None)
+        limits.limits(replace(settings, budget_gib=(least - 100) / GIB), EVEN, 1, None)
 
 
 def test_two_bytes_a_number_where_nothing_else_is_said():
     plain = replace(BARE.both(bits=16), sink_bits=16)
-    assert budget.span_bytes(EVEN, "plain", plain.key, 1, 16) == 4096 and sum(budget.span_parts(EVEN, "plain", plain.key, 1, 16)) == 4096
-    assert budget.entry_bytes(EVEN, plain, 1, (16, 16)) == 8192 and budget.workspace_bytes(EVEN, 1) == 8192
-    assert budget.staging_bytes(replace(plain, offload=True), EVEN, 1, 3, Limits()) == 3 * 8192
+    assert sizes.span_bytes(EVEN, "plain", plain.key, 1, 16) == 4096 and sum(sizes.span_parts(EVEN, "plain", plain.key, 1, 16)) == 4096
+    assert sizes.entry_bytes(EVEN, plain, 1, (16, 16)) == 8192 and geometry.workspace_bytes(EVEN, 1) == 8192
+    assert limits.staging_bytes(replace(plain, offload=True), EVEN, 1, 3, Limits()) == 3 * 8192
     assert forecast(plain, EVEN, 3, 1).stored_bytes == 3 * 8192
     layer = PlannedLayer(plain, EVEN, Limits())
     layer.append(0, 3)
     assert layer.nbytes() == 3 * 8192
     # 4 frames are seen where 3 are held
-    found = budget.limits(replace(plain, budget_gib=(7 * 8192 + 4000) / GIB), EVEN, 1, None)
+    found = limits.limits(replace(plain, budget_gib=(7 * 8192 + 4000) / GIB), EVEN, 1, None)
     assert (found.cap_frames, found.layer_bytes) == (3, 3 * 8192 + 4000)
 
 
 def test_what_holds_nothing_has_a_ratio():
     stats = KVCache(BARE, layers=2, heads=1, head_dim=8, grid=(16, 16), rope=Rope).stats()
-    assert (stats.ratio, stats.peak_ratio, stats.bits_per_element) == (0, 0, 0)
+    assert (stats.stored_ratio, stats.peak_ratio, stats.bits_per_element) == (0, 0, 0)
     assert stats.as_dict()["ratio"] == 0 and stats.by_bits == {}
     empty = Forecast(1, 0, 0, 0, 0, 0, 0)
     assert (empty.stored_ratio, empty.peak_ratio, empty.bits_per_element) == (0, 0, 0)
@@ -291,7 +293,7 @@ LARGE = QVGSettings().both(stages=1, centroids=256)
 
 
 def frames_within(settings, geometry, chunk, count):
-    return budget.limits(replace(settings, budget_gib=count / GIB), geometry, chunk, None).cap_frames
+    return limits.limits(replace(settings, budget_gib=count / GIB), geometry, chunk, None).cap_frames
 
 
 @pytest.mark.parametrize(("settings", "geometry", "chunk", "count", "frames"), [
@@ -319,7 +321,7 @@ def test_a_budget_counts_codebooks_and_what_waits_for_them(settings, geometry, c
     ({}, 3, 2), ({"sink_frames": 5}, 1, 4), ({"sink_frames": 0}, 3, 5), ({"sink_frames": 0}, 1, 3), ({"sink_bits": 16}, 3, 5),
     ({"sink_frames": 0, "recent_frames": 0}, 3, 0), ({"key": TensorSettings(stages=0), "value": TensorSettings(centroids=7)}, 3, 0)])
 def test_frames_that_wait(changes, chunk, frames):
-    assert budget.waiting_frames(replace(LARGE, **changes), EVEN, chunk) == frames
+    assert codebooks.waiting_frames(replace(LARGE, **changes), EVEN, chunk) == frames
 
 
 @pytest.mark.parametrize(("changes", "waits"), [
@@ -328,8 +330,8 @@ def test_frames_that_wait(changes, chunk, frames):
     ({"key": TensorSettings(centroids=7), "value": TensorSettings(centroids=8)}, True)])
 def test_whether_a_frame_may_be_too_little(changes, waits):
     """256 tokens make 7 centroids."""
-    assert budget.may_wait(replace(LARGE, **changes), EVEN) is waits
-    assert budget.may_wait(QVGSettings(codec="paper", sink_frames=0, recent_frames=0), EVEN) is False
+    assert codebooks.may_wait(replace(LARGE, **changes), EVEN) is waits
+    assert codebooks.may_wait(QVGSettings(codec="paper", sink_frames=0, recent_frames=0), EVEN) is False
 
 
 PAPER = QVGSettings(codec="paper", sink_frames=0, recent_frames=0)
@@ -343,12 +345,12 @@ PAPER = QVGSettings(codec="paper", sink_frames=0, recent_frames=0)
     (replace(PAPER, codebook_frames=6), 3, 6, 3)])
 def test_how_long_a_codebook_serves_at_least_and_what_it_is_trained_on(settings, chunk, life, pool):
     """Until what is recent settles, where that holds bits to spare; otherwise for a chunk. All that is recent, and the chunk that comes."""
-    assert (budget.shortest_life(settings, chunk), budget.pool_frames(settings, chunk)) == (life, pool)
+    assert (codebooks.shortest_life(settings, chunk), codebooks.pool_frames(settings, chunk)) == (life, pool)
 
 
 @pytest.mark.parametrize(("window", "cap", "found"), [(0, None, None), (4, None, 4), (0, 5, 5), (4, 5, 4), (5, 4, 4)])
 def test_what_limits_a_history(window, cap, found):
-    assert budget.window_of(replace(BARE, window_frames=window), Limits(None, cap)) == found
+    assert ageing.window_of(replace(BARE, window_frames=window), Limits(None, cap)) == found
 
 
 # Two layers, 10 frames, two sinks in 16 bits (8,192 bytes a frame), a window of 4: what each layer holds after every chunk is
@@ -375,16 +377,16 @@ def test_a_forecast():
     most, last = 2 * 8192 + 6 * 5120, 2 * 8192 + 4 * 5120
     assert (found.stored_bytes, found.held_frames, found.workspace_bytes) == (2 * last, 6, 10 * 8192)
     assert found.peak_bytes == 2 * most + 10 * 8192
-    assert found.bf16_bytes == 2 * 10 * 8192 and found.numbers == 2 * 6 * 4096 and found.host_bytes == 0
+    assert found.bf16_bytes == 2 * 10 * 8192 and found.elements == 2 * 6 * 4096 and found.host_bytes == 0
     assert found.stored_ratio == pytest.approx(163840 / 73728) and found.peak_ratio == pytest.approx(163840 / 176128)
     assert found.bits_per_element == pytest.approx(12)
     stats = fill(WALKED, [3, 3, 3, 1])
-    assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames, stats.numbers) == (2 * last, 2 * most + 10 * 8192, 6, 49152)
-    assert all(isinstance(count, int) for count in (stats.numbers, stats.stored_bytes, stats.peak_bytes, found.numbers, found.peak_bytes))
+    assert (stats.stored_bytes, stats.peak_bytes, stats.held_frames, stats.elements) == (2 * last, 2 * most + 10 * 8192, 6, 49152)
+    assert all(isinstance(count, int) for count in (stats.elements, stats.stored_bytes, stats.peak_bytes, found.elements, found.peak_bytes))
     assert stats.by_kind == {"planes": 0, "scales": 0, "ids": 0, "codebooks": 0, "plain": 2 * last}
     assert stats.by_layer == (last, last) and stats.by_bits == {8: 2 * 4 * 5120, 16: 2 * 2 * 8192}
     assert (stats.frames, stats.tokens, stats.bf16_bytes) == (10, 6 * 256, 2 * 10 * 8192)
-    assert stats.ratio == pytest.approx(163840 / 73728) and stats.bits_per_element == pytest.approx(12)
+    assert stats.stored_ratio == pytest.approx(163840 / 73728) and stats.bits_per_element == pytest.approx(12)
 
 
 @pytest.mark.parametrize("offload", [False, True])

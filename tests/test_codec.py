@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.backends import dispatch
 from comfyui_qvg.qvg.cache import lifetime
-from comfyui_qvg.qvg.cache.budget import Geometry
 from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.codec import planes, smoothing
-from comfyui_qvg.qvg.codec.spans import LevelTables, TensorCodec, train
+from comfyui_qvg.qvg.codec.base import Tables
+from comfyui_qvg.qvg.codec.pair import TensorCodec, train
+from comfyui_qvg.qvg.registry import CODECS
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 from comfyui_qvg.qvg.units import GIB
 
@@ -56,7 +58,7 @@ def test_encode_any_shape(tokens, rows, dim, stages, bits, seed):
     x = 5 * torch.randn(tokens, rows, dim, generator=generator(seed))
     codec = TensorCodec("qvg", TensorSettings(bits=bits, stages=stages, centroids=16), dim, 2)
     book = codec.train(x, generator())
-    tables = LevelTables("cpu")
+    tables = Tables("cpu")
     span = codec.encode(x, 4, book)
     whole = span.decode(slice(None), tables)
     assert whole.isfinite().all()
@@ -70,14 +72,14 @@ def test_large_values_do_not_saturate():
     x[7, 1, 5], x[:, 0] = 1500.0, 400 * x[:, 0]
     codec = TensorCodec("qvg", TensorSettings(stages=1, centroids=8), 128, 4)
     span = codec.encode(x, 4, codec.train(x, generator()))
-    error = (span.decode(slice(None), LevelTables("cpu")) - x).square().mean((0, 2)) / x.square().mean((0, 2))
+    error = (span.decode(slice(None), Tables("cpu")) - x).square().mean((0, 2)) / x.square().mean((0, 2))
     assert error.max() < 0.03
 
 
 def test_silent_input():
     x = torch.zeros(40, 1, 64)
     codec = TensorCodec("qvg", TensorSettings(), 64, 2)
-    assert not codec.encode(x, 2, codec.train(x, generator())).decode(slice(None), LevelTables("cpu")).any()
+    assert not codec.encode(x, 2, codec.train(x, generator())).decode(slice(None), Tables("cpu")).any()
 
 
 def test_training_is_repeatable_and_leaves_the_global_generator_alone():
@@ -109,14 +111,14 @@ def test_codebooks_of_both_are_those_of_each(case, backend, monkeypatch):
     value = replace(key, stages=1) if case == "unlike" else key
     codecs = [TensorCodec("paper" if case == "paper" else "qvg", settings, 64, 2) for settings in (key, value)]
     needs = [True, case != "one is plain"]
-    with dispatch.force(backend):
+    with backends.force(backend):
         books = [None if case == "first" or (case == "one is warm" and side) else one.train(x.flip(0), generator())
                  for side, (one, x) in enumerate(zip(codecs, pair))]
         draws = [generator(5) for _ in range(3)]
         apart = [one.train(x, draws[0], book) if needed else None for one, x, book, needed in zip(codecs, pair, books, needs)]
         ways = [train(codecs, pair, needs, draws[1], books)]
         if case in ALIKE:
-            ways.append(smoothing.train(pair, key.stages, key.codebook_size(110), 2, draws[2], books))
+            ways.append(smoothing.train(pair, key.stages, CODECS["qvg"].book_size(key, 110), 2, draws[2], books))
     assert torch.equal(draws[0].get_state(), draws[1].get_state())
     for mine, theirs in ((mine, theirs) for way in ways for mine, theirs in zip(way, apart)):
         assert (mine is None) == (theirs is None)

@@ -7,8 +7,8 @@ import torch
 
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache.budget import Geometry
 from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from comfyui_qvg.qvg.backends import before_launch, launches
-from comfyui_qvg.qvg.cache.kv_cache import CacheStats
+from comfyui_qvg.qvg.cache.stats import CacheStats
 from comfyui_qvg.qvg.commands.cli import main
 from comfyui_qvg.qvg.commands.demo import RESULTS
 from comfyui_qvg.qvg.commands.progress import bar

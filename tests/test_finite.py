@@ -9,12 +9,14 @@ from itertools import product
 import pytest
 import torch
 
+from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.backends import dispatch
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
-from comfyui_qvg.qvg.codec import e4m3, smoothing
+from comfyui_qvg.qvg.codec import e4m3, kmeans
+from comfyui_qvg.qvg.codec.base import Tables
 from comfyui_qvg.qvg.codec.finite import LARGEST, saturated, tame
-from comfyui_qvg.qvg.codec.spans import LevelTables, PlaneSpan, TensorCodec
+from comfyui_qvg.qvg.codec.pair import TensorCodec
+from comfyui_qvg.qvg.codec.qvg import PlaneSpan
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
 from comfyui_qvg.qvg.video import CachedNetwork, guided
 
@@ -44,7 +46,7 @@ def fast_backend(request):
 def forced(name: str):
     if name == "triton":
         pytest.importorskip("triton")
-    with dispatch.force(name):
+    with backends.force(name):
         yield name
 
 
@@ -59,7 +61,7 @@ def test_ids_are_of_the_codebook(backend, value, count):
     x, table = draw(1, 2, 90, DIM), draw(2, 2, count, DIM)
     x[:, 3, 7], x[:, 40] = value, value
     x[:, 41] = -table[:, 0] * (LARGEST if value == value else value)
-    ids = smoothing.assign(x, table)
+    ids = kmeans.assign(x, table)
     assert ids.min() >= 0 and ids.max() < count
 
 
@@ -123,12 +125,12 @@ def test_kernels_read_nan_where_it_came_from(name, dtype):
     cache = KVCache(CASES[name], layers=1, heads=2, head_dim=DIM, grid=(2, 3), rope=Rope, device=DEVICE, dtype=dtype)
     x = draw(8, 1, 12, 2, DIM).to(dtype)
     x[0, 4, 1, 40], x[0, 9, 0, 3] = float("nan"), float("inf")
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         cache.layers[0].append(x, x, 2)
     found = []
     for backend in BACKENDS:
         keys, values = torch.empty(2, *x.shape, device=DEVICE, dtype=dtype)
-        with dispatch.force(backend):
+        with backends.force(backend):
             cache.layers[0].read(slice(0, 2), keys, values)
         found.append(torch.stack([keys, values]).isfinite())
     assert torch.equal(*found)
@@ -147,7 +149,7 @@ def test_codebooks_see_no_broken_token(fast_backend, kind):
     for _ in range(2):
         book = coder.train(spoilt, torch.Generator().manual_seed(0), book)
         assert all(part.float().isfinite().all() for part in vars(book).values() if isinstance(part, torch.Tensor))
-    tables, errors = LevelTables(DEVICE), []
+    tables, errors = Tables(DEVICE), []
     for tokens in (x, spoilt):
         span = coder.encode(x, 2, coder.train(tokens, torch.Generator().manual_seed(0)))
         errors.append((span.decode(slice(None), tables) - x).square().mean())

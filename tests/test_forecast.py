@@ -7,9 +7,10 @@ from itertools import product
 
 import pytest
 
-from comfyui_qvg.qvg.cache import budget
-from comfyui_qvg.qvg.cache.budget import Geometry, limits
+from comfyui_qvg.qvg.cache import ageing
 from comfyui_qvg.qvg.cache.forecast import PlannedLayer, forecast
+from comfyui_qvg.qvg.cache.geometry import Geometry
+from comfyui_qvg.qvg.cache.limits import limits
 from comfyui_qvg.qvg.report.plan import plan
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
 from comfyui_qvg.qvg.units import GIB
@@ -25,9 +26,9 @@ CASES = PRESETS | {
 
 
 def walked(spans, newest, settings, share, new, held, leave):
-    """`budget.enforce_limits` as its text says it, span by span."""
+    """`ageing.enforce_limits` as its text says it, span by span."""
     def planes(span):
-        return budget._planes(span, settings)
+        return ageing._planes(span, settings)
 
     window = min((frames for frames in (settings.window_frames, share.cap_frames) if frames), default=None)
     for span in [span for span in spans if window is not None and not span.sink and span.last <= newest - window]:
@@ -40,7 +41,7 @@ def walked(spans, newest, settings, share, new, held, leave):
         old = [span for span in movable if span.last <= newest - settings.recent_frames]
         widest = [max(group, key=planes) for group in (old, movable) if group and max(map(planes, group)) > 1]
         if widest:
-            budget._narrow(widest[0], settings)
+            ageing._drop_plane(widest[0], settings)
         elif movable:
             leave(spans.index(movable[0]), spans.index(movable[0]) + 1)
         else:
@@ -60,9 +61,9 @@ def test_searching_ages_as_walking_does(name, monkeypatch):
         layers = [PlannedLayer(settings, GEOMETRY, share) for _ in range(2)]
         starts = [0, *range(first or chunk, 80, chunk)]
         for start, stop in zip(starts, [*starts[1:], 80]):
-            for layer, rule in zip(layers, (budget.enforce_limits, walked)):
+            for layer, rule in zip(layers, (ageing.enforce_limits, walked)):
                 with monkeypatch.context() as patch:
-                    patch.setattr(budget, "enforce_limits", rule)
+                    patch.setattr(ageing, "enforce_limits", rule)
                     layer.append(start, stop - start)
             assert layers[0].spans == layers[1].spans
             counted = sum(map(layers[0]._span_bytes, layers[0].spans))

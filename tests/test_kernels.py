@@ -10,14 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
-from comfyui_qvg.qvg.attention.rope import Rope, rotate, turn_chunk
-from comfyui_qvg.qvg.backends import dispatch
+from comfyui_qvg.qvg.attention.rope import Rope, rotate, rotate_chunk
 from comfyui_qvg.qvg.cache import lifetime
 from comfyui_qvg.qvg.cache.forecast import forecast
-from comfyui_qvg.qvg.cache.kv_cache import KVCache, LayerCache
-from comfyui_qvg.qvg.codec import e4m3, smoothing
-from comfyui_qvg.qvg.codec import spans as codec
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.cache.layer import LayerCache
+from comfyui_qvg.qvg.codec import e4m3, kmeans, smoothing
+from comfyui_qvg.qvg.codec import pair as codec
+from comfyui_qvg.qvg.codec.base import Tables
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
@@ -41,9 +43,9 @@ def tokens(*shape, seed=0, dtype=torch.float32, clusters=6):
 
 def both(op, *arguments):
     """What the kernel and the reference make of it."""
-    with dispatch.force("triton"):
+    with backends.force("triton"):
         ours = op(*arguments)
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         return ours, op(*arguments)
 
 
@@ -55,8 +57,8 @@ SHAPES = [(1, 1, 64, 1), (3, 63, 64, 5), (2, 130, 128, 33), (5, 200, 128, 100), 
 def test_assign(rows, count, dim, centroids, dtype):
     x = tokens(rows, count, dim, dtype=dtype)
     table = tokens(rows, centroids, dim, seed=1)
-    with dispatch.force("triton"):
-        ids = smoothing.assign(x, table)
+    with backends.force("triton"):
+        ids = kmeans.assign(x, table)
     assert ids.shape == (rows, count) and ids.min() >= 0 and ids.max() < centroids
     distance = torch.cdist(x.double(), table.double())
     chosen, best = distance.gather(-1, ids[..., None])[..., 0], distance.amin(-1)
@@ -70,8 +72,8 @@ def test_assign_among_equals(sign, expected):
     """The lower id of equals where they score above zero, the higher one below; within blocks and across them."""
     # whole numbers, because the interpreter's matrix product may round equal columns differently
     table = tokens(2, 1, 64).round().abs()
-    with dispatch.force("triton"):
-        assert (smoothing.assign(sign * table.expand(2, 40, 64), table.expand(2, 70, 64)) == expected).all()
+    with backends.force("triton"):
+        assert (kmeans.assign(sign * table.expand(2, 40, 64), table.expand(2, 70, 64)) == expected).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,8 +83,8 @@ def test_update(rows, count, dim, centroids, dtype):
     x = tokens(rows, count, dim, dtype=dtype)
     table = tokens(rows, centroids, dim, seed=1)
     ids = torch.randint(max(1, centroids // 2), (rows, count), generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    ours, reference = both(smoothing.update, x.float() if ON_GPU else x, ids, table)
-    again, _ = both(smoothing.update, x.float() if ON_GPU else x, ids, table)
+    ours, reference = both(kmeans.update, x.float() if ON_GPU else x, ids, table)
+    again, _ = both(kmeans.update, x.float() if ON_GPU else x, ids, table)
     assert torch.equal(ours, again)
     # tf32 keeps 10 bits of a token on a GPU; the reference adds up in the dtype of x
     scale = x.float().abs().amax()
@@ -93,15 +95,15 @@ def test_update_of_a_view():
     """Rows that lie inside wider ones, as a slice of heads does."""
     x = tokens(50, 6, 64)[:, 1:4].transpose(0, 1)
     ids = torch.arange(50, device=DEVICE).expand(3, 50) % 7
-    ours, reference = both(smoothing.update, x, ids, x[:, :7])
+    ours, reference = both(kmeans.update, x, ids, x[:, :7])
     assert (ours - reference).abs().max() < (1e-1 if ON_GPU else 1e-4)
 
 
 def step(x, table):
     """Centroids after a step of the reference's, from what the kernel assigns, because operands of distances are rounded on a GPU."""
-    with dispatch.force("triton"):
-        ids = smoothing.assign(x, table)
-    return smoothing._update(x.float(), ids, table)
+    with backends.force("triton"):
+        ids = kmeans.assign(x, table)
+    return kmeans._update(x.float(), ids, table)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,8 +115,8 @@ def test_kmeans(rows, count, dim, centroids, dtype):
     table = tokens(rows, centroids, dim, seed=1)
     table[:, (centroids + 1) // 2:] += 1e4
     expected = step(x, table)
-    with dispatch.force("triton"):
-        one, two, again = (smoothing.kmeans(x, table, steps) for steps in (1, 2, 2))
+    with backends.force("triton"):
+        one, two, again = (kmeans.kmeans(x, table, steps) for steps in (1, 2, 2))
     assert torch.equal(two, again)
     close = x.float().abs().amax() * 1e-5
     assert (one - expected).abs().max() <= close
@@ -126,8 +128,8 @@ def test_kmeans_of_a_view():
     """Rows that lie inside wider ones, as a slice of heads does."""
     x = tokens(50, 6, 64)[:, 1:4].transpose(0, 1).bfloat16().float()
     expected = step(x, x[:, :7])
-    with dispatch.force("triton"):
-        assert (smoothing.kmeans(x, x[:, :7], 1) - expected).abs().max() < 1e-4
+    with backends.force("triton"):
+        assert (kmeans.kmeans(x, x[:, :7], 1) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,9 +145,9 @@ def test_store(rows, count, dim, centroids, dtype):
     stored = e4m3.decode(codes) * scale.float()
     # powers of two, with which centroids are numbers of bf16
     assert (torch.frexp(scale.float())[0] == 0.5).all() and torch.equal(stored, stored.bfloat16().float())
-    with dispatch.force("triton"):
-        ids = smoothing.assign(x, stored)
-    assert (residual - (x.float() - smoothing.gather_centroids(stored, ids))).abs().max() <= 1e-5 * x.float().abs().amax()
+    with backends.force("triton"):
+        ids = kmeans.assign(x, stored)
+    assert (residual - (x.float() - kmeans.gather_centroids(stored, ids))).abs().max() <= 1e-5 * x.float().abs().amax()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -156,12 +158,12 @@ def test_encode(count, rows, dim, stages, bits, group, dtype):
     """The same span up to the order of additions, and no further from the input than the reference's."""
     x = tokens(count, rows, dim, dtype=dtype)
     coder = codec.TensorCodec("qvg", TensorSettings(bits=bits, stages=stages, centroids=40, group=group), dim, 2)
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         book = coder.train(x, torch.Generator().manual_seed(0))
     ours, reference = both(coder.encode, x, bits, book)
     assert [p.shape for p in ours.planes] == [p.shape for p in reference.planes]
     assert ours.ids.numel() == 0 or ours.ids.max() < book.centroids.shape[2]
-    tables = codec.LevelTables(DEVICE)
+    tables = Tables(DEVICE)
     errors = [(span.decode(slice(None), tables) - x.float()).square().mean() for span in (ours, reference)]
     assert errors[0] <= errors[1] * (1.03 if ON_GPU else 1.01)
     # a row's exponent depends on its largest residual, and that on the centroids that were chosen
@@ -198,7 +200,7 @@ def test_encode_on_hopper(count, rows, dim, stages, bits, group, centroids, monk
 
     def encoded(on_hopper):
         monkeypatch.setattr(encode, "_on_hopper", lambda *arguments: taken.append(on_hopper(*arguments)) or taken[-1])
-        with dispatch.force("triton"):
+        with backends.force("triton"):
             return codec.encode([coder, coder], [x, other], [bits, bits], [book, book])
 
     whole = encode._on_hopper
@@ -213,7 +215,7 @@ def test_encode_on_hopper(count, rows, dim, stages, bits, group, centroids, monk
         assert ((mine.scales.int() - theirs.scales.int()).abs()[same] <= 1).all()
         for a, b in zip(mine.planes, theirs.planes):
             assert different_bits(a, b)[same].mean() < 0.01
-    tables = codec.LevelTables(DEVICE)
+    tables = Tables(DEVICE)
     errors = [(spans[0].decode(slice(None), tables) - x.float()).square().mean() for spans in (ours, general)]
     assert errors[0] <= 1.005 * errors[1]
 
@@ -235,9 +237,9 @@ def test_encode_odd_strides():
     x.copy_(tokens(70, 2, 64, dtype=torch.bfloat16))
     coder = codec.TensorCodec("qvg", TensorSettings(bits=2, stages=2, centroids=16), 64, 2)
     book = coder.train(x, torch.Generator().manual_seed(0))
-    with dispatch.force("triton"):
+    with backends.force("triton"):
         odd = coder.encode(x, 2, book)
-    tables = codec.LevelTables(DEVICE)
+    tables = Tables(DEVICE)
     errors = [(span.decode(slice(None), tables) - x.float()).square().mean() for span in (odd, coder.encode(x.contiguous(), 2, book))]
     assert x.stride(0) % 2 and errors[0] <= 1.03 * errors[1]
 
@@ -246,9 +248,9 @@ def test_encode_silent_and_huge_tokens():
     x = tokens(80, 3, 64)
     x[:, 0], x[7, 1, 5] = 0, 60000.0
     coder = codec.TensorCodec("qvg", TensorSettings(bits=4, stages=1, centroids=4), 64, 2)
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         book = coder.train(x, torch.Generator().manual_seed(0))
-    ours, reference = (span.decode(slice(None), codec.LevelTables(DEVICE)) for span in both(coder.encode, x, 4, book))
+    ours, reference = (span.decode(slice(None), Tables(DEVICE)) for span in both(coder.encode, x, 4, book))
     assert ours.isfinite().all() and not ours[:, 0].any()
     assert (ours - x).square().mean() <= (reference - x).square().mean() * 1.01
 
@@ -266,21 +268,21 @@ def test_rotate(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "rooms", "count", "heads", "placed", "dim"), [
     (1, 1, 5, 3, 3, 64), (2, 1, 33, 4, 1, 128), (2, 2, 9, 3, 2, 256)])
-def test_turn_chunk(batch, rooms, count, heads, placed, dim, dtype):
+def test_rotate_chunk(batch, rooms, count, heads, placed, dim, dtype):
     """Both are turned, and the first heads of the first conditions stand in the workspace; nothing else of it is written."""
     q, k, v = (tokens(batch, count, heads, dim, seed=seed, dtype=dtype) for seed in range(3))
     angles = torch.randn(count, 1, dim // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = []
     for backend in ("triton", "torch"):
         room = torch.full((2, rooms, count + 7, placed, dim), 7.0, device=DEVICE, dtype=dtype)
-        with dispatch.force(backend):
-            turned = turn_chunk(q, k, v, angles.cos(), angles.sin(), (room[0, :, 5:-2], room[1, :, 5:-2]))
+        with backends.force(backend):
+            turned = rotate_chunk(q, k, v, angles.cos(), angles.sin(), (room[0, :, 5:-2], room[1, :, 5:-2]))
         assert (room[:, :, :5] == 7).all() and (room[:, :, -2:] == 7).all()
         assert torch.equal(room[1, :, 5:-2], v[:rooms, :, :placed]) and torch.equal(room[0, :, 5:-2], turned[1][:rooms, :, :placed])
         found.append(turned)
     assert_close(found, dtype)
-    with dispatch.force("triton"):
-        assert all(map(torch.equal, turn_chunk(q, k, v, angles.cos(), angles.sin()), found[0]))
+    with backends.force("triton"):
+        assert all(map(torch.equal, rotate_chunk(q, k, v, angles.cos(), angles.sin()), found[0]))
 
 
 def test_rotate_some_heads():
@@ -303,7 +305,7 @@ CASES = {name: PRESETS[name] for name in PRESETS} | {
 
 
 def filled(settings: QVGSettings, dim=64, grid=(5, 7), batch=1, heads=4, dtype=DTYPES[0], chunks=(2, 2, 1)) -> KVCache:
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         cache = KVCache(settings, layers=1, heads=heads, head_dim=dim, grid=grid, rope=Rope, batch=batch, device=DEVICE, dtype=dtype)
         for number, frames in enumerate(chunks):
             key, value = (tokens(batch, frames * grid[0] * grid[1], heads, dim, seed=10 * number + part, dtype=dtype) for part in (0, 1))
@@ -317,7 +319,7 @@ def read(cache: KVCache, heads: slice, *more):
     for backend in ("triton", "torch"):
         shape = cache.geometry.batch, layer.tokens, heads.stop - heads.start, cache.geometry.head_dim
         keys, values = (torch.full(shape, float("nan"), dtype=cache.workspace.dtype, device=DEVICE) for _ in range(2))
-        with dispatch.force(backend):
+        with backends.force(backend):
             layer.read(heads, keys, values, *more)
         found.append((keys, values))
     return found
@@ -364,7 +366,7 @@ def test_recover(name, dtype):
 @pytest.mark.parametrize("power", [-40, -14, 14, 40])
 def test_decode_of_any_size(power):
     """Numbers that float16 cannot hold, beside others, as bf16 can."""
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         pair = [tokens(1, 70, 4, 64, seed=part) * torch.tensor([1.0, 2.0 ** power] * 2, device=DEVICE)[:, None] for part in (0, 1)]
         cache = KVCache(BARE.both(bits=4), layers=1, heads=4, head_dim=64, grid=(5, 7), rope=Rope, device=DEVICE, dtype=torch.bfloat16)
         cache.layers[0].append(*(x.bfloat16() for x in pair), 2)
@@ -411,7 +413,7 @@ def test_decode_follows_what_the_cache_does():
     assert_close(read(cache, slice(0, 2)), DTYPES[0])
     del layer.entries[0]
     assert_close(read(cache, slice(0, 2)), DTYPES[0])
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         layer.append(*(tokens(1, 35, 4, 64, seed=90 + part) for part in (0, 1)), 1)
     assert_close(read(cache, slice(2, 4)), DTYPES[0])
 
@@ -429,7 +431,7 @@ def test_decode_writes_its_heads_alone():
     cache = filled(BARE)
     layer = cache.layers[0]
     room = torch.full((2, 1, layer.tokens + 3, 2, 64), 7.0, device=DEVICE)
-    with dispatch.force("triton"):
+    with backends.force("triton"):
         layer.read(slice(0, 1), room[0, :, :-3, :1], room[1, :, :-3, :1])
     assert (room[:, :, -3:] == 7).all() and (room[:, :, :, 1] == 7).all()
     assert (room[:, :, :-3, 0] != 7).any(-1).all()
@@ -442,7 +444,7 @@ def test_decode_unforced():
     keys, values = torch.empty(2, 1, layer.tokens, 4, 64, device=DEVICE)
     layer.read(slice(0, 4), keys, values)
     other = torch.empty_like(keys), torch.empty_like(values)
-    with dispatch.force("torch"):
+    with backends.force("torch"):
         layer.read(slice(0, 4), *other)
     assert_close([(keys, values), other], DTYPES[0])
 
@@ -491,7 +493,7 @@ def test_addresses_beyond_32_bits():
     assert x.numel() > 2**31
     torch.utils.deterministic.fill_uninitialized_memory = False
     cache = KVCache(PRESETS["off"], layers=1, heads=heads, head_dim=dim, grid=grid, rope=Rope, device=DEVICE, dtype=x.dtype)
-    with dispatch.force("triton"):
+    with backends.force("triton"):
         cache.layers[0].append(x, x, 1)
         keys, values = torch.full((2, 1, count, 1, dim), float("nan"), device=DEVICE, dtype=x.dtype)
         cache.layers[0].read(slice(8, 9), keys, values)
@@ -504,5 +506,5 @@ def test_addresses_beyond_32_bits():
         book = coder.train(x[0, -2000:], torch.Generator().manual_seed(0))
         span = coder.encode(x[0], 4, book)
     last = codec.PlaneSpan([plane[-99:] for plane in span.planes], span.scales[-99:], span.exponents, span.ids[:, -99:], book, "mse")
-    error = last.decode(slice(8, 9), codec.LevelTables(DEVICE)) - x[0, -99:, 8:].float()
+    error = last.decode(slice(8, 9), Tables(DEVICE)) - x[0, -99:, 8:].float()
     assert error.square().mean() < 0.03

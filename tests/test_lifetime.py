@@ -8,8 +8,9 @@ import torch
 
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache import lifetime
-from comfyui_qvg.qvg.cache.budget import Geometry, Limits
+from comfyui_qvg.qvg.cache.ageing import Limits
 from comfyui_qvg.qvg.cache.forecast import PlannedLayer, PlannedSpan, forecast
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.codec import smoothing
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
@@ -135,7 +136,7 @@ def test_the_cache_trains_as_the_forecast_says(name, told, monkeypatch):
     chosen, chunks, fits, expected = TABLE[name]
     cache = KVCache(chosen, layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope, dtype=torch.float32)
     layer, told_of, order = cache.layers[0], {}, []
-    monkeypatch.setattr("comfyui_qvg.qvg.codec.spans.Misfit.value", property(lambda self: math.inf if told_of.get(id(self)) else 1.0))
+    monkeypatch.setattr("comfyui_qvg.qvg.codec.misfit.Misfit.value", property(lambda self: math.inf if told_of.get(id(self)) else 1.0))
     for number, (frames, poor) in enumerate(zip(chunks, fits)):
         first = layer.next_frame
         layer.append(*torch.randn(2, 1, frames * 256, 1, 8, generator=torch.Generator().manual_seed(number)), frames)

@@ -9,7 +9,8 @@ import torch
 
 from comfyui_qvg.qvg.attention.cached import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache.kv_cache import CacheStats, KVCache
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.cache.stats import CacheStats
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 from comfyui_qvg.qvg.video import (
     SELF_FORCING_SIGMAS,

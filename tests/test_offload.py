@@ -9,17 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.backends import dispatch
-from comfyui_qvg.qvg.cache.budget import Geometry, buffers_on
 from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
 from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.geometry import Geometry, buffers_on
 from comfyui_qvg.qvg.cache.host import HostStore
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 from comfyui_qvg.qvg.units import GIB
-from comfyui_qvg.qvg.video import session as storage
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -81,7 +80,7 @@ def test_offloaded_spans_give_the_same_numbers(name, layers, batch):
     cache = same(CASES[name], layers=layers, batch=batch)
     for layer in cache.layers:
         for entry in layer.entries:
-            assert all(tensor.device.type == "cpu" for span in entry.spans for tensor in storage.span_tensors(span).values())
+            assert all(tensor.device.type == "cpu" for span in entry.spans for tensor in span.tensors().values())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -155,7 +154,7 @@ def test_a_changed_history_is_fetched_anew(kind):
             cache.rewind(6)
         for layer in cache.layers:
             if kind == "narrow":
-                layer.narrow()
+                layer.drop_plane()
             if kind == "forget":
                 layer.forget_before(5)
         while kind == "shrink" and cache.shrink() is not None:
@@ -236,7 +235,7 @@ def test_the_kernel_reads_what_visits():
         for _ in range(2):
             for layer in cache.layers:
                 layer.append(*torch.randn(2, 1, 8, 2, DIM, generator=draw), 1)
-            with dispatch.force("triton"):
+            with backends.force("triton"):
                 for layer in cache.layers:
                     keys, values = torch.empty(2, 1, layer.tokens, 1, DIM)
                     layer.read(slice(1, 2), keys, values)
@@ -265,7 +264,7 @@ def test_late_copies_change_nothing(slow, backend, monkeypatch):
 
     monkeypatch.setattr(HostStore, "_copying", late_copies)
     found = []
-    with dispatch.force(backend):
+    with backends.force(backend):
         for offload in (False, True):
             settings = replace(PRESETS["balanced"], offload=offload, window_frames=6, recent_bits=16)
             cache = KVCache(settings, layers=4, heads=12, head_dim=64, grid=GRID, rope=Rope, device=DEVICE, dtype=DTYPE, max_frames=24)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache.budget import Geometry, Limits, split
+from comfyui_qvg.qvg.cache.ageing import Limits, split
 from comfyui_qvg.qvg.cache.forecast import PlannedLayer
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
@@ -378,7 +379,7 @@ def test_what_is_taken_back(name):
             elif step == "forget":
                 layer.forget_before(value)
             elif step == "narrow":
-                assert layer.narrow() is value
+                assert layer.drop_plane() is value
         if step == "rewind":
             cache.rewind(value)
     for layer in cache.layers:
@@ -393,7 +394,7 @@ def test_what_cannot_be_narrowed():
         layer = cache_of(settings).layers[0]
         layer.append(*tokens(3), 3)
         before = held(layer.entries)
-        assert layer.narrow() is False and held(layer.entries) == before
+        assert layer.drop_plane() is False and held(layer.entries) == before
 
 
 def test_narrowing_takes_only_planes():
@@ -405,7 +406,7 @@ def test_narrowing_takes_only_planes():
         layer = cache_of(replace(BASE, **{"sink_frames": 0, "recent_frames": 0} | changes)).layers[0]
         layer.append(*tokens(3), 3)
         found = [held(layer.entries)]
-        while layer.narrow():
+        while layer.drop_plane():
             found.append(held(layer.entries))
         assert found == [parse(f"0+3={bits}") for bits in seen]
 

@@ -8,9 +8,13 @@ import torch
 
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
-from comfyui_qvg.qvg.codec import e4m3, planes, smoothing
-from comfyui_qvg.qvg.codec import spans as codec
-from comfyui_qvg.qvg.codec.spans import LevelTables, Misfit, PlainSpan, PlaneSpan, TensorCodec
+from comfyui_qvg.qvg.codec import e4m3, kmeans, planes, smoothing
+from comfyui_qvg.qvg.codec.base import Tables
+from comfyui_qvg.qvg.codec.misfit import Misfit
+from comfyui_qvg.qvg.codec.pair import TensorCodec
+from comfyui_qvg.qvg.codec.plain import PlainSpan
+from comfyui_qvg.qvg.codec.qvg import PlaneSpan
+from comfyui_qvg.qvg.registry import CODECS
 from comfyui_qvg.qvg.settings import QVGSettings, TensorSettings
 
 ALL = slice(None)
@@ -33,7 +37,7 @@ def left_by(bits, tensor, x, seen=None):
     """The share of each row's energy that a span with `bits` leaves."""
     one = TensorCodec("qvg", tensor, x.shape[-1], 4)
     book = one.train(x if seen is None else seen, generator())
-    return relative(one.encode(x, bits, book).decode(ALL, LevelTables("cpu")), x)
+    return relative(one.encode(x, bits, book).decode(ALL, Tables("cpu")), x)
 
 
 # K and V together
@@ -42,7 +46,7 @@ def left_by(bits, tensor, x, seen=None):
 @pytest.mark.parametrize("bits", [[(4, 4)], [(4, 4), (4, 4)], [(4, 4), (3, 3), (2, 2)], [(4, 2)], [(4, 4), (2, 4)]])
 def test_k_and_v_decoded_at_once_are_those_decoded_alone(bits):
     """K large and V small, and rows that differ: what takes its scales, ids, exponents or centroids from another is not near."""
-    rows, tables, sides, kept = 4, LevelTables("cpu"), [], []
+    rows, tables, sides, kept = 4, Tables("cpu"), [], []
     one = TensorCodec("qvg", TensorSettings(stages=2, centroids=4, group=16), 32, 3)
     for side, factor in enumerate((300.0, 0.02)):
         xs = [factor * (1 + torch.arange(rows)[:, None]) * noise(40, rows, 32, seed=10 * side + number) for number in range(len(bits))]
@@ -53,34 +57,35 @@ def test_k_and_v_decoded_at_once_are_those_decoded_alone(bits):
         kept.append(torch.cat(xs))
     most = {4: 0.02, 3: 0.06, 2: 0.2}[min(min(held) for held in bits)]
     for part in (ALL, slice(1, 3), slice(3, 4)):
-        for found, spans, x in zip(codec.decode(sides, part, tables), sides, kept):
+        for found, spans, x in zip(CODECS["qvg"].decode(sides, part, tables), sides, kept):
             assert torch.equal(found, torch.cat([span.decode(part, tables) for span in spans]))
             assert max(relative(found, x[:, part])) < most
 
 
 def test_k_and_v_that_differ_are_decoded_each_by_itself():
-    x, tables = noise(40, 2, 32), LevelTables("cpu")
+    x, tables = noise(40, 2, 32), Tables("cpu")
     key = TensorCodec("qvg", TensorSettings(stages=1, centroids=4), 32, 2)
     value = TensorCodec("qvg", TensorSettings(gain="unbiased"), 32, 2)
     spans = [key.encode(x, 4, key.train(x, generator())), value.encode(2 * x, 3, value.train(2 * x, generator()))]
     for sides in ([[spans[0]], [spans[1]]], [[PlainSpan(x)], [spans[1]]], [[PlainSpan(x), PlainSpan(3 * x)], [spans[1]]]):
-        for found, side in zip(codec.decode(sides, ALL, tables), sides):
+        for found, side in zip(CODECS["qvg"].decode(sides, ALL, tables), sides):
             assert torch.equal(found, torch.cat([span.decode(ALL, tables) for span in side]))
 
 
 def test_what_can_be_decoded_in_one_go():
+    joins = CODECS["qvg"].joins
     x = noise(40, 2, 32)
     one = TensorCodec("qvg", TensorSettings(stages=1, centroids=4, gain="mse"), 32, 2)
     book, other = one.train(x, generator()), one.train(x, generator())
     span = one.encode(x, 4, book)
-    assert codec.like(span, one.encode(x + 1, 2, book))
-    assert not codec.like(span, one.encode(x, 4, other))
-    assert not codec.like(span, one.encode(x[:30], 4, book))
-    assert not codec.like(span, replace(span, gain="energy"))
-    assert not codec.like(span, PlainSpan(x)) and not codec.like(PlainSpan(x), span)
-    assert codec.like(PlainSpan(x), PlainSpan(x[:3]))
+    assert joins(span, one.encode(x + 1, 2, book))
+    assert not joins(span, one.encode(x, 4, other))
+    assert not joins(span, one.encode(x[:30], 4, book))
+    assert not joins(span, replace(span, gain="energy"))
+    assert not joins(span, PlainSpan(x)) and not joins(PlainSpan(x), span)
+    assert joins(PlainSpan(x), PlainSpan(x[:3]))
     eight = one.encode(x, 8)
-    assert not codec.like(eight, PlainSpan(x)) and not codec.like(PlainSpan(x), eight) and not codec.like(eight, eight)
+    assert not joins(eight, PlainSpan(x)) and not joins(PlainSpan(x), eight) and not joins(eight, eight)
 
 
 # scales
@@ -97,7 +102,7 @@ def test_scales_never_saturate(factor):
     span = one.encode(x, 4, unit)
     largest = e4m3.decode(span.scales).amax((0, 2))
     assert (largest >= 128).all() and (largest <= 256).all()
-    assert max(relative(span.decode(ALL, LevelTables("cpu")), x)) < 0.02
+    assert max(relative(span.decode(ALL, Tables("cpu")), x)) < 0.02
     # the root mean square of every group, to the three bits that E4M3 keeps
     stored = e4m3.decode(span.scales) * 2.0 ** span.exponents.float()[:, None]
     torch.testing.assert_close(stored, x.unflatten(-1, (2, 16)).square().mean(-1).sqrt(), rtol=2**-4, atol=0)
@@ -111,7 +116,7 @@ def test_each_group_of_channels_has_its_scale():
     loud = torch.where(torch.arange(100)[:, None, None] % 2 > 0, 50.0, 1.0) * noise(100, 3, 64)
     loud[:, :, :16] = noise(100, 3, 16, seed=1)
     one = TensorCodec("qvg", TensorSettings(stages=0, group=16, gain="mse"), 64, 1)
-    found = one.encode(loud, 4, one.train(loud, generator())).decode(ALL, LevelTables("cpu"))
+    found = one.encode(loud, 4, one.train(loud, generator())).decode(ALL, Tables("cpu"))
     assert max(relative(found[:, :, :16], loud[:, :, :16])) < 0.02 and max(relative(found[::2, :, 16:], loud[::2, :, 16:])) < 0.02
 
 
@@ -126,7 +131,7 @@ def test_a_channel_that_was_silent_may_speak():
     assert scale[:, 3].tolist() == pytest.approx((1e-3 * seen.square().mean((0, 2)).sqrt()).tolist(), rel=0.01)
     torch.testing.assert_close(scale[:, 4:], seen.square().mean(0).sqrt()[:, 4:], rtol=2**-8, atol=0)
     spoken = noise(200, 2, 32, seed=1)
-    found = one.encode(spoken, 4, book).decode(ALL, LevelTables("cpu"))
+    found = one.encode(spoken, 4, book).decode(ALL, Tables("cpu"))
     assert found.isfinite().all()
     assert max(relative(found[..., 3:4], spoken[..., 3:4])) < 0.7
     assert max(relative(found[..., 16:], spoken[..., 16:])) < 0.02
@@ -137,7 +142,7 @@ def test_a_row_that_was_silent_may_speak():
     book = one.train(torch.zeros(60, 2, 32), generator())
     assert (book.channel_scale == 1).all() and (book.centroid_scale == 1).all()
     x = noise(60, 2, 32)
-    assert max(relative(one.encode(x, 4, book).decode(ALL, LevelTables("cpu")), x)) < 0.02
+    assert max(relative(one.encode(x, 4, book).decode(ALL, Tables("cpu")), x)) < 0.02
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e4])
@@ -147,12 +152,12 @@ def test_eight_bits(factor):
     x[5:9, :, :16] = 0
     x[7, 1, 20] = 100 * factor
     span = TensorCodec("qvg", TensorSettings(group=16), 32, 1).encode(x, 8)
-    found = span.decode(ALL, LevelTables("cpu"))
+    found = span.decode(ALL, Tables("cpu"))
     step = x.unflatten(-1, (2, 16)).abs().amax(-1) / 127
     assert ((found - x).unflatten(-1, (2, 16)).abs() <= 0.5 * step[..., None] + 0.5 * x.unflatten(-1, (2, 16)).abs() * 2**-7).all()
     assert not found[5:9, :, :16].any()
     assert span.data.dtype == torch.int8 and span.data.amax() == 127 and span.scales.shape == (50, 2, 2)
-    assert torch.equal(span.decode(slice(1, 2), LevelTables("cpu")), found[:, 1:])
+    assert torch.equal(span.decode(slice(1, 2), Tables("cpu")), found[:, 1:])
 
 
 def test_sixteen_bits_are_a_copy():
@@ -160,17 +165,17 @@ def test_sixteen_bits_are_a_copy():
     span = TensorCodec("plain", TensorSettings(stages=0), 32, 1).encode(x[::2], 16)
     kept = x[::2].clone()
     x.zero_()
-    first = span.decode(ALL, LevelTables("cpu"))
+    first = span.decode(ALL, Tables("cpu"))
     assert first.dtype == torch.float32 and torch.equal(first, kept.float())
     # what is read may be overwritten
     first.zero_()
-    assert torch.equal(span.decode(slice(1, 2), LevelTables("cpu")), kept[:, 1:].float())
+    assert torch.equal(span.decode(slice(1, 2), Tables("cpu")), kept[:, 1:].float())
 
 
 def test_float32_of_sixteen_bits_is_a_copy_too():
     span = PlainSpan(noise(4, 2, 8))
     kept = span.data.clone()
-    span.decode(ALL, LevelTables("cpu")).zero_()
+    span.decode(ALL, Tables("cpu")).zero_()
     assert torch.equal(span.data, kept)
 
 
@@ -289,7 +294,7 @@ def test_a_later_codebook_takes_a_quarter_of_the_steps(monkeypatch):
 def test_clusters_are_found():
     """Of well separated clusters nothing is left but their spread and the rounding of E4M3, which the residual sees."""
     x, places = clustered(400)
-    found = smoothing.kmeans(x.transpose(0, 1), places + 0.5, 3)
+    found = kmeans.kmeans(x.transpose(0, 1), places + 0.5, 3)
     torch.testing.assert_close(found, torch.stack([x[number::4].mean(0) for number in range(4)], dim=1), rtol=1e-4, atol=1e-4)
     book = smoothing.train([x], 2, 4, 8, generator(), [None])[0]
     residual, ids = smoothing.subtract(x, book, ALL)
@@ -304,10 +309,10 @@ def test_clusters_are_found():
 def test_the_nearest_centroid_is_taken():
     x, centroids = noise(2, 50, 16), noise(2, 7, 16, seed=1)
     expected = (x[:, :, None] - centroids[:, None]).square().sum(-1).argmin(-1)
-    assert torch.equal(smoothing.assign(x, centroids), expected)
+    assert torch.equal(kmeans.assign(x, centroids), expected)
     references = centroids[:, [0, 0, 1]]
-    assert smoothing.assign(x, references).unique().tolist() == [0, 2]
-    assert torch.equal(smoothing.gather_centroids(centroids, expected), centroids[torch.arange(2)[:, None], expected])
+    assert kmeans.assign(x, references).unique().tolist() == [0, 2]
+    assert torch.equal(kmeans.gather_centroids(centroids, expected), centroids[torch.arange(2)[:, None], expected])
 
 
 def test_a_step_takes_means_and_moves_what_nothing_chose():
@@ -316,19 +321,19 @@ def test_a_step_takes_means_and_moves_what_nothing_chose():
     x[0, :, 0] = torch.tensor([0.0, 1, 2, 10, 11, 15, 20, 22, 27])
     centroids = torch.zeros(1, 3, 8)
     centroids[0, :, 0] = torch.tensor([1.0, 21, 500])
-    ids = smoothing.assign(x, centroids)
+    ids = kmeans.assign(x, centroids)
     assert ids[0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
-    moved = smoothing.update(x, ids, centroids)[0, :, 0].tolist()
+    moved = kmeans.update(x, ids, centroids)[0, :, 0].tolist()
     assert moved == pytest.approx([24 / 5, 21, 27])
     # no token of the second third chose the second; the one farthest from the centroid that it chose is 11
     centroids[0, :, 0] = torch.tensor([1.0, 500, 21])
-    moved = smoothing.update(x, smoothing.assign(x, centroids), centroids)[0, :, 0].tolist()
+    moved = kmeans.update(x, kmeans.assign(x, centroids), centroids)[0, :, 0].tolist()
     assert moved == pytest.approx([24 / 5, 11, 21])
 
 
 def test_tokens_to_begin_with_are_distinct():
     for count in (1, 5, 20):
-        drawn = smoothing.draw(20, count, 3, generator(), torch.device("cpu"))
+        drawn = kmeans.draw(20, count, 3, generator(), torch.device("cpu"))
         assert drawn.shape == (3, count) and all(len(set(row.tolist())) == count for row in drawn)
         assert 0 <= drawn.min() and drawn.max() < 20
     assert drawn[0].tolist() != drawn[1].tolist()
@@ -351,7 +356,7 @@ def test_slices_of_rows_change_nothing(monkeypatch):
     parts = one.train(x, generator())
     assert all(torch.equal(a, b) for a, b in zip(vars(whole).values(), vars(parts).values()))
     again = one.encode(x, 3, whole)
-    assert torch.equal(again.decode(ALL, LevelTables("cpu")), span.decode(ALL, LevelTables("cpu")))
+    assert torch.equal(again.decode(ALL, Tables("cpu")), span.decode(ALL, Tables("cpu")))
 
 
 def test_centroids_are_kept_to_three_bits():
@@ -377,7 +382,7 @@ def test_without_stages_there_are_channel_scales_alone():
 
 
 def test_a_span_that_lost_planes_reads_what_is_left():
-    x, tables = noise(40, 2, 32), LevelTables("cpu")
+    x, tables = noise(40, 2, 32), Tables("cpu")
     one = TensorCodec("qvg", TensorSettings(stages=1, centroids=2, gain="mse"), 32, 2)
     span = one.encode(x, 4, one.train(x, generator()))
     errors = [max(relative(span.decode(ALL, tables), x))]
@@ -389,7 +394,7 @@ def test_a_span_that_lost_planes_reads_what_is_left():
 
 
 def test_a_span_that_lies_otherwise_reads_the_same():
-    x, tables = noise(40, 3, 32), LevelTables("cpu")
+    x, tables = noise(40, 3, 32), Tables("cpu")
     one = TensorCodec("qvg", TensorSettings(stages=2, centroids=2, group=16), 32, 2)
     span = one.encode(x, 3, one.train(x, generator()))
     by_token = replace(span, planes=[plane.contiguous() for plane in span.planes], scales=span.scales.contiguous(),
@@ -405,7 +410,7 @@ def test_a_span_that_lies_otherwise_reads_the_same():
 
 def test_a_span_with_other_parts_reads_those():
     """What was made to read the one is not taken over by the other."""
-    x, tables = noise(40, 2, 32), LevelTables("cpu")
+    x, tables = noise(40, 2, 32), Tables("cpu")
     one = TensorCodec("qvg", TensorSettings(stages=0, group=16), 32, 1)
     span = one.encode(x, 3, one.train(x, generator()))
     before = span.decode(ALL, tables)
@@ -420,7 +425,7 @@ def test_a_span_with_other_parts_reads_those():
 @pytest.mark.parametrize("stages", [0, 1, 2])
 def test_the_released_codec(stages, bits, symmetric):
     """With and without centroids, of which a codebook has as many as its tokens are enough for; any rows of it are read alone."""
-    x, tables = clustered(90, rows=3, dim=32, spread=1.0)[0].bfloat16(), LevelTables("cpu")
+    x, tables = clustered(90, rows=3, dim=32, spread=1.0)[0].bfloat16(), Tables("cpu")
     one = TensorCodec("paper", TensorSettings(stages=stages, centroids=4, group=16, symmetric=symmetric), 32, 4)
     book = one.train(x, generator())
     assert book.centroids.shape == ((stages, 3, 4, 32) if stages else (0, 3, 0, 32)) and book.centroids.dtype == torch.bfloat16

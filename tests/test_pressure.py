@@ -9,8 +9,8 @@ from torch import nn
 
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.backends.memory import ran_out
-from comfyui_qvg.qvg.cache.budget import Geometry
 from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache, shrink
 from comfyui_qvg.qvg.settings import CODECS, PRESETS, QVGSettings, TensorSettings
 from comfyui_qvg.qvg.units import GIB

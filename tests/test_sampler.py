@@ -10,7 +10,8 @@ import torch
 
 from comfyui_qvg.qvg.attention.cached import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache.kv_cache import CacheStats, KVCache
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
+from comfyui_qvg.qvg.cache.stats import CacheStats
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import QVGSettings
 from comfyui_qvg.qvg.video import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, StepDone, guided

@@ -248,7 +248,7 @@ HOSTILE = {
     "scales that are no numbers": (None, put("cache0.0.1.key.scales", to=0x7F), "key.scales holds codes that are no number"),
     "channels scaled by nothing": (None, put("cache0.0.book0.channel_scale", to=0.0), "channel_scale holds 0"),
     "an endless scale": (None, put("cache0.0.book1.centroid_scale", to=INF), "centroid_scale holds inf"),
-    "numbers beyond all others": (None, put("cache0.0.1.value.exponents", to=127), "the numbers that cache0.0.1.value stands for"),
+    "numbers beyond all others": (None, put("cache0.0.1.value.exponents", to=127), "the values that cache0.0.1.value stands for"),
     "latents that are no numbers": (None, put("latents", to=NAN), "latents holds nan"),
     "recent latents that are no numbers": (None, put("recent0", to=-INF), "recent0 holds -inf"),
     "latents of whole numbers": (None, reshape("latents", torch.Tensor.int), "type of latents"),

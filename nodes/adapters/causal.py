@@ -16,7 +16,8 @@ import comfy.model_management
 import torch
 
 from ...qvg.attention.cached import CachedAttention
-from ...qvg.cache.kv_cache import CacheStats, KVCache, shrink
+from ...qvg.cache.kv_cache import KVCache, shrink
+from ...qvg.cache.stats import CacheStats
 from .attention import core_attention
 from .checks import evaluated
 from .compiled import bare, between, outside

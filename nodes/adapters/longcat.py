@@ -20,10 +20,10 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 
+from ...qvg import backends
 from ...qvg.attention.cached import CachedAttention
-from ...qvg.backends import dispatch
-from ...qvg.cache.budget import Geometry, buffers_on
 from ...qvg.cache.context import context_settings, forecast_context
+from ...qvg.cache.geometry import Geometry, buffers_on
 from ...qvg.cache.kv_cache import KVCache
 from ...qvg.models.longcat import LONGCAT as FAMILY
 from ...qvg.models.longcat import LongCat, LongCatSizes
@@ -161,7 +161,7 @@ class Hook:
                      self.latents.shape[2], *map(format_bytes, (found.stored_bytes, found.peak_bytes, found.bf16_bytes)),
                      self.settings.name)
         try:
-            with dispatch.on_compile(self.log.say):
+            with backends.on_compile(self.log.say):
                 return executor(noise, *args, **kwargs)
         finally:
             self.log.end()

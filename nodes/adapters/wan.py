@@ -17,11 +17,10 @@ import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...qvg import backends
 from ...qvg.attention.cached import CachedAttention
-from ...qvg.backends import dispatch
-from ...qvg.cache import budget
 from ...qvg.cache import forecast as forecasts
-from ...qvg.cache.budget import Geometry
+from ...qvg.cache.geometry import Geometry, buffers_on
 from ...qvg.cache.kv_cache import KVCache
 from ...qvg.models.wan import WAN, WanSizes, causal_metadata
 from ...qvg.settings import QVGSettings
@@ -226,7 +225,7 @@ class Hook:
         try:
             self._plan(guider, noise.shape, sampler)
             self.passes.expect(sampler, sigmas, bool(self.given))
-            with dispatch.on_compile(self.log.say):
+            with backends.on_compile(self.log.say):
                 return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         finally:
             self.free()
@@ -239,7 +238,7 @@ class Hook:
         self.frames, self.grid = shape[2], (-(-shape[3] // 2), -(-shape[4] // 2))
         self.chunk_frames = min(getattr(sampler, "extra_options", {}).get("num_frame_per_block", 3), self.frames)
         geometry = Geometry(self.network.num_layers, self.network.num_heads, self.network.head_dim, self.grid, shape[0],
-                            budget.buffers_on(comfy.model_management.get_torch_device().type, self.network.num_heads))
+                            buffers_on(comfy.model_management.get_torch_device().type, self.network.num_heads))
         itemsize = comfy.model_management.dtype_size(self.get_dtype())
         forecast = forecasts.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)

@@ -14,9 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
-from ..cache.kv_cache import KVCache, LayerCache
-from .rope import turn_chunk
+from .. import backends
+from ..cache.kv_cache import KVCache
+from ..cache.layer import LayerCache
+from .rope import rotate_chunk
 
 # q [B, T, H, D], k and v [B, N, H, D] -> [B, T, H, D]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,18 +60,18 @@ class CachedAttention:
         return cos[:, None], sin[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with dispatch.recording(self.cache.calls):
+        with backends.recording(self.cache.calls):
             return self._pass(layer, q, k, v)
 
     def _pass(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         history = self.cache.layers[layer]
         past, workspace = history.tokens, self.cache.workspace
         if not past:
-            q, turned = turn_chunk(q, k, v, *self._angles)
+            q, turned = rotate_chunk(q, k, v, *self._angles)
             out = self.attention(q, turned, v)
         else:
             buffers = [workspace.views(past + k.shape[1], number) for number in range(self.cache.geometry.buffers)]
-            q, turned = turn_chunk(q, k, v, *self._angles, tuple(part[:, past:] for part in buffers[0]))
+            q, turned = rotate_chunk(q, k, v, *self._angles, tuple(part[:, past:] for part in buffers[0]))
             # made before any stream but the present one is at work, because each of them writes its heads here
             out = torch.empty_like(q)
             try:

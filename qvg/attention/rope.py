@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import dispatch
+from .. import backends
 
 REMEMBERED = 256  # lists of positions, some kB each
 
@@ -63,7 +63,7 @@ class Rope:
         both = torch.cat([time[:, :, None].expand(*shape, -1), self.space(device)[:, None].expand(*shape, -1)], dim=-1).flatten(1, 2)
         return both[0], both[1]
 
-    def turn(self, x: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    def rotate_frames_(self, x: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
         """Turn x [T, R, D] float32 to its positions, given as runs of frames, each by its first frame and how many they are, with
         T = frames * h * w tokens in all; x is overwritten where the device allows."""
         if x.device.type != "cpu":
@@ -103,18 +103,18 @@ def _angle_dtype(device) -> torch.dtype:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (2i, 2i + 1) of x [..., D] by angles given as cos and sin [..., D / 2], in float32."""
-    return dispatch.run("rotate", _rotate, x, cos, sin)
+    return backends.run("rotate", _rotate, x, cos, sin)
 
 
-def turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+def rotate_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
     """Queries and keys [B, T, H, D] turned by angles given as cos and sin [T, 1, D / 2].
 
     room: keys and values [b, T, h, D], where the first h heads of the first b of the batch go, too, keys turned and values as they are.
     """
-    return dispatch.run("turn", _turn_chunk, q, k, v, cos, sin, room)
+    return backends.run("turn", _rotate_chunk, q, k, v, cos, sin, room)
 
 
-def _turn_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+def _rotate_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None) -> list[Tensor]:
     turned = [rotate(x, cos, sin) for x in (q, k)]
     for place, x in zip(room or (), (turned[1], v)):
         place[:] = x[:len(place), :, :place.shape[2]]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..registry import CODECS
 from ..settings import PLANE_BITS, QVGSettings
 from ..units import GIB
-from .budget import Geometry, Limits, staging_bytes, workspace_bytes
+from .ageing import Limits
 from .forecast import Forecast, PlannedLayer
-
-# what a codec can fall back to under a memory budget, widest first
-WIDTHS = {"qvg": (16, 8, 4, 3, 2, 1), "paper": (16, 8, 4, 2), "plain": (16, 8)}
+from .geometry import Geometry, workspace_bytes
+from .limits import staging_bytes
 
 
 def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> Forecast:
@@ -28,7 +28,7 @@ def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new:
     visiting = geometry.staged_layers * (staging_bytes(settings, geometry, given, given, Limits(), itemsize) or 0)
     return Forecast(frames=given, held_frames=given, bf16_bytes=geometry.bf16_bytes(given), stored_bytes=geometry.layers * layer.nbytes(),
                     peak_bytes=geometry.layers * layer.device_bytes() + layer.largest + visiting + workspace, workspace_bytes=workspace,
-                    numbers=geometry.bf16_bytes(given) // 2, host_bytes=geometry.layers * layer.host_bytes())
+                    elements=geometry.bf16_bytes(given) // 2, host_bytes=geometry.layers * layer.host_bytes())
 
 
 def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> QVGSettings:
@@ -40,7 +40,7 @@ def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new:
     if not settings.budget_gib and not settings.host_gib:
         return _with_recent(whole, settings)
     limits = settings.budget_gib * GIB or float("inf"), settings.host_gib * GIB or float("inf")
-    for width in WIDTHS[settings.codec]:
+    for width in CODECS[settings.codec].widths:
         fewer = replace(whole, **{name: replace(tensor, bits=min(tensor.bits, width))
                                   for name, tensor in (("key", whole.key), ("value", whole.value))})
         for kept in (_with_recent(fewer, settings), fewer):
@@ -58,6 +58,6 @@ def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new:
 def _with_recent(whole: QVGSettings, chosen: QVGSettings) -> QVGSettings:
     """`whole` with recent frames as far as `chosen` has them and one plane more is something that its codec can hold."""
     bits = min(chosen.recent_bits, min(whole.key.bits, whole.value.bits) + 1)
-    if whole.codec != "qvg" or bits not in PLANE_BITS or bits <= min(whole.key.bits, whole.value.bits):
+    if not CODECS[whole.codec].nested or bits not in PLANE_BITS or bits <= min(whole.key.bits, whole.value.bits):
         return whole
     return replace(whole, recent_frames=chosen.recent_frames, recent_bits=bits)

@@ -8,25 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from ..settings import PLAIN_BITS, QVGSettings
 from . import lifetime
-from .budget import (
-    Geometry,
-    Limits,
-    capacity_frames,
-    codebook_bytes,
-    entry_bytes,
-    history_frames,
-    holds_to_encode,
-    limits,
-    needs_codebooks,
-    split,
-    staging_bytes,
-    workspace_bytes,
-)
+from .ageing import Limits, holds_to_encode, needs_codebooks
+from .geometry import Geometry, workspace_bytes
 from .lifetime import Lifetime, Rules
+from .limits import capacity_frames, history_frames, limits, staging_bytes
+from .sizes import codebook_bytes, entry_bytes
+from .stats import Ratios
 
 
 @dataclass
@@ -62,7 +52,7 @@ class PlannedSpan:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Ratios):
     """A run in bytes. stored_bytes is what is held when the last chunk has been stored, wherever it lies; peak_bytes, on the device, counts
     the workspace; host_bytes is the most that offloaded spans take."""
 
@@ -72,20 +62,8 @@ class Forecast:
     stored_bytes: int
     peak_bytes: int
     workspace_bytes: int
-    numbers: int
+    elements: int
     host_bytes: int = 0
-
-    @property
-    def stored_ratio(self) -> float:
-        return self.bf16_bytes / max(1, self.stored_bytes)
-
-    @property
-    def peak_ratio(self) -> float:
-        return self.bf16_bytes / max(1, self.peak_bytes)
-
-    @property
-    def bits_per_element(self) -> float:
-        return 8 * self.stored_bytes / max(1, self.numbers)
 
 
 class PlannedLayer:
@@ -114,7 +92,7 @@ class PlannedLayer:
             if not before or not self._users[book]:
                 self._books_bytes += times * self.books[book]
 
-    def leave(self, start: int, stop: int) -> None:
+    def evict(self, start: int, stop: int) -> None:
         """Delete the spans at those places."""
         for span in self.spans[start:stop]:
             self.count(span, -1)
@@ -138,15 +116,15 @@ class PlannedLayer:
 
     def append(self, first: int, frames: int, newest: int = 0) -> None:
         """See `cache.LayerCache.append`."""
-        for start, count in split(first, frames, self.settings.sink_frames, newest):
-            sink = start < self.settings.sink_frames
-            bits = lifetime.arrive(self, start, count, (first, frames), partial(self._train, sink), waiting=not newest)
-            book = None if set(bits) <= set(PLAIN_BITS) else len(self.books) - 1
-            span = PlannedSpan(start, count, sink, *bits, book, layer=self)
-            self.spans.append(span)
-            self.count(span, 1)
-            if self.settings.offload:
-                self.largest = max(self.largest, self._span_bytes(span))
+        lifetime.store(self, first, frames, newest, self._train, self._keep)
+
+    def _keep(self, first: int, frames: int, sink: bool, bits: tuple[int, int]) -> None:
+        book = None if set(bits) <= set(PLAIN_BITS) else len(self.books) - 1
+        span = PlannedSpan(first, frames, sink, *bits, book, layer=self)
+        self.spans.append(span)
+        self.count(span, 1)
+        if self.settings.offload:
+            self.largest = max(self.largest, self._span_bytes(span))
 
     def _train(self, sink: bool, helpers: list[PlannedSpan], tokens: int) -> None:
         # the layer itself holds its present codebooks
@@ -190,4 +168,4 @@ def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frame
     held = sum(span.frames for span in layer.spans)
     return Forecast(
         frames=frames, held_frames=held, bf16_bytes=geometry.bf16_bytes(frames), stored_bytes=geometry.layers * layer.nbytes(),
-        peak_bytes=peak, workspace_bytes=workspace, numbers=geometry.bf16_bytes(held) // 2, host_bytes=host)
+        peak_bytes=peak, workspace_bytes=workspace, elements=geometry.bf16_bytes(held) // 2, host_bytes=host)

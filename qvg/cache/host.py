@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..codec.layout import span_tensors, with_tensors
-from ..codec.spans import Span
-from .budget import aligned
+from ..codec import Span
+from .geometry import aligned
 
 _numbers = itertools.count()
 
@@ -100,12 +99,12 @@ class HostStore:
 
     def take_in(self, spans: Sequence[Span]) -> tuple[list[Span], Block]:
         """The same spans with their tensors in a block of host memory. They may still be on their way there; see `wait`."""
-        parts = [tensor for span in spans for tensor in span_tensors(span).values()]
+        parts = [tensor for span in spans for tensor in span.tensors().values()]
         block = self._block(sum(aligned(part.nbytes) for part in parts))
         self._largest = max(self._largest, block.nbytes)
         stored = list(_placed(spans, block.data, 0))
         with self._copying():
-            for source, target in zip(parts, (tensor for span in stored for tensor in span_tensors(span).values())):
+            for source, target in zip(parts, (tensor for span in stored for tensor in span.tensors().values())):
                 target.copy_(source, non_blocking=True)
                 self._used(source)
         return stored, block
@@ -230,11 +229,11 @@ def _placed(spans: Sequence[Span], buffer: Tensor, at: int) -> Iterator[Span]:
     """The spans with tensors that lie one after the other in a buffer (uint8), from byte `at`. Nothing is copied."""
     for span in spans:
         parts = {}
-        for name, tensor in span_tensors(span).items():
+        for name, tensor in span.tensors().items():
             # in the order of the tensor's own memory, in which what belongs to a row lies together
             parts[name] = buffer[at:at + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
             at += aligned(tensor.nbytes)
-        yield with_tensors(span, parts)
+        yield span.with_tensors(parts)
 
 
 def _unpin(data: Tensor, pinned: set[int], stream: torch.cuda.Stream | None) -> None:

@@ -24,11 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
+from ..registry import CODECS
 from ..settings import PLAIN_BITS, QVGSettings
-from . import budget
-from .budget import WAITING_BITS, Geometry, Limits
+from . import ageing
+from .ageing import Limits
+from .codebooks import WAITING_BITS, keeps_spare_bits, may_wait
+from .geometry import Geometry
+from .sizes import entry_bytes
 
 # mean square of what is left, in units of the training's, from which a codebook no longer serves
 LARGEST_MISFIT = 1.5
@@ -56,13 +61,15 @@ class Rules:
     """What of the settings and the shape of a cache decides, worked out once. needs, bits: by whether a span is a sink."""
 
     def __init__(self, settings: QVGSettings, geometry: Geometry):
-        self.needs = tuple(budget.needs_codebooks(settings, sink) for sink in (False, True))
-        self.bits = tuple(budget.first_bits(settings, sink) for sink in (False, True))
+        self.adaptive = CODECS[settings.codec].adaptive
+        self.needs = tuple(ageing.needs_codebooks(settings, sink) for sink in (False, True))
+        self.trains = tuple(map(any, self.needs))
+        self.bits = tuple(ageing.first_bits(settings, sink) for sink in (False, True))
         self.waiting_bits = tuple(tuple(max(width, WAITING_BITS) if needed else width for width, needed in zip(*pair))
                                   for pair in zip(self.bits, self.needs))
-        self.may_wait = budget.may_wait(settings, geometry)
+        self.may_wait = may_wait(settings, geometry)
         self.largest = max((tensor.centroids for tensor in (settings.key, settings.value) if tensor.bits not in PLAIN_BITS), default=0)
-        self.keeps = budget.keeps_spare_bits(settings)
+        self.keeps = keeps_spare_bits(settings)
         self._sizes: dict[tuple[int, bool], int] = {}
         self._settings = settings
 
@@ -70,7 +77,7 @@ class Rules:
         """Centroids of a codebook that is trained on so many tokens."""
         if (tokens, sink) not in self._sizes:
             tensors = zip((self._settings.key, self._settings.value), self.needs[sink])
-            self._sizes[tokens, sink] = max(tensor.codebook_size(tokens, self._settings.codec) for tensor, needed in tensors if needed)
+            self._sizes[tokens, sink] = max(CODECS[self._settings.codec].book_size(tensor, tokens) for tensor, needed in tensors if needed)
         return self._sizes[tokens, sink]
 
 
@@ -102,7 +109,7 @@ class Layer(Protocol):
 
     def held(self) -> int: ...
 
-    def leave(self, start: int, stop: int) -> None:
+    def evict(self, start: int, stop: int) -> None:
         """Delete the spans at those places."""
 
 
@@ -115,11 +122,11 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
     """
     settings, life, rules = layer.settings, layer.life, layer.rules
     sink, newest = first < settings.sink_frames, first + frames - 1
-    needs, bits, begin = any(rules.needs[sink]), rules.bits[sink], budget.sinks_in(layer.spans, settings)
-    if (window := budget.window_of(settings, layer.share)) is not None:
-        layer.leave(begin, budget.end_of(layer.spans, newest - window, begin))
+    needs, bits, begin = rules.trains[sink], rules.bits[sink], ageing.sinks_in(layer.spans, settings)
+    if (window := ageing.window_of(settings, layer.share)) is not None:
+        layer.evict(begin, ageing.end_of(layer.spans, newest - window, begin))
     if needs:
-        helpers, leaving = _helpers(layer, whole[0]), budget.settling(layer.spans, newest, settings, begin)
+        helpers, leaving = _helpers(layer, whole[0]), ageing.settling(layer.spans, newest, settings, begin)
         tokens = (whole[1] + sum([span.frames for span in helpers])) * layer.geometry.frame_tokens
         size = rules.size(tokens, sink)
         if waiting and _waits(layer, sum(whole), size, leaving, sink):
@@ -134,20 +141,33 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
                     _end_waiting(layer)
             life.frames += frames
             for span in leaving:
-                less = budget.settled(span, settings)
+                less = ageing.settled(span, settings)
                 if less is not None and span.misfit and life.covers(span):
                     span.set_bits(*less, refit=True)
-    # what waits for a codebook has no planes to lose, and `budget.limits` leaves room for it
+    # what waits for a codebook has no planes to lose, and `limits.limits` leaves room for it
     share = layer.share if life.trained or not needs else Limits(cap_frames=layer.share.cap_frames)
-    new = 0 if share.layer_bytes is None else budget.entry_bytes(layer.geometry, settings, frames, bits, layer.itemsize)
-    budget.enforce_limits(layer.spans, newest, settings, share, new, layer.held, layer.leave)
+    new = 0 if share.layer_bytes is None else entry_bytes(layer.geometry, settings, frames, bits, layer.itemsize)
+    ageing.enforce_limits(layer.spans, newest, settings, share, new, layer.held, layer.evict)
     return bits
+
+
+def store(layer: Layer, first: int, frames: int, newest: int, train: Callable[[bool, list[Span], int], None],
+          keep: Callable[[int, int, bool, tuple[int, int]], None]) -> None:
+    """Everything that happens in a layer when a chunk of `frames` latent frames from `first` on is stored, span by span.
+
+    newest: the last of them that age apart from the rest, under a codebook of all. train(sink, helpers, tokens): see `arrive`.
+    keep(first, frames, sink, bits): encode and keep a span.
+    """
+    for start, count in ageing.split(first, frames, layer.settings.sink_frames, newest):
+        sink = start < layer.settings.sink_frames
+        bits = arrive(layer, start, count, (first, frames), partial(train, sink), waiting=not newest)
+        keep(start, count, sink, bits)
 
 
 def _helpers(layer: Layer, first: int) -> list[Span]:
     """Held spans whose tokens help to train a codebook for a chunk that begins at latent frame `first`: recent ones, and those that settle
     as it comes. Before there is a codebook, all that wait for one."""
-    if layer.settings.codec != "qvg":
+    if not layer.rules.adaptive:
         return []
     oldest = first - layer.settings.recent_frames if layer.life.trained else 0
     start = len(layer.spans)
@@ -166,7 +186,7 @@ def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
     settings, life, spans = layer.settings, layer.life, layer.spans
     if not life.trained:
         return True
-    if settings.codec != "qvg":
+    if not layer.rules.adaptive:
         return life.frames >= settings.codebook_frames
     if first < life.until:
         return False

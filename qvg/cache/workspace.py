@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import budget
-from .budget import Geometry
+from .geometry import Geometry, head_group
 
 
 class Workspace:
@@ -17,7 +16,7 @@ class Workspace:
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype, device, capacity_frames: int | None):
         self.geometry, self.dtype, self.device = geometry, dtype, device
-        self.group = budget.head_group(geometry.heads)
+        self.group = head_group(geometry.heads)
         self.side = torch.cuda.Stream(device) if geometry.buffers > 1 else None
         self.capacity = None if capacity_frames is None else capacity_frames * geometry.frame_tokens
         self._storage: Tensor | None = None

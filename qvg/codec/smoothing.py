@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import dispatch
-from ..settings import TOKENS_PER_CENTROID
+from .. import backends
 from . import e4m3
 from .finite import tame
+from .kmeans import assign, draw, gather_centroids, kmeans
 
+# a codebook with fewer tokens a centroid memorizes its tokens instead of finding what they share
+TOKENS_PER_CENTROID = 36
 # float32 residuals, and distances where the reference makes them, of a slice of rows stay below this
 SCRATCH_BYTES = 64 << 20
 KERNEL_SCRATCH_BYTES = 128 << 20
@@ -54,12 +56,17 @@ class Codebook:
     def stages(self) -> int:
         return self.centroids.shape[0]
 
+    @property
+    def size(self) -> int:
+        """Centroids of a stage."""
+        return self.centroids.shape[2]
+
     def values(self, stage: int | slice, rows: slice = slice(None)) -> Tensor:
         """Centroids of a stage as float32 [R, C, D], or of several [S, R, C, D]."""
         return e4m3.decode(self.centroids[stage, rows]) * self.centroid_scale[stage, rows]
 
 
-def restore(books: list[Codebook], residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
+def restore_(books: list[Codebook], residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
     """What `subtract` and the channel scales took away is put back, for tensors that lie one behind the other and have a codebook each.
 
     residual float32 [r, N, T, D] for N books alike in shape, which is overwritten; ids uint8 [S, r, N, T] -> float32 [r, N, T, D].
@@ -88,72 +95,12 @@ def row_slices(rows: int, bytes_per_row: int, limit: int = SCRATCH_BYTES) -> lis
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Of equals the reference takes the
-    lower id, and a kernel any."""
-    return dispatch.run("assign", _assign, x, centroids)
-
-
-def _assign(x: Tensor, centroids: Tensor) -> Tensor:
-    # |x|^2 is the same for every centroid and is left out
-    half_norms = 0.5 * centroids.square().sum(-1)
-    return torch.baddbmm(half_norms[:, None], x, centroids.transpose(1, 2), alpha=-1.0).argmin(-1)
-
-
-def draw(tokens: int, count: int, times: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Numbers of distinct tokens for k-means to start from, int64 [times, count]. A CPU generator, so that every device draws the same."""
-    # from pinned memory the copy waits for nothing that the device still has to do
-    drawn = torch.empty(times, count, dtype=torch.int64, pin_memory=device.type == "cuda")
-    for numbers in drawn:
-        numbers.copy_(torch.randperm(tokens, generator=generator)[:count])
-    return drawn.to(device, non_blocking=True)
-
-
-def kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
-    """Centroids of x [R, T, D] that are found from `start` [R, C, D] float32, of the same shape; T >= C.
-
-    A step takes the mean of the tokens that are nearest to a centroid. One without tokens moves to a token: of T / C neighbours, a share
-    for each centroid, the one that lies farthest from what it chose.
-    """
-    return dispatch.run("kmeans", _kmeans, x, start, iterations)
-
-
-def _kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
-    x, centroids = x.float(), start
-    for _ in range(iterations):
-        centroids = update(x, assign(x, centroids), centroids)
-    return centroids
-
-
-def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
-    """The centroids after a step [R, C, D], where x [R, T, D] chose `ids` [R, T] among `centroids`; see `kmeans`.
-
-    Sums are matrix products with the one-hot assignment: no float atomics, so two runs give the same bits.
-    """
-    return dispatch.run("update", _update, x, ids, centroids)
-
-
-def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
-    count = centroids.shape[1]
-    one_hot = F.one_hot(ids, count).to(x.dtype)
-    sizes = one_hot.sum(1)
-    means = torch.bmm(one_hot.transpose(1, 2), x) / sizes.clamp(min=1)[..., None]
-    empty = sizes == 0
-    if x.device.type == "cpu" and not empty.any():  # elsewhere to ask would be to wait
-        return means
-    share = x.shape[1] // count
-    error = (x - gather_centroids(centroids, ids)).square().sum(-1)
-    worst = error[:, :share * count].unflatten(1, (count, share)).argmax(-1) + share * torch.arange(count, device=x.device)
-    candidates = x.gather(1, worst[..., None].expand_as(means))
-    return torch.where(empty[..., None], candidates, means)
-
-
 def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What k-means found in x [R, T, D], float32 [R, C, D], as a codebook holds it, and what that leaves of x.
 
     -> (centroids uint8 (E4M3) [R, C, D], their scale bfloat16 [R, 1, D], residual float32 [R, T, D])
     """
-    return dispatch.run("store", _store, x, found)
+    return backends.run("store", _store, x, found)
 
 
 def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,7 +138,7 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
         # every slice of rows starts from the same tokens, whatever the slices are
         drawn = draw(tokens, count, sides * stages, generator, device).view(sides, stages, count)
     # the kernels make no [tokens, centroids] matrix, and fewer slices are fewer launches
-    kernels = not dispatch.refusal("kmeans", device)
+    kernels = not backends.refusal("kmeans", device)
     scratch = (2 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
 
     def train_rows(part: slice) -> None:
@@ -237,9 +184,3 @@ def subtract(x: Tensor, codebook: Codebook, rows: slice) -> tuple[Tensor, Tensor
         ids[stage] = nearest
         residual = residual - gather_centroids(values, nearest)
     return residual, ids
-
-
-def gather_centroids(values: Tensor, ids: Tensor) -> Tensor:
-    """What tokens chose: values [R, C, D], ids int64 [R, T] -> [R, T, D]. On a CPU four times as fast as `gather`."""
-    rows, count = values.shape[:2]
-    return F.embedding(ids + torch.arange(0, rows * count, count, device=ids.device)[:, None], values.flatten(0, 1))

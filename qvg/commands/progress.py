@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from ..backends import dispatch
+from .. import backends
 
 
 class Bar:
@@ -50,7 +50,7 @@ def bar(title: str, unit: str = "pass") -> Iterator[Bar]:
     """A bar for the time of the block; at the end, the seconds that it took as a line."""
     shown = Bar(title, unit)
     try:
-        with dispatch.on_compile(shown.compiling):
+        with backends.on_compile(shown.compiling):
             yield shown
     finally:
         shown.close()

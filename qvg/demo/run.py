@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..attention.cached import widened
-from ..cache.kv_cache import CacheStats, KVCache
+from ..cache.kv_cache import KVCache
+from ..cache.stats import CacheStats
 from ..report import metrics
 from ..settings import PRESETS
 from ..units import format_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cache.budget import Geometry, buffers_on
+from ..cache.geometry import Geometry, buffers_on
 from .weights import GGUF, WEIGHTS, weight_type
 
 

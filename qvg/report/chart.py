@@ -173,7 +173,7 @@ def describe(history: Sequence, *, forecast=None, total_frames: int = 0, budget_
 
 
 def summary(stats) -> str:
-    return (f"{format_bytes(stats.stored_bytes)} instead of {format_bytes(stats.bf16_bytes)} in bf16 ({stats.ratio:.2f}x), "
+    return (f"{format_bytes(stats.stored_bytes)} instead of {format_bytes(stats.bf16_bytes)} in bf16 ({stats.stored_ratio:.2f}x), "
             f"peak {format_bytes(stats.peak_bytes)} ({stats.peak_ratio:.2f}x), {stats.bits_per_element:.2f} bits per element"
             + (f", {format_bytes(stats.host_bytes)} in host memory" if getattr(stats, "host_bytes", 0) else ""))
 

@@ -8,9 +8,10 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..cache.budget import Geometry, shortest_life
+from ..cache.codebooks import shortest_life
 from ..cache.context import context_settings, forecast_context
 from ..cache.forecast import Forecast, forecast
+from ..cache.geometry import Geometry
 from ..models.catalogue import MODELS, ModelShape
 from ..models.weights import weight_type
 from ..settings import PRESETS, QVGSettings

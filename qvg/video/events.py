@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..cache.kv_cache import CacheStats
+from ..cache.stats import CacheStats
 
 
 @dataclass(frozen=True)

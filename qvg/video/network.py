@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.cached import Attention, CachedAttention, sdpa
-from ..cache import budget
-from ..cache.kv_cache import CacheStats, KVCache, shrink
+from ..cache import limits
+from ..cache.kv_cache import KVCache, shrink
+from ..cache.stats import CacheStats
 from ..settings import QVGSettings
 from .run import Run
 
@@ -71,7 +72,7 @@ def guided(prompt, cache: KVCache, negative, negative_cache: KVCache, cfg: float
 
 def check_positions(settings: QVGSettings, run: Run, position_limit: int) -> None:
     """Raises ValueError where a pass sees more frames than there are positions (0: no limit), so that frames would collide with sinks."""
-    most = budget.capacity_frames(settings, run.chunk_frames, run.frames, None)
+    most = limits.capacity_frames(settings, run.chunk_frames, run.frames, None)
     if position_limit and most > position_limit:
         raise ValueError(f"A pass sees up to {most} latent frames, but positions are limited to {position_limit}. Set a window of at most "
                          f"{max(0, position_limit - settings.sink_frames - 2 * run.chunk_frames + 1)} frames.")

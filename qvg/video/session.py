@@ -21,27 +21,27 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..cache.budget import Geometry
-from ..cache.kv_cache import Entry, KVCache, LayerCache
+from ..cache.entry import Entry
+from ..cache.geometry import Geometry
+from ..cache.kv_cache import KVCache
+from ..cache.layer import LayerCache
 from ..cache.lifetime import Lifetime
-from ..codec.layout import make_span, span_layout, span_tensors
-from ..codec.smoothing import Codebook
-from ..codec.spans import PaperCodebook, PlaneSpan
 from ..files import first_line, short_repr, write_atomically
 from ..files.fields import FieldError, require
 from ..models.fingerprint import fingerprint as fingerprint
-from ..settings import QVGSettings
+from ..settings import QVGSettings, TensorSettings
 from .run import Run
 from .sampler import Sampler
-from .session_parts import KINDS, SIDES, Part, book_of, check_causal, parse
+from .session_parts import KINDS, SIDES, Part, book_of, check_causal, geometry_of, parse, span_tensors
 
 # of a file with a tensor for each, and of one that joins them, see `packed`
 VERSION, PACKED = 1, 2
@@ -72,14 +72,14 @@ def _layer_state(layer: LayerCache, prefix: str, tensors: dict[str, Tensor]) -> 
             return None
         if id(book) not in books:
             books[id(book)] = len(books)
-            for part in fields(book):
-                tensors[f"{prefix}.book{books[id(book)]}.{part.name}"] = getattr(book, part.name)
+            for part, tensor in layer.codec.book_tensors(book).items():
+                tensors[f"{prefix}.book{books[id(book)]}.{part}"] = tensor
         return books[id(book)]
 
     entries = []
     for index, entry in enumerate(layer.entries):
         for side, span in zip(SIDES, entry.spans):
-            for name, tensor in span_tensors(span).items():
+            for name, tensor in span.tensors().items():
                 tensors[f"{prefix}.{index}.{side}.{name}"] = tensor
         entries.append([entry.first, entry.frames, entry.key_bits, entry.value_bits, *map(number, entry.books)])
     tensors[f"{prefix}.random"] = layer.generator.get_state()
@@ -214,24 +214,22 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, name: str, stored: M
     """A layer of `cache` as `_layer_state` saw it; its tensors, whose names begin with `name`, have been checked."""
     layer = LayerCache(cache, depth)
     settings, geometry, device = cache.settings, cache.geometry, cache.workspace.device
-    books: dict[int, Codebook | PaperCodebook] = {}
+    books: dict[int, Any] = {}
 
-    def book(number: int | None):
+    def book(number: int | None, tensor: TensorSettings):
         if number is not None and number not in books:
-            books[number] = book_of(f"{name}.book{number}", settings.codec, stored, device)
+            books[number] = book_of(f"{name}.book{number}", settings.codec, tensor, geometry, stored, device)
         return books.get(number)
 
     for index, (first, frames, key_bits, value_bits, *numbers) in enumerate(state["entries"]):
         spans = []
         for side, tensor, bits, number in zip(SIDES, (settings.key, settings.value), (key_bits, value_bits), numbers):
-            layout = span_layout(settings.codec, tensor, bits, frames * geometry.frame_tokens, geometry.rows, geometry.head_dim,
-                                 cache.workspace.dtype)
-            parts = {part: stored[f"{name}.{index}.{side}.{part}"].to(device) for part in layout}
-            span = make_span(settings.codec, bits, parts, book(number), tensor.gain)
-            spans.append(span.gather_rows() if isinstance(span, PlaneSpan) else span)
+            parts = span_tensors(f"{name}.{index}.{side}", settings.codec, tensor, bits, geometry, stored)
+            parts = {part: held.to(device) for part, held in parts.items()}
+            spans.append(layer.codec.make_span(tensor, bits, parts, book(number, tensor)))
         layer.spans.append(Entry(first, frames, first < settings.sink_frames, layer.sides, spans, cache))
-    for side, number in zip(layer.sides, state["books"]):
-        side.book = book(number)
+    for side, tensor, number in zip(layer.sides, (settings.key, settings.value), state["books"]):
+        side.book = book(number, tensor)
     layer.generator.set_state(stored[f"{name}.random"])
     layer.next_frame, layer.life = state["next_frame"], _lifetime(state, layer.sides)
     return layer
@@ -240,7 +238,7 @@ def _restore_layer(cache: KVCache, depth: int, state: dict, name: str, stored: M
 def _lifetime(state: dict, sides: tuple) -> Lifetime:
     """Older sessions do not say what their codebooks were trained on."""
     since, until = state["trained_on"]
-    size = max((side.book.centroids.shape[2] for side in sides if side.book is not None), default=0)
+    size = max((side.book.size for side in sides if side.book is not None), default=0)
     return Lifetime(state["trained"], state["epoch_frames"], since, until, size)
 
 
@@ -259,7 +257,7 @@ def session_of(path: Path, header: dict, stored: dict[str, Tensor]) -> Session:
         check_causal(header, stored)
     return Session(
         path=path, fingerprint=header["fingerprint"], run=run, shape=tuple(header["shape"]), settings=header["settings"],
-        geometry=[Geometry(**{**place, "grid": tuple(place["grid"])}) for place in header["geometry"]], dtype=header["dtype"],
+        geometry=[geometry_of(place) for place in header["geometry"]], dtype=header["dtype"],
         frames_done=header["frames_done"], chunk=header["chunk"], last_prompt=header["last_prompt"],
         recent=[stored[f"recent{number}"] for number in range(header["recent"])], latents=stored.get("latents"), extra=header["extra"],
         tensors={name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")},

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..cache.budget import Geometry
-from ..codec.layout import span_layout
-from ..codec.smoothing import Codebook
-from ..codec.spans import PaperCodebook
+from ..cache.geometry import Geometry
+from ..codec import SpanShape, base
+from ..codec.base import LARGEST
 from ..files.fields import (
     FieldError,
     anything,
@@ -38,19 +37,14 @@ from ..files.fields import (
     tuple_of,
 )
 from ..models.wan_vae import CHANNELS
-from ..settings import PLAIN_BITS, PLANE_BITS, QVGSettings, TensorSettings
+from ..registry import CODECS
+from ..settings import PLAIN_BITS, QVGSettings, TensorSettings
 from .run import MAX_CHUNK, MAX_FRAMES, MAX_SIGMA, MAX_SIGMAS, NOISES
 from .schedule import latent_frames
 
 MAX_BYTES = 2 ** 50
-# no key, value or latent comes near it, and a network can still add up many of them in float32
-LARGEST = 2.0 ** 40
-# residuals are divided by a channel's scale, and squared
-SMALLEST_SCALE = 2.0 ** -50
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-E4M3_LARGEST, E4M3_NAN = 448.0, 0x7F
-# powers of two that are normal numbers of float32
-EXPONENTS = (-126, 127)
+E4M3_NAN = 0x7F
 STATE_BYTES = torch.Generator().get_state().numel()
 SIDES = ("key", "value")
 CARRIES = ("pixels", "latents")
@@ -128,6 +122,10 @@ class Part:
             raise FieldError(f"{name} holds {found:g}; its numbers must be from {low:g} to {high:g}")
 
 
+def geometry_of(fields: Mapping) -> Geometry:
+    return Geometry(**{**fields, "grid": tuple(fields["grid"])})
+
+
 def causal_parts(header: Mapping) -> dict[str, Part]:
     """Every tensor of a causal model's session whose fields have been checked. Raises FieldError where its fields contradict each other."""
     batch, channels, height, width = header["shape"]
@@ -140,7 +138,7 @@ def causal_parts(header: Mapping) -> dict[str, Part]:
     parts |= {name: Part(FLOATS, (range(MAX_BYTES),) * len(shape)) for name, (_, shape, _) in listed.items() if name.startswith("extra.")}
     _check_counts(header)
     for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
-        geometry = Geometry(**{**place, "grid": tuple(place["grid"])})
+        geometry = geometry_of(place)
         where = f"geometry[{number}]"
         require(geometry.batch == batch, f"header.{where}.batch", geometry.batch, f"{batch}, as in header.shape")
         fits = [-(-length // 2) for length in (height, width)]
@@ -163,6 +161,7 @@ def _check_counts(header: Mapping) -> None:
 
 def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geometry, dtype: torch.dtype, frames: int) -> dict[str, Part]:
     """Tensors of a layer. name: what theirs begin with. Raises FieldError where its spans cannot be."""
+    codec = CODECS[chosen.codec]
     parts, tensors = {f"{name}.random": Part((torch.uint8,), (STATE_BYTES,))}, (chosen.key, chosen.value)
     end = 0
     for index, (first, count, *bits_and_books) in enumerate(layer["entries"]):
@@ -171,14 +170,14 @@ def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geome
         end, sink = first + count, first < chosen.sink_frames
         require(not sink or end <= chosen.sink_frames, f"the last frame of {where}", end - 1, f"below sink_frames, {chosen.sink_frames}")
         for side, tensor, bits, book in zip(SIDES, tensors, bits_and_books[:2], bits_and_books[2:]):
-            _check_bits(f"the {side} bits of {where}", bits, chosen, tensor, sink)
-            require(book is not None or bits in PLAIN_BITS, f"the {side} codebook of {where}", book, "a number")
+            _check_bits(f"the {side} bits of {where}", bits, chosen, tensor)
+            require(book is not None or not codec.needs_codebook(bits), f"the {side} codebook of {where}", book, "a number")
             parts |= {f"{name}.{index}.{side}.{part}": stated for part, stated in _span_parts(
                 chosen.codec, tensor, bits, count * geometry.frame_tokens, geometry, dtype).items()}
             if book is not None:
                 parts |= _book_parts(f"{name}.book{book}", chosen.codec, tensor, geometry, parts)
     for side, tensor, book in zip(SIDES, tensors, layer["books"]):
-        needed = layer["trained"] and tensor.bits not in PLAIN_BITS
+        needed = layer["trained"] and codec.needs_codebook(tensor.bits)
         require(book is not None or not needed, f"the {side} codebook of {name}", book, "a number")
         if book is not None:
             parts |= _book_parts(f"{name}.book{book}", chosen.codec, tensor, geometry, parts)
@@ -190,55 +189,53 @@ def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geome
     return parts
 
 
-def _check_bits(where: str, bits: int, chosen: QVGSettings, tensor: TensorSettings, sink: bool) -> None:
-    allowed = {*PLAIN_BITS} if tensor.bits in PLAIN_BITS else {2, 4, *PLAIN_BITS} if chosen.codec == "paper" else {*PLANE_BITS, *PLAIN_BITS}
+def _check_bits(where: str, bits: int, chosen: QVGSettings, tensor: TensorSettings) -> None:
+    allowed = {*PLAIN_BITS} if tensor.bits in PLAIN_BITS else {*CODECS[chosen.codec].widths}
     require(bits in allowed, where, bits, f"one of {', '.join(map(str, sorted(allowed)))}")
+
+
+def _of_codec(part: base.Part) -> Part:
+    return Part((part.dtype,), part.shape, part.within, part.e4m3)
 
 
 def _span_parts(codec: str, tensor: TensorSettings, bits: int, tokens: int, geometry: Geometry, dtype: torch.dtype) -> dict[str, Part]:
     try:
-        layout = span_layout(codec, tensor, bits, tokens, geometry.rows, geometry.head_dim, dtype)
+        parts = CODECS[codec].span_parts(tensor, bits, SpanShape(tokens, geometry.rows, geometry.head_dim), dtype)
     except ValueError as error:
         raise FieldError(str(error).rstrip(".")) from None
-    codes = ("scales", "zeros") if bits not in PLAIN_BITS else ()
-    # an id is of a centroid: `check_span` knows how many there are
-    return {part: Part((kind,), shape, EXPONENTS if part == "exponents" else None, part in codes) for part, (kind, shape) in layout.items()}
+    # what the parts must be together, `Codec.check_stored` knows
+    return {name: _of_codec(part) for name, part in parts.items()}
 
 
 def _book_parts(name: str, codec: str, tensor: TensorSettings, geometry: Geometry, known: Mapping[str, Part]) -> dict[str, Part]:
     """Tensors of a codebook. known: parts so far; K and V can share a codebook's number only where both state the same of it."""
-    stages, rows, dim = tensor.stages, geometry.rows, geometry.head_dim
-    shape = (stages, rows, range(1 if stages else 0, tensor.centroids + 1), dim)
-    if codec == "paper":
-        parts = {f"{name}.centroids": Part((torch.bfloat16,), shape)}
-    else:
-        parts = {
-            f"{name}.centroids": Part((torch.uint8,), shape, e4m3=True),
-            f"{name}.centroid_scale": Part((torch.bfloat16,), (stages, rows, 1, dim)),
-            f"{name}.channel_scale": Part((torch.bfloat16,), (rows, dim), (SMALLEST_SCALE, LARGEST))}
+    sizes = range(1 if tensor.stages else 0, tensor.centroids + 1)
+    parts = {f"{name}.{part}": _of_codec(stated) for part, stated in
+             CODECS[codec].book_parts(tensor, sizes, geometry.rows, geometry.head_dim).items()}
     for part, stated in parts.items():
         require(known.get(part, stated) == stated, part, "used for both key and value", "a codebook of one of them")
     return parts
 
 
-def check_span(name: str, tensors: Mapping[str, Tensor], book: Codebook | PaperCodebook) -> None:
-    """What a span in planes or paper codes, whose tensors begin with `name`, and its codebook must be together. Raises FieldError."""
-    ids, count = tensors[f"{name}.ids"], book.centroids.shape[2]
-    if ids.numel() and int(ids.max()) >= count:
-        raise FieldError(f"{name}.ids holds {int(ids.max())}, but its codebook has {count} centroids")
-    if isinstance(book, Codebook):
-        # more than any number of the span can be
-        factors = torch.ldexp(book.channel_scale.float().amax(-1), tensors[f"{name}.exponents"].int())
-        centroids = book.centroid_scale.float().abs().sum(0).max().item() if book.stages else 0.0
-        most = E4M3_LARGEST * (4 * factors.max().item() + centroids)
-        require(most <= LARGEST, f"the numbers that {name} stands for", most, f"at most {LARGEST:g}")
+def span_tensors(name: str, codec: str, tensor: TensorSettings, bits: int, geometry: Geometry,
+                 stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a span by the codec's names; theirs in the file begin with `name`."""
+    parts = CODECS[codec].span_parts(tensor, bits, SpanShape(0, geometry.rows, geometry.head_dim), torch.float32)
+    return {part: stored[f"{name}.{part}"] for part in parts}
+
+
+def book_of(name: str, codec: str, tensor: TensorSettings, geometry: Geometry, stored: Mapping[str, Tensor], device="cpu"):
+    """The codebook whose tensors begin with `name`."""
+    parts = CODECS[codec].book_parts(tensor, 0, geometry.rows, geometry.head_dim)
+    return CODECS[codec].make_book({part: stored[f"{name}.{part}"].to(device) for part in parts})
 
 
 def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
     """What the tensors of a causal model's session must be together, each of which has been checked. Raises FieldError."""
     frames, held = header["frames_done"], sum(stored[f"recent{number}"].shape[2] for number in range(header["recent"]))
     require(held <= frames, "the number of latent frames in recent0 and so on", held, f"at most header.frames_done, {frames}")
-    for number, (chosen, layers) in enumerate(zip(header["settings"], header["layers"])):
+    for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
+        geometry = geometry_of(place)
         for depth, layer in enumerate(layers):
             name = f"cache{number}.{depth}"
             try:
@@ -246,15 +243,12 @@ def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
             except RuntimeError:
                 raise FieldError(f"{name}.random is no state of a generator") from None
             for index, (_, _, *bits_and_books) in enumerate(layer["entries"]):
-                for side, bits, book in zip(SIDES, bits_and_books[:2], bits_and_books[2:]):
-                    if bits not in PLAIN_BITS:
-                        check_span(f"{name}.{index}.{side}", stored, book_of(f"{name}.book{book}", chosen.codec, stored))
-
-
-def book_of(name: str, codec: str, stored: Mapping[str, Tensor], device="cpu") -> Codebook | PaperCodebook:
-    """The codebook whose tensors begin with `name`."""
-    kind = PaperCodebook if codec == "paper" else Codebook
-    return kind(**{part.name: stored[f"{name}.{part.name}"].to(device) for part in fields(kind)})
+                for side, tensor, bits, book in zip(SIDES, (chosen.key, chosen.value), bits_and_books[:2], bits_and_books[2:]):
+                    if CODECS[chosen.codec].needs_codebook(bits):
+                        where = f"{name}.{index}.{side}"
+                        codebook = book_of(f"{name}.book{book}", chosen.codec, tensor, geometry, stored)
+                        parts = span_tensors(where, chosen.codec, tensor, bits, geometry, stored)
+                        CODECS[chosen.codec].check_stored(parts, codebook, where)
 
 
 def segment_parts(header: Mapping) -> dict[str, Part]:

@@ -1,3 +1,0 @@
-"""The earlier name of `qvg.backends`."""
-
-from . import *  # noqa: F403

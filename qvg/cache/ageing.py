@@ -1,0 +1,146 @@
+"""Which frames hold how many bits at what age, and what goes first where memory does not suffice: a pure policy in whole numbers.
+
+The real cache and the forecast hold spans of different kinds and call the same functions. No tensors here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from ..registry import CODECS
+from ..settings import PLAIN_BITS, QVGSettings
+
+FIRST, LAST = attrgetter("first"), attrgetter("last")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a memory budget leaves to one layer. None means no limit.
+
+    layer_bytes: spans and codebooks of one layer, or its spans alone where they are offloaded; cap_frames: latent frames that can be held
+    besides the sink.
+    """
+
+    layer_bytes: int | None = None
+    cap_frames: int | None = None
+
+
+def split(first: int, frames: int, sink_frames: int, newest: int = 0) -> list[tuple[int, int]]:
+    """(first, frames) of a chunk's spans: one, cut at the end of the sink where the chunk straddles it, and before its newest frames."""
+    stop = first + frames
+    cuts = sorted({cut for cut in (sink_frames, stop - newest) if first < cut < stop})
+    return [(start, end - start) for start, end in zip([first, *cuts], [*cuts, stop])]
+
+
+def first_bits(settings: QVGSettings, sink: bool) -> tuple[int, int]:
+    """Bits of K and V that a new span is encoded with."""
+    least = settings.sink_bits if sink else settings.recent_bits if settings.recent_frames else 0
+    return max(least, settings.key.bits), max(least, settings.value.bits)
+
+
+def needs_codebooks(settings: QVGSettings, sink: bool) -> tuple[bool, bool]:
+    """Whether a new span's K and V are or will be held in planes (or paper codes)."""
+    codec, plain = CODECS[settings.codec], sink and settings.sink_bits in PLAIN_BITS
+    return codec.needs_codebook(settings.key.bits) and not plain, codec.needs_codebook(settings.value.bits) and not plain
+
+
+def holds_to_encode(settings: QVGSettings, key_bits: int, value_bits: int) -> bool:
+    """Whether a span holds K or V plainly that is to become planes."""
+    pairs = (key_bits, settings.key.bits), (value_bits, settings.value.bits)
+    return any(held in PLAIN_BITS and chosen not in PLAIN_BITS for held, chosen in pairs)
+
+
+def enforce_limits(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int],
+          evict: Callable[[int, int], None]) -> None:
+    """Make room in a layer, whose spans are listed oldest first, before `new` bytes of frames up to `newest` are stored.
+
+    Spans that lie behind the window (or behind what a budget can hold at all) leave; spans that are no longer recent fall to their
+    settled bits; then, while what is `held()` and the new bytes exceed the layer's share, the widest old span loses a plane (the
+    oldest of equals), then recent ones do, and at last the oldest leaves. Sinks stay as they are. `evict(start, stop)` deletes those
+    places of the list. Works on `forecast.PlannedSpan` and `cache.Entry` alike.
+
+    A long video has thousands of spans, so they are searched and not walked: sinks come first, and no later span holds fewer bits than
+    an earlier one, because all begin alike and each step above takes from the oldest first.
+    """
+    begin = sinks_in(spans, settings)
+    if (window := window_of(settings, share)) is not None:
+        evict(begin, end_of(spans, newest - window, begin))
+    for span in settling(spans, newest, settings, begin):
+        span.set_bits(*settled(span, settings))
+    while share.layer_bytes is not None and held() + new > share.layer_bytes:
+        if begin == len(spans):
+            return
+        for stop in (end_of(spans, newest - settings.recent_frames, begin), len(spans)):
+            most = _planes(spans[stop - 1], settings) if stop > begin else 1
+            if most > 1:
+                _drop_plane(spans[bisect_left(spans, most, begin, stop, key=lambda span: _planes(span, settings))], settings)
+                break
+        else:
+            evict(begin, begin + 1)
+
+
+def window_of(settings: QVGSettings, share: Limits) -> int | None:
+    """Latent frames that are kept besides the sink; None where all are."""
+    if settings.window_frames and share.cap_frames:
+        return min(settings.window_frames, share.cap_frames)
+    return settings.window_frames or share.cap_frames or None
+
+
+def end_of(spans: list, frame: int, begin: int) -> int:
+    """The place behind the spans that end at `frame` or before."""
+    return bisect_right(spans, frame, begin, key=LAST)
+
+
+def sinks_in(spans: list, settings: QVGSettings) -> int:
+    """How many of the spans, which begin with them, are sinks."""
+    return bisect_left(spans, settings.sink_frames, key=FIRST)
+
+
+def settling(spans: list, newest: int, settings: QVGSettings, begin: int) -> list:
+    """Spans from place `begin` on that are no longer recent once latent frame `newest` is stored, and still hold bits to spare."""
+    start = old = end_of(spans, newest - settings.recent_frames, begin)
+    while start > begin and settled(spans[start - 1], settings) is not None:
+        start -= 1
+    return spans[start:old]
+
+
+def settled(span, settings: QVGSettings) -> tuple[int, int] | None:
+    """The bits that a span is to fall to with age; None where it holds no more than those."""
+    key, value = settings.key.bits, settings.value.bits
+    if span.key_bits <= key and span.value_bits <= value:
+        return None
+    return min(span.key_bits, key), min(span.value_bits, value)
+
+
+def _planes(span, settings: QVGSettings) -> int:
+    """Planes that the span could lose one of; 1 where there is nothing to lose."""
+    if not CODECS[settings.codec].nested:
+        return 1
+    chosen = (span.key_bits, settings.key.bits), (span.value_bits, settings.value.bits)
+    return max((bits for bits, settled in chosen if settled not in PLAIN_BITS), default=1)
+
+
+def _drop_plane(span, settings: QVGSettings) -> None:
+    most = _planes(span, settings)
+    bits = []
+    for now, settled in ((span.key_bits, settings.key.bits), (span.value_bits, settings.value.bits)):
+        if now != most or settled in PLAIN_BITS:
+            bits.append(now)
+        else:
+            bits.append(settled if now in PLAIN_BITS else now - 1)
+    span.set_bits(*bits)
+
+
+def most_planes(spans: list, settings: QVGSettings) -> int:
+    """Of the widest span, sinks excepted; 1 where none has one to lose."""
+    return max((_planes(span, settings) for span in spans if not span.sink), default=1)
+
+
+def drop_plane_of_widest(spans: list, settings: QVGSettings, most: int) -> None:
+    """Take a plane from every span that holds `most` of them, more than one, sinks excepted."""
+    for span in spans:
+        if not span.sink and _planes(span, settings) == most:
+            _drop_plane(span, settings)

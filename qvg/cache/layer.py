@@ -1,0 +1,204 @@
+"""The history of one layer: encoded as it comes, aged by the policy, read a few heads at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..codec import TensorCodec, encode, tokens_of, train
+from ..codec.finite import saturated
+from ..registry import CODECS
+from . import ageing, lifetime
+from .ageing import Limits
+from .entry import Entry, Side
+from .lifetime import Lifetime
+from .read import Held, History, read
+from .stats import KINDS
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
+
+# torch's generators know so many
+SEEDS = 2**64
+
+
+class Before:
+    """The codebooks of a layer before a chunk was stored, for a pass that fails. It does not keep them: what no span uses is gone."""
+
+    def __init__(self, layer: LayerCache):
+        self.frame, self._life, self._random = layer.next_frame, replace(layer.life), layer.generator.get_state()
+        self._books = [side.book and weakref.ref(side.book) for side in layer.sides]
+
+    def restore(self, layer: LayerCache) -> bool:
+        """Whether the codebooks are still there, and are the layer's again."""
+        books = [book and book() for book in self._books]
+        if any(reference and book is None for reference, book in zip(self._books, books)):
+            return False
+        for side, book in zip(layer.sides, books):
+            side.book = book
+        layer.life = self._life
+        layer.generator.set_state(self._random)
+        return True
+
+
+class LayerCache:
+    """The history of one layer. K comes after its norm and before RoPE, V as it is; both [B, T, H, D]."""
+
+    def __init__(self, owner: KVCache, number: int):
+        settings = owner.settings
+        self.owner, self.number = owner, number
+        self.settings, self.geometry, self.itemsize = settings, owner.geometry, owner.itemsize
+        self.spans: list[Entry] = []
+        self.codec, self.memo = CODECS[settings.codec], {}
+        self.sides = tuple(
+            Side(TensorCodec(settings.codec, tensor, owner.geometry.head_dim, settings.iterations))
+            for tensor in (settings.key, settings.value))
+        # a stream of random numbers a layer: the order in which layers append does not matter
+        self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % SEEDS)
+        self.life, self.rules = Lifetime(), owner.rules
+        self.next_frame = 0
+        self._before: Before | None = None
+
+    @property
+    def share(self) -> Limits:
+        return self.owner.limits
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Oldest first."""
+        return self.spans
+
+    @property
+    def held_frames(self) -> int:
+        return sum(entry.frames for entry in self.entries)
+
+    @property
+    def tokens(self) -> int:
+        return self.held_frames * self.owner.geometry.frame_tokens
+
+    def append(self, key: Tensor, value: Tensor, frames: int, newest: int = 0) -> None:
+        """Encode and keep a finished chunk of `frames` latent frames; key and value [B, T, H, D].
+
+        newest: the last of them that age apart from the rest, under a codebook of all; for a history that arrives whole.
+        Raises ValueError when the shapes are not those that the cache was made for.
+        """
+        geometry = self.geometry
+        expected = (geometry.batch, frames * geometry.frame_tokens, geometry.heads, geometry.head_dim)
+        for name, x in (("key", key), ("value", value)):
+            if tuple(x.shape) != expected:
+                raise ValueError(f"The {name} of {frames} frames has shape {tuple(x.shape)}; this cache was made for {expected}.")
+        dtype = self.owner.workspace.dtype
+        pair = [saturated(x, dtype).to(dtype).transpose(0, 1).flatten(1, 2) for x in (key, value)]  # [T, B * H, D]
+        begin = self.next_frame
+        self._before = Before(self)
+
+        def keep(first: int, count: int, sink: bool, bits: tuple[int, int]) -> None:
+            at = slice((first - begin) * geometry.frame_tokens, (first - begin + count) * geometry.frame_tokens)
+            spans = encode([side.codec for side in self.sides], [x[at] for x in pair], bits, [side.book for side in self.sides])
+            self.spans.append(Entry(first, count, sink, self.sides, spans, self.owner))
+
+        lifetime.store(self, begin, frames, newest, partial(self._train, pair), keep)
+        self.next_frame += frames
+        self.owner._note_peak(self)
+
+    def _train(self, pair: list[Tensor], sink: bool, helpers: list[Entry], tokens: int) -> None:
+        """New codebooks of the helpers' tokens and the chunk's, K and V [T, R, D]."""
+        known = [tokens_of(entry.present(), self.owner.tables, pair[0].dtype) for entry in helpers]
+        whole = [torch.cat([*(both[number] for both in known), x]) if known else x for number, x in enumerate(pair)]
+        needs = ageing.needs_codebooks(self.settings, sink)
+        books = train([side.codec for side in self.sides], whole, needs, self.generator, [side.book for side in self.sides])
+        for side, book in zip(self.sides, books):
+            side.book = book
+
+    def evict(self, start: int, stop: int) -> None:
+        """Delete the entries at those places."""
+        del self.spans[start:stop]
+
+    def rewind(self, first: int) -> None:
+        """Forget what was stored from latent frame `first` on."""
+        kept = [entry for entry in self.entries if entry.last < first]
+        books = [side.book for side in self.sides]
+        gone = sum(entry.frames for entry in self.entries[len(kept):] if any(ageing.needs_codebooks(self.settings, entry.sink)))
+        self.spans, self.next_frame = kept, min(first, self.next_frame)
+        self.life.frames, self.life.until = max(0, self.life.frames - gone), min(self.life.until, first)
+        if any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None):
+            return
+        # what was trained for the chunk that is gone is trained again when it comes again, from where it was begun
+        before, self._before = self._before, None
+        if before is None or before.frame != first or not before.restore(self):
+            last = next((entry for entry in reversed(kept) if any(book is not None for book in entry.books)), None)
+            for side, book in zip(self.sides, (None, None) if last is None else last.books):
+                side.book = book
+            size = max((book.size for side in self.sides if (book := side.book) is not None), default=0)
+            self.life = Lifetime(trained=last is not None, size=size)
+
+    @property
+    def most_planes(self) -> int:
+        """Of the widest span, sinks excepted; 1 where none has one to lose."""
+        # without a codebook there are no planes
+        return ageing.most_planes(self.spans, self.settings) if self.life.trained or not any(self.rules.needs[False]) else 1
+
+    def drop_plane(self, most: int = 0) -> bool:
+        """Take a plane from every span that holds `most` of them, or as many as the widest; False where none has one to lose."""
+        most = most or self.most_planes
+        if most > 1:
+            ageing.drop_plane_of_widest(self.spans, self.settings, most)
+        return most > 1
+
+    def forget_before(self, frame: int) -> None:
+        """Let the spans before a latent frame leave, sinks excepted."""
+        self.spans = [entry for entry in self.spans if entry.sink or entry.first >= frame]
+
+    def present(self) -> list:
+        """The entries with their tensors on the device, where offloaded ones stay until the layer after the next is read."""
+        host = self.owner.host
+        return self.entries if host is None else host.fetch(self.owner.layers, self.number)
+
+    def read(self, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:
+        """Decode the whole history of some heads: keys and values [B, T, h, D] are filled, oldest token first, K with RoPE at its
+        absolute frame less `shift`, sinks excepted."""
+        owner = self.owner
+        held = [Held(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in self.present()]
+        read(History(held, self.codec, self.geometry.heads, owner.rope, owner.tables, owner.memo, self.memo), heads, keys, values)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(sum(entry.counts[1]) for entry in self.entries) + self._codebook_bytes()
+
+    def _codebook_bytes(self) -> int:
+        held = [side.book for side in self.sides] + [book for entry in self.spans for book in entry.books]
+        books = {id(book): book for book in held if book is not None}
+        return sum(book.nbytes for book in books.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(entry.block.nbytes for entry in self.entries if entry.block is not None)
+
+    @property
+    def device_bytes(self) -> int:
+        """Without what visits."""
+        return self.nbytes if self.owner.host is None else self._codebook_bytes()
+
+    def held(self) -> int:
+        """What `ageing.Limits.layer_bytes` is of."""
+        return self.nbytes if self.owner.host is None else self.host_bytes
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        total = Counter(dict.fromkeys(KINDS, 0))
+        for entry in self.entries:
+            total.update(entry.counts[0])
+        total["codebooks"] += self._codebook_bytes()
+        return dict(total)
+
+    def bytes_by_bits(self) -> dict[int, int]:
+        total = {}
+        for entry in self.entries:
+            for span, count in zip(entry.spans, entry.counts[1]):
+                total[span.bits] = total.get(span.bits, 0) + count
+        return total

@@ -1,0 +1,71 @@
+"""What a cache holds, in bytes counted from its tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+
+# what the bytes of spans are counted as; a codec may state other kinds, which follow these
+SPAN_KINDS = ("planes", "scales", "ids", "plain")
+KINDS = (*SPAN_KINDS[:3], "codebooks", "plain")
+
+
+class Ratios:
+    """What a count and a forecast have in common: bf16_bytes, stored_bytes, peak_bytes and elements, and what follows from them."""
+
+    bf16_bytes: int
+    stored_bytes: int
+    peak_bytes: int
+    elements: int
+
+    @property
+    def stored_ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.stored_bytes)
+
+    @property
+    def peak_ratio(self) -> float:
+        return self.bf16_bytes / max(1, self.peak_bytes)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits for each element of K and V that is held."""
+        return 8 * self.stored_bytes / max(1, self.elements)
+
+
+@dataclass(frozen=True)
+class CacheStats(Ratios):
+    """What a cache holds at one moment, in bytes counted from its tensors.
+
+    stored_bytes: spans and codebooks; peak_bytes: the most that stored bytes and workspace were together so far; bf16_bytes: what all
+    frames seen so far take at two bytes a number. held_frames: latent frames still in the cache. by_bits: stored bytes without codebooks,
+    by the bits in which their numbers are held. host_bytes: what offloaded spans take in host memory; they are part of stored_bytes, while
+    peak_bytes is of the device. backends: what did each op so far, and why not something faster; see `backends.summary`.
+    """
+
+    frames: int
+    held_frames: int
+    tokens: int
+    elements: int
+    stored_bytes: int
+    workspace_bytes: int
+    peak_bytes: int
+    bf16_bytes: int
+    by_kind: dict[str, int]
+    by_layer: tuple[int, ...]
+    by_bits: dict[int, int]
+    host_bytes: int = 0
+    backends: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def total(parts: list[CacheStats]) -> CacheStats:
+        """Of several caches that hold the same frames, such as those of the conditions of a run."""
+        first = parts[0]
+        counts = {name: sum(getattr(part, name) for part in parts)
+                  for name in ("elements", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes")}
+        return replace(first, **counts, by_kind={kind: sum(part.by_kind[kind] for part in parts) for kind in first.by_kind},
+                       by_layer=tuple(map(sum, zip(*(part.by_layer for part in parts)))),
+                       by_bits=dict(sum((Counter(part.by_bits) for part in parts), Counter())),
+                       backends={op: said for part in parts for op, said in part.backends.items()})
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"ratio": self.stored_ratio, "peak_ratio": self.peak_ratio, "bits_per_element": self.bits_per_element}

@@ -1,0 +1,198 @@
+"""What a codec is: the interface behind which everything lies that differs between ways to keep keys and values.
+
+A **span** is what one chunk of video adds to one layer's K or V. A codec trains what spans share (a **codebook**), encodes tokens to a
+span, decodes spans, drops precision, and states once the name, dtype, shape and kind of each tensor of a span and of a codebook: the bytes
+of budgets and forecasts, host memory, session files and charts all follow from that statement.
+
+A new codec derives from `plain.PlainCodec`, which keeps 8 and 16 bits for it, and registers itself: `docs/extending.md` has one of 40
+lines.
+
+Axes: T tokens, R rows (batch x heads), D channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tensor_settings import TensorSettings
+
+# what values of a stored tensor may be at most: no key or value comes near, and a network can still add many of them in float32
+LARGEST = 2.0**40
+
+
+class SpanShape(NamedTuple):
+    """Tokens, rows (batch x heads) and channels of a head."""
+
+    tokens: int
+    rows: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a span or of a codebook.
+
+    shape: the length of every axis; of a codebook in a file, a range of lengths where several are possible. kind: what the memory chart
+    counts it as. within: least and greatest value that a file may hold. e4m3: whether it holds E4M3 codes, none of which may be NaN.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | range, ...]
+    kind: str
+    within: tuple[float, float] | None = None
+    e4m3: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Tables:
+    """Lookup tables that codecs make on a device as they need them. They live as long as the cache that owns them."""
+
+    device: Any
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def get(self, key: Hashable, make: Callable[[Any], Any]) -> Any:
+        """What `make(device)` returned for this key the first time."""
+        if key not in self._made:
+            self._made[key] = make(self.device)
+        return self._made[key]
+
+
+class Span(ABC):
+    """The encoded tokens of one chunk, of one layer's K or V. codebook: what it shares with other spans, or None."""
+
+    codebook: Any
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits per element that the span holds, scales and codebook not counted."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """T, R, D"""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The span's tensors by the names that `Codec.span_parts` states."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Span:
+        """The same span with its tensors elsewhere, such as in host memory. tensors: by the names of `tensors`."""
+
+    @abstractmethod
+    def decode(self, rows: slice, tables: Tables) -> Tensor:
+        """Some rows as float32 [T, r, D], in memory that the span does not hold."""
+
+    def drop(self, bits: int) -> None:
+        """Forget all but the first `bits` bits per element, and free their memory. Codecs that are not nested never get here."""
+        raise NotImplementedError
+
+    def misfit(self) -> Tensor | None:
+        """How badly the codebook fits, float32 [2] on the span's device: the mean square of what it leaves, in units of what it left of the
+        tokens it was trained on (1 where that is unknown), and any value that is finite only if all tokens are. None: nothing is known."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+class Codec(ABC):
+    """One way to keep keys and values. An instance has no state; it is registered in `registry.CODECS` under `name`.
+
+    nested: whether a span can drop bits without being encoded anew. adaptive: whether a codebook is replaced as soon as it no longer fits
+    (see `cache.lifetime`); others serve for `codebook_frames`. widths: bits per element that a span can hold, widest first.
+    options: the codec's own settings with their defaults, see `TensorSettings.options`.
+    """
+
+    name: str
+    nested = False
+    adaptive = False
+    widths: tuple[int, ...] = (16, 8)
+    options: Mapping[str, bool | int | float | str] = {}
+
+    def check(self, settings) -> None:
+        """settings: `settings.QVGSettings`. Raises ValueError with a sentence when the codec cannot do what the settings ask for."""
+        for name, tensor in (("key", settings.key), ("value", settings.value)):
+            unknown = [option for option, _ in tensor.options if option not in self.options]
+            if unknown:
+                known = f"it knows {', '.join(self.options)}" if self.options else "it has none of its own"
+                raise ValueError(f"The {self.name} codec does not know the option {unknown[0]!r} of {name}; {known}.")
+
+    def check_heads(self, tensor: TensorSettings, head_dim: int) -> None:
+        """Raises ValueError with a sentence when the codec cannot keep heads of so many channels."""
+        tensor.groups(head_dim)
+
+    # what a span and a codebook consist of
+
+    @abstractmethod
+    def span_parts(self, tensor: TensorSettings, bits: int, shape: SpanShape, dtype: torch.dtype) -> dict[str, Part]:
+        """Every tensor of a span that holds `bits`, by name. dtype: of the model, in which 16-bit spans are kept."""
+
+    @abstractmethod
+    def book_parts(self, tensor: TensorSettings, size: int | range, rows: int, dim: int) -> dict[str, Part]:
+        """Every tensor of a codebook of `size` centroids (or whatever the codec counts), by name."""
+
+    @abstractmethod
+    def make_span(self, tensor: TensorSettings, bits: int, tensors: Mapping[str, Tensor], codebook) -> Span:
+        """The inverse of `Span.tensors`; tensors may lie in memory as a file has them."""
+
+    @abstractmethod
+    def make_book(self, tensors: Mapping[str, Tensor]):
+        """The inverse of `book_tensors`."""
+
+    def book_tensors(self, codebook) -> dict[str, Tensor]:
+        return {name: getattr(codebook, name) for name in codebook.__dataclass_fields__}
+
+    def book_size(self, tensor: TensorSettings, tokens: int) -> int:
+        """Size of a codebook that is trained on so many tokens of a head."""
+        return 0
+
+    def waits(self, tensor: TensorSettings, tokens: int) -> bool:
+        """Whether so few tokens are better kept as int8 until more of them can train a codebook."""
+        return False
+
+    def check_stored(self, tensors: Mapping[str, Tensor], codebook, where: str) -> None:
+        """Raises ValueError when a file's tensors, each of which is as its `Part` says, contradict the codebook. where: names the span."""
+        return
+
+    # tokens to spans and back; K and V come together, so that a codec can do both in one go
+
+    def needs_codebook(self, bits: int) -> bool:
+        """Whether tokens are encoded to so many bits with a codebook."""
+        return False
+
+    @abstractmethod
+    def train(self, xs: Sequence[Tensor], tensors: Sequence[TensorSettings], needed: Sequence[bool], iterations: int,
+              generator: torch.Generator, previous: Sequence) -> list:
+        """Codebooks of tokens [T, R, D] of K and V, None where none is needed. previous: those before, to start from."""
+
+    @abstractmethod
+    def encode(self, xs: Sequence[Tensor], tensors: Sequence[TensorSettings], bits: Sequence[int], codebooks: Sequence) -> list[Span]:
+        """Tokens [T, R, D] of K and V to a span each."""
+
+    def joins(self, a: Span, b: Span) -> bool:
+        """Whether `decode` can take two spans of one tensor, one behind the other."""
+        return False
+
+    def decode(self, sides: Sequence[Sequence[Span]], rows: slice, tables: Tables) -> list[Tensor]:
+        """K and V, each given as spans that all join the first, to float32 [T of all, r, D] each, in memory of its own."""
+        return [owned(spans[0], spans[0].decode(rows, tables)) for spans in sides]
+
+
+def owned(span: Span, decoded: Tensor) -> Tensor:
+    """What is decoded gets RoPE applied in place, so a codec that returns memory of the span must not be taken at its word."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in span.tensors().values()}
+    return decoded.clone() if decoded.untyped_storage().data_ptr() in held else decoded
