@@ -16,7 +16,7 @@ def stats(frames, layers=4, codebooks=500, workspace=3000, bits=None):
     return SimpleNamespace(
         frames=frames, stored_bytes=stored, workspace_bytes=workspace, peak_bytes=stored + workspace, bf16_bytes=frames * 8000,
         by_bits=by_bits, by_kind={"codebooks": codebooks},
-        by_layer=(stored // layers,) * layers, ratio=7.0, peak_ratio=6.0, bits_per_element=2.3)
+        by_layer=(stored // layers,) * layers, stored_ratio=7.0, peak_ratio=6.0, bits_per_element=2.3)
 
 
 def has(image, colour):
