@@ -35,12 +35,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # what is changed, and the tests of that part, those that see most first; what survives is shown to the slower ones of `SLOWER`, too
 PARTS = {
-    "qvg/codec/spans.py": ["test_precision", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper", "test_finite"],
+    "qvg/codec/qvg.py": ["test_precision", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper", "test_finite"],
     "qvg/codec/smoothing.py": ["test_precision", "test_attention", "test_codec", "test_finite"],
     "qvg/codec/planes.py": ["test_precision", "test_codec"],
     "qvg/cache/kv_cache.py": ["test_policy", "test_bytes", "test_attention", "test_loop", "test_lifetime", "test_codec"],
     "qvg/cache/lifetime.py": ["test_policy", "test_lifetime", "test_codec", "test_forecast"],
-    "qvg/cache/budget.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast", "test_lifetime"],
+    "qvg/cache/ageing.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast", "test_lifetime"],
     "qvg/cache/forecast.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast", "test_lifetime"],
     "qvg/attention/cached.py": ["test_attention", "test_loop", "test_sampler"],
     "qvg/video/run.py": ["test_loop", "test_sampler"],
@@ -49,11 +49,11 @@ PARTS = {
     "qvg/video/sampler.py": ["test_loop", "test_sampler"],
 }
 SLOWER = {
-    "qvg/codec/spans.py": ["test_codec", "test_offload"],
+    "qvg/codec/qvg.py": ["test_codec", "test_offload"],
     "qvg/codec/smoothing.py": ["test_codec"],
     "qvg/cache/kv_cache.py": ["test_offload", "test_pressure", "test_storage"],
     "qvg/cache/lifetime.py": ["test_offload"],
-    "qvg/cache/budget.py": ["test_offload", "test_pressure"],
+    "qvg/cache/ageing.py": ["test_offload", "test_pressure"],
     "qvg/cache/forecast.py": ["test_offload"],
     "qvg/attention/cached.py": ["test_offload"],
     "qvg/video/sampler.py": ["test_segments", "test_storage"],
