@@ -1,10 +1,9 @@
-"""Compile every kernel for GPUs that are not here, and say what it takes of them.
+"""Compile every kernel ahead of time and report its registers, spills and shared memory. This needs no GPU.
 
-    python -m comfyui_qvg.benchmarks.aot            # one JSON line per kernel variant and target; fails where one spills
+    python -m comfyui_qvg.benchmarks.aot            # one JSON line per kernel variant and target; fails if one spills
     python -m comfyui_qvg.benchmarks.aot --few --targets cuda:90 hip:gfx942
 
-The compiler needs no device. What it reports (registers, spills, shared memory) decides whether a kernel can run at all
-on a card that nobody here owns, so a test reads these lines.
+The report decides whether a kernel can run on a GPU that is not available for tests, so a test reads these lines.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ..kernels.tiles import Product
 from ..qvg.backends import Unsupported
 from ..qvg.codec import e4m3
 
-# bytes of shared memory that one program may take
+# bytes of shared memory that one program may use
 TARGETS = {
     GPUTarget("cuda", 80, 32): 166_912,
     GPUTarget("cuda", 89, 32): 101_376,
@@ -39,12 +38,12 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 65_536,
     GPUTarget("hip", "gfx1100", 32): 65_536,
 }
-# pairs of channels that turn with time
-TURNS = {64: 12, 128: 22, 256: 44}
+# channel pairs that rotate with time, by head dim
+TIME_PAIRS = {64: 12, 128: 22, 256: 44}
 
 
 def _pairs(**types: str) -> dict[str, str]:
-    """Pointers of K and of V by name."""
+    """Types of the pointers of K and of V by name."""
     return {prefix + name: kind for name, kind in types.items() for prefix in ("", "other_")}
 
 
@@ -62,7 +61,7 @@ WHOLE = {**ENCODED, **_pairs(units="*bf16", channel_scale="*bf16", scales="*u8",
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the constants that it is compiled with. pointers: its arguments that are not int32, with their types."""
+    """A kernel and the constants that it is compiled for. pointers: types of the arguments that are not int32."""
 
     name: str
     kernel: object
@@ -75,7 +74,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said. spilled: bytes of registers that went to memory. stuck: see `barriers_in_turns`."""
+    """The compiler's report. registers: of a thread. spilled, shared, shared_limit: in bytes. stuck: see `barriers_in_turns`."""
 
     name: str
     target: str
@@ -91,8 +90,8 @@ class Report:
 
 
 def barriers_in_turns(ptx: str) -> int:
-    """How many barriers of a whole program stand where one group of its warps has the turn at the matrix units (`kernels/hopper.py`). The
-    group would wait there for the others, and they for the turn. The compiler sets barriers where it thinks fit."""
+    """Number of barriers of a whole program where one warp group has its turn at the matrix units (`kernels/hopper_assign.py`), which would
+    be a deadlock: the group waits for the others, and they for their turn. The compiler inserts barriers where it likes."""
     found, turn = 0, False
     for line in ptx.splitlines():
         if re.search(r"\bbar\.(sync|arrive) \w+, 256;", line):
@@ -103,8 +102,8 @@ def barriers_in_turns(ptx: str) -> int:
 
 
 def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
-    """One of each kind of span, number of planes and head dim that the presets and models use; `few` keeps those of the presets for
-    heads of 128."""
+    """Every kind of span, number of planes and head dim that presets and models use. few: only those of the presets for a head dim of
+    128."""
     nvidia = target.backend == "cuda"
     native_e4m3 = nvidia and target.arch >= 89
     name = "cuda" if nvidia else "cdna" if target.arch.startswith("gfx9") else "rdna"
@@ -115,7 +114,7 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         kinds += [jobs.Kind(jobs.PAPER.value, 2, 1, 2), jobs.Kind(jobs.PAPER.value, 4, 4, 2, zeros=True)]
         kinds += [jobs.Kind(jobs.PLAIN.value)]
     yield from _ones(nvidia)
-    for dim in (128,) if few else TURNS:
+    for dim in (128,) if few else TIME_PAIRS:
         for kind in kinds if dim == 128 else kinds[:1]:
             yield _decode(kind, dim, name, native_e4m3, target.arch // 10 if nvidia else 0)
         for places in (False, True):
@@ -154,7 +153,8 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
 
 
 def _hopper(few: bool) -> Iterator[Variant]:
-    """Bits, stages, groups, centroids and head dims; the first two are presets."""
+    """Variants of the kernel for Hopper; the first two are those of presets."""
+    # bits, stages, groups, centroids, head dim
     shapes = [(2, 2, 1, 128, 128), (4, 2, 2, 256, 128), (1, 2, 1, 256, 128), (3, 1, 2, 40, 128), (1, 1, 1, 128, 128), (4, 4, 2, 128, 128),
               (2, 2, 1, 128, 64), (4, 4, 1, 5, 64), (2, 2, 4, 100, 256)]
     for bits, stages, groups, count, dim in shapes[:2] if few else shapes:
@@ -165,7 +165,7 @@ def _hopper(few: bool) -> Iterator[Variant]:
 
 
 def _ones(nvidia: bool) -> Iterator[Variant]:
-    """Every kernel with all its numbers 1, which a launch makes constants of."""
+    """Every kernel with all integers 1, which a launch turns into constants."""
     cut = Product.on("cuda" if nvidia else "rdna", 64)
     product = {"TOKENS": cut.tokens, "BLOCK": cut.block}
     shape = {"STAGES": 1, "GROUPS": 1, "D": 64, "NATIVE_E4M3": False}
@@ -197,12 +197,12 @@ def _decode(kind: jobs.Kind, dim: int, name: str, native_e4m3: bool, major: int 
     label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
     return Variant(label, decode.decode_kernel, pointers, {
         "KIND": kind.code, "BITS": kind.bits, "STAGES": kind.stages, "GROUPS": kind.groups, "HAS_ZEROS": kind.zeros,
-        "D": dim, "TIME": TURNS[dim], "TOKENS": tile.tokens, "HALVES": tile.halves, "NVIDIA": name == "cuda",
+        "D": dim, "TIME": TIME_PAIRS[dim], "TOKENS": tile.tokens, "HALVES": tile.halves, "NVIDIA": name == "cuda",
         "NATIVE_E4M3": native_e4m3, "PREFETCH": native_e4m3 and kind.code == jobs.PLANES.value}, tile.warps, tile.registers)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:
-    """Compile for `target`; strides and addresses are taken to be multiples of 16, as a run would find them."""
+    """Compile for `target`. Strides and addresses are assumed to be multiples of 16, as they are in a run."""
     names = variant.kernel.arg_names
     signature = {name: "constexpr" if name in variant.constants else variant.pointers.get(name, "i32") for name in names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in variant.constants

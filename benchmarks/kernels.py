@@ -1,11 +1,11 @@
-"""Each op of the codec at the shapes of real models, against what the memory could do.
+"""Each op of the codec at the shapes of real models, compared with the memory bandwidth.
 
     qvg bench kernels [--small] [--out DIR] [--only decode encode released tune]
 
-For every op: microseconds (median, L2 cache cold), bytes that it cannot avoid moving, and the share of the measured copy bandwidth that
-these bytes a second are. Beside it, on the same tensors, `quant-videogen` 0.1.0, `flash-kmeans` and torch.compile of the reference, where
-they can run; what cannot says why. Data: clusters of tokens with channels of unequal size. Random data changes no timing but that of
-k-means with a convergence test, which is switched off.
+For every op: microseconds (median, with a cold L2 cache), the bytes that it must move, and what share of the measured copy bandwidth it
+achieves. For comparison, on the same tensors: `quant-videogen` 0.1.0, `flash-kmeans` and torch.compile of the reference. What cannot run is
+listed with the reason. Data: clusters of tokens with channels of unequal size. Other data would change only the time of k-means with a
+convergence test, which is disabled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .measure import add_places, claim, command_line, copy_bandwidth, environmen
 
 COLUMNS = ("op", "backend", "shape", "us", "MB", "% of copy", "note")
 BARE = replace(PRESETS["balanced"], name="balanced, old spans", sink_frames=0, recent_frames=0)
-# the released package encodes 24 latent frames at once
+# the released package encodes 24 latent frames together
 RELEASED_FRAMES = 24
 
 
@@ -68,7 +68,7 @@ def cases(small: bool) -> list[Case]:
 
 
 def tokens(case: Case, frames: int, device: torch.device, seed: int) -> Tensor:
-    """[1, T, H, D] in the dtype that the device computes in."""
+    """Tokens [1, T, H, D], bf16 on a GPU, else float32."""
     draw = torch.Generator(device).manual_seed(seed)
     shape = 1, frames * case.frame_tokens, case.heads, case.head_dim
     centres = 3 * torch.randn(32, case.head_dim, generator=draw, device=device)
@@ -77,7 +77,7 @@ def tokens(case: Case, frames: int, device: torch.device, seed: int) -> Tensor:
 
 
 def filled(case: Case, settings: QVGSettings, device: torch.device) -> KVCache:
-    """One layer with its context encoded."""
+    """A cache of one layer that holds the encoded context."""
     pair = tokens(case, case.chunk, device, 0), tokens(case, case.chunk, device, 1)
     cache = KVCache(settings, layers=1, heads=case.heads, head_dim=case.head_dim, grid=case.grid, rope=Rope, device=device,
                     dtype=pair[0].dtype, max_frames=case.frames + case.chunk, chunk_frames=case.chunk)
@@ -88,13 +88,13 @@ def filled(case: Case, settings: QVGSettings, device: torch.device) -> KVCache:
 
 
 class Bench:
-    """Rows of the table, with the bandwidth that they are measured against."""
+    """Rows of the table, and the copy bandwidth with which they are compared."""
 
     def __init__(self, device: torch.device, small: bool):
         self.device, self.small = device, small
         self.bandwidth = copy_bandwidth(device, (1 << 20) if small else (1 << 30))
         self.rows: list[tuple] = []
-        self.backend = "triton" if not backends.refusal("decode", device) else "torch"
+        self.backend = next(backend for op, backend, _ in backends.report(device) if op == "decode")
 
     def add(self, op: str, backend: str, shape: str, function: Callable, size: float | None = None, note: str = "", **timing) -> float:
         time = microseconds(function, self.device, **timing)
@@ -108,7 +108,7 @@ class Bench:
 
 
 def reading(cache: KVCache, together: bool = False) -> tuple[Callable, int]:
-    """A read of all heads of the layer, group by group as attention asks for them, or in one launch; and the bytes that it has to move."""
+    """A read of all heads of the layer, in the groups that attention reads or together, and the bytes that it must move."""
     layer, geometry = cache.layers[0], cache.geometry
     slices = [slice(0, geometry.heads)] if together else cache.head_slices()
     shape = 1, layer.tokens, slices[0].stop - slices[0].start, geometry.head_dim
@@ -133,11 +133,11 @@ def decode(bench: Bench, found: list[Case]) -> None:
     bench.add("decode", bench.backend, case.label, *reading(filled(case, BARE, bench.device), together=True),
               note="2 planes, 2 stages of 128, every head in one launch")
     if bench.backend == "triton":
-        compiled_twin(bench, case)
+        compiled_reference(bench, case)
 
 
-def compiled_twin(bench: Bench, case: Case) -> None:
-    """torch.compile of what the reference does to one span, for every head at once, scaled to the context."""
+def compiled_reference(bench: Bench, case: Case) -> None:
+    """torch.compile of the reference on one span, for all heads together, scaled to the context."""
     cache = filled(replace(case, frames=case.chunk), BARE, bench.device)
     entry = cache.layers[0].entries[0]
     cos, sin = cache.rope.tables(0, entry.frames, bench.device)
@@ -156,7 +156,7 @@ def compiled_twin(bench: Bench, case: Case) -> None:
 
 
 def encode(bench: Bench, found: list[Case]) -> None:
-    """K and V of one chunk under a codebook that exists, and a new epoch's codebooks."""
+    """Encoding K and V of one chunk with existing codebooks, and training new ones."""
     seen = set()
     for case in found:
         if (case.model, case.chunk) in seen:
@@ -180,7 +180,7 @@ def encode(bench: Bench, found: list[Case]) -> None:
         bench.add("update", bench.backend, label, lambda: kmeans.update(exact, ids, start), exact.nbytes + ids.nbytes,  # noqa: B023
                   note=f"K and V, {count} centroids, float32 tokens")
 
-        for name, earlier in (("the first of a video, 8 iterations", [None, None]), ("a later epoch, 2 iterations", books)):
+        for name, earlier in (("the first of a video, 8 iterations", [None, None]), ("a later codebook, 2 iterations", books)):
             def train(earlier=earlier):
                 return codec.train(codecs, pair, [True, True], torch.Generator().manual_seed(0), earlier)  # noqa: B023
 
@@ -208,7 +208,7 @@ def _flash_kmeans(bench: Bench, label: str, exact: Tensor, rows: Tensor, start: 
 
 
 def released(bench: Bench, found: list[Case]) -> None:
-    """quant-videogen itself: K and V of 24 frames of Self-Forcing or a whole context of LongCat at a time, and all of a context read."""
+    """The released quant-videogen: encoding and decoding K and V of 24 frames of Self-Forcing, or of a whole context of LongCat."""
     package = peers.quant_videogen()
     if isinstance(package, str) or bench.device.type != "cuda":
         bench.absent("encode, decode", "quant-videogen", package if isinstance(package, str) else "it needs a GPU")
@@ -232,7 +232,7 @@ def released(bench: Bench, found: list[Case]) -> None:
 
 
 def tune(bench: Bench, found: list[Case]) -> None:
-    """The decode kernel with other tiles, to choose `Tiling.of` and `PROGRAM` by."""
+    """The decode kernel with other tilings, from which `Tiling.of` and `PROGRAM` were chosen."""
     case = found[min(1, len(found) - 1)]
     if bench.backend != "triton":
         bench.absent("decode", "triton", backends.refusal("decode", bench.device))
@@ -262,7 +262,7 @@ def main(arguments: list[str]) -> None:
     bench = Bench(device, options.small)
     for number, part in enumerate(options.only, 1):
         PARTS[part](bench, cases(options.small))
-        # on the disk after every part, so that a time limit loses the one under way alone
+        # written after every part, so that a time limit loses only the current one
         result = {"environment": environment(device, command_line("kernels", arguments)), "copy_bytes_per_second": bench.bandwidth,
                   "rows": [dict(zip(COLUMNS, row)) for row in bench.rows],
                   "refusals": [row for row in backends.report(device) if row[2]]}

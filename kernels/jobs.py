@@ -1,6 +1,7 @@
 """The job table of `decode`: one row of addresses, sizes and strides for each span.
 
-Spans of one `Kind` share a launch; their lengths, codebooks and positions differ only in their rows.
+Spans of one `Kind` share a launch; their lengths, codebooks and positions differ only in their rows. `reader` rebuilds only the rows of
+spans that changed, and holds spans weakly, so that their memory is freed when the cache evicts them.
 """
 
 from __future__ import annotations
