@@ -13,8 +13,8 @@ from .store import store
 from .update import update
 
 OPS = {
-    "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate, "turn": rotate_chunk,
-    "decode": read, "recover": recover,
+    "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate,
+    "rotate_chunk": rotate_chunk, "decode": read, "recover": recover,
 }
 # with TRITON_INTERPRET=1 kernels run in Python on the CPU, which only tests ask for
 FORCED_DEVICES = () if isinstance(assign_kernel, JITFunction) else ("cpu",)

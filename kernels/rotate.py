@@ -56,14 +56,14 @@ def rotate_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, work
     if q.shape != k.shape or q.stride() != k.stride() or q.dtype != k.dtype:
         raise Unsupported("queries and keys differ in shape, strides or dtype")
     if workspace is None:
-        return _launch("turn", q, k, cos, sin, 2)
+        return _launch("rotate_chunk", q, k, cos, sin, 2)
     keys, values = workspace
     if keys.stride() != values.stride() or keys.stride()[2:] != (keys.shape[-1], 1) or {keys.dtype, values.dtype, v.dtype} != {k.dtype}:
         raise Unsupported("the workspace's keys and values differ from the tokens in dtype, or from each other in strides")
     if v.shape != k.shape:
         raise Unsupported(f"values {tuple(v.shape)} differ in shape from keys {tuple(k.shape)}")
     require_channels_last(v)
-    return _launch("turn", q, k, cos, sin, 2, v, keys, values)
+    return _launch("rotate_chunk", q, k, cos, sin, 2, v, keys, values)
 
 
 def _launch(op: str, x: Tensor, other: Tensor, cos: Tensor, sin: Tensor, tensors: int, *placed: Tensor) -> list[Tensor]:

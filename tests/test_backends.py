@@ -304,7 +304,7 @@ def test_the_bytes_of_a_cache_come_with_its_backends_and_their_reasons():
         found[dim] = cache.stats().as_dict()["backends"]
         cache.free()
         assert not cache.stats().backends
-    assert set(found[48]) >= {"encode", "decode", "turn"}
+    assert set(found[48]) >= {"encode", "decode", "rotate_chunk"}
     why = "heads of 48 channels" if DEVICE == "cuda" else "need a CUDA or ROCm device, not cpu"
     assert all(said.startswith("torch (") and why in said for said in found[48].values())
     assert DEVICE == "cpu" or set(found[64].values()) == {"triton"}

@@ -111,7 +111,7 @@ def rotate_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room
 
     room: keys and values [b, T, h, D], where the first h heads of the first b of the batch go, too, keys turned and values as they are.
     """
-    return backends.run("turn", _rotate_chunk, q, k, v, cos, sin, room)
+    return backends.run("rotate_chunk", _rotate_chunk, q, k, v, cos, sin, room)
 
 
 def _rotate_chunk(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, room: tuple[Tensor, Tensor] | None) -> list[Tensor]:

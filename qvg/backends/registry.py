@@ -33,7 +33,7 @@ OPS = {
     "store": "centroids to bytes, and the tokens minus their centroids",
     "encode": "tokens to bit planes",
     "rotate": "RoPE on tokens",
-    "turn": "RoPE on a chunk's own queries and keys, and its tokens into the workspace",
+    "rotate_chunk": "RoPE on a chunk's own queries and keys, and its tokens into the workspace",
     "recover": "spans to tokens, keys before RoPE",
     "decode": "spans to keys and values, with RoPE",
 }

@@ -19,4 +19,4 @@ def main(arguments) -> None:
     names = {"mps": "Apple GPU", "cpu": "none, torch on the CPU"}
     print("accelerator: " + (names.get(name) or torch.cuda.get_device_name()))
     for op, backend, reason in backends.report(name):
-        print(f"{op:8}{backend:8}{backends.OPS[op]}" + (f"; not triton: {reason}" if reason else ""))
+        print(f"{op:13}{backend:8}{backends.OPS[op]}" + (f"; not {backends.names()[0]}: {reason}" if reason else ""))
