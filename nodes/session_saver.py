@@ -35,7 +35,7 @@ class SessionPlace:
 
     session: the one that the run continues, or None. needed_bytes: about the size of the file. A session of another video under this name
     is not lost: the first save renames it, with a number.
-    Raises ValueError where the file cannot be written or another run writes it.
+    Raises ValueError if the file cannot be written or another run writes it.
     """
 
     def __init__(self, path: Path, session, needed_bytes: int):
@@ -47,7 +47,7 @@ class SessionPlace:
         remove_parts(path)
 
     def save(self, write) -> None:
-        """Call `write` with the path. Raises OSError where the disk refuses; the previous file is then still there."""
+        """Call `write` with the path. Raises OSError if the disk refuses; the previous file is then still there."""
         renamed = None
         if not self.is_ours and self.path.exists():
             renamed = next(path for number in count(1) if not (path := self.path.with_stem(f"{self.path.stem} {number}")).exists())

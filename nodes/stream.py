@@ -31,7 +31,7 @@ _announced: dict[str, Path] = {}
 
 
 def announce(prefix: str, ending: str, node_id: str | None) -> Path | None:
-    """Where the next video of a node will go unless another file takes the place; None where the name depends on the video's size."""
+    """Where the next video of a node will go unless another file takes the place; None if the name depends on the video's size."""
     if any(token in prefix for token in SIZES):
         check_prefix(prefix)
         return None
@@ -102,7 +102,7 @@ class Streamer:
         new, self.done = video[:1, :, self.done:], video.shape[2]
         for part in self.decode(self.base.process_latent_out(new), last):
             self.writer.write(to_bytes(part[0]))
-        # where the disk refuses, the writer keeps the frames for the next flush
+        # if the disk refuses, the writer keeps the frames for the next flush
         self.writer.flush()
 
 

@@ -32,7 +32,7 @@ def remove_parts(path: Path, pattern: str | None = None) -> None:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then move it there. Raises OSError, which names `path`, where the disk refuses."""
+    """Let `write` make a file beside `path`, then move it there. Raises OSError, which names `path`, if the disk refuses."""
     path = Path(path)
     part = part_path(path)
     try:
@@ -54,6 +54,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 
 def write_error(path: Path, error: Exception) -> OSError:
-    """What to raise where writing to `path` failed."""
+    """What to raise if writing to `path` failed."""
     return OSError(f"{path} could not be written ({getattr(error, 'strerror', None) or error}). Free some space on the disk, or choose "
                    "another place.")

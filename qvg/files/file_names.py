@@ -16,7 +16,7 @@ LONGEST, TEMPORARY = 255, len(".01234567.part")
 
 
 def relative_path(name: str, suffix: str = "", existing: bool = False) -> PurePosixPath:
-    """A name below a folder as a path that cannot leave it. `suffix` (such as ".png") is added where it is missing.
+    """A name below a folder as a path that cannot leave it. `suffix` (such as ".png") is added if it is missing.
 
     existing: the file was written before, so names that only some systems refuse are allowed.
     Raises ValueError for a name that leads elsewhere, or that some system cannot store.
@@ -32,14 +32,14 @@ def relative_path(name: str, suffix: str = "", existing: bool = False) -> PurePo
 
 
 def name_problem(name: str) -> str:
-    """What is wrong with the name of a file, as the end of a sentence; "" where nothing is."""
+    """What is wrong with the name of a file, as the end of a sentence; "" if nothing is."""
     if not name.strip(" ."):
         return "has no name"
     return _control_character(name) or _not_portable(name)
 
 
 def _leaves_folder(part: str) -> str:
-    """What is wrong with a part of a path on any system, as the end of a sentence; "" where nothing is."""
+    """What is wrong with a part of a path on any system, as the end of a sentence; "" if nothing is."""
     if not part.strip(" .") or part.startswith("~"):
         return "is empty, leads out of its folder, or has a part without a name"
     return _control_character(part)
@@ -50,7 +50,7 @@ def _control_character(part: str) -> str:
 
 
 def _not_portable(part: str) -> str:
-    """What some systems cannot store, or store under another name, as the end of a sentence; "" where nothing is."""
+    """What some systems cannot store, or store under another name, as the end of a sentence; "" if nothing is."""
     if found := next((letter for letter in part if letter in FORBIDDEN), ""):
         return f"has a {found!r}, which not every system allows in a file name"
     if part != part.rstrip(" ."):

@@ -23,7 +23,7 @@ UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errn
 class Lock:
     """Held from construction until `release`, or until the process ends, however it ends.
 
-    Raises InUse where another process or run holds it, and PlaceError where no file can be made beside `path`. On a file system without
+    Raises InUse if another process or run holds it, and PlaceError if no file can be made beside `path`. On a file system without
     locks, nothing is refused.
     """
 
@@ -60,12 +60,12 @@ class Lock:
         file.close()
         if fcntl is None:
             with suppress(OSError):
-                # Windows cannot remove an open file; where another process holds the lock by now, it stays
+                # Windows cannot remove an open file; if another process holds the lock by now, it stays
                 self.place.unlink(missing_ok=True)
 
 
 def _acquire(file) -> None:
-    """Raises BlockingIOError where another holds the lock."""
+    """Raises BlockingIOError if another holds the lock."""
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,7 +25,7 @@ class InUse(PlaceError):
 
 
 def check_place(path: str | Path, needed_bytes: int = 0) -> None:
-    """Raises PlaceError where a file could not be written at `path`: its name, folder, permissions, or space for `needed_bytes` more."""
+    """Raises PlaceError if a file could not be written at `path`: its name, folder, permissions, or space for `needed_bytes` more."""
     path = Path(path)
     if problem := name_problem(path.name):
         raise PlaceError(f"{str(path)!r} {problem}. Choose another name.")

@@ -1,4 +1,4 @@
-"""Tensor files from other people, opened so that a false one costs no more than an error: no code runs, and memory is bounded by its size.
+"""Tensor files from others, opened so that a false one costs no more than an error: no code runs, and memory is bounded by its size.
 
     content, metadata = read_safetensors(path)
     content = read_pickled(path)                        # what torch.save wrote: nested dicts
@@ -80,7 +80,7 @@ def read_pickled(path: Path) -> dict:
 
 
 def check_tensors(state: Mapping[str, Tensor], available: int) -> None:
-    """Raises ValueError where a tensor cannot be a network's weight, or where all of them together exceed the `available` bytes of their
+    """Raises ValueError if a tensor cannot be a network's weight, or if all of them together exceed the `available` bytes of their
     file."""
     for key, tensor in state.items():
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
@@ -94,7 +94,7 @@ def check_tensors(state: Mapping[str, Tensor], available: int) -> None:
 
 
 def _names_problem(names: list[str]) -> str:
-    """What is wrong with the names of a file's tensors, as the end of a sentence; "" where nothing is."""
+    """What is wrong with the names of a file's tensors, as the end of a sentence; "" if nothing is."""
     if len(names) > MAX_TENSORS:
         return f"holds {len(names):,} tensors; no video model has more than {MAX_TENSORS:,}. Choose another file."
     strange = next((name for name in names if not name.isprintable() or len(name) > MAX_NAME), None)

@@ -41,7 +41,7 @@ class ContainerFile:
         self.path.unlink(missing_ok=True)
 
     def resume(self, frames: int, digest: str) -> Written:
-        """Keep the first `frames` frames of the file. Raises ValueError where it is not what an earlier writer left."""
+        """Keep the first `frames` frames of the file. Raises ValueError if it is not what an earlier writer left."""
         if not self.path.is_file():
             raise ValueError(f"{self.path} is missing, but {frames} frames were written to it before. Put it back, or start over.")
         # the packets are copied, because half a part or an index may follow them
@@ -82,7 +82,7 @@ class ContainerFile:
             raise write_error(self.path, error) from error
 
     def finish(self, written: Written) -> None:
-        """Write an index, so that players know the length and can seek. Raises OSError where the disk refuses."""
+        """Write an index, so that players know the length and can seek. Raises OSError if the disk refuses."""
         try:
             self._rewrite(self.format.closed, written.frames, written.digest)
         except OSError as error:

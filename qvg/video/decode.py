@@ -31,7 +31,7 @@ class ChunkDecoder:
     def restore(self, state: dict[str, Tensor], shape: tuple[int, ...], frames: int) -> None:
         """Continue from a `state` taken after `frames` latent frames of `shape` (B, C, H, W).
 
-        Raises ValueError where it is not a state of this VAE, or lacks a layer.
+        Raises ValueError if it is not a state of this VAE, or lacks a layer.
         """
         expected = self.vae.decoder.memory_shapes(shape, frames)
         for name in sorted(expected.keys() | state.keys()):

@@ -37,7 +37,7 @@ def generate(network: CausalWan, vae: WanVAE, embed: Callable[[str], Tensor], jo
     """Make the video; yields every event with the sampler. The file and the session are whole whenever and however this ends.
 
     embed: from a prompt to a text embedding. start: latents [1, C, n, H, W] to begin with. resume: a session to continue.
-    Raises ValueError before the first step where a place or a value cannot be used, and OSError where the disk refuses the video.
+    Raises ValueError before the first step if a place or a value cannot be used, and OSError if the disk refuses the video.
     """
     sampler = prepare(network, embed, job, start)
     try:

@@ -34,7 +34,7 @@ class ImageFiles:
         """Nothing: every image is whole."""
 
     def resume(self, frames: int, digest: str) -> Written:
-        """Keep the first `frames` images. Raises ValueError where one is missing, or the last is not what was written before."""
+        """Keep the first `frames` images. Raises ValueError if one is missing, or the last is not what was written before."""
         expected = [image_path(self.path, number) for number in range(frames)]
         present = set(expected) & set(self._images())
         if len(present) < frames:

@@ -71,7 +71,7 @@ def guided(prompt, cache: KVCache, negative, negative_cache: KVCache, cfg: float
 
 
 def check_positions(settings: QVGSettings, run: Run, position_limit: int) -> None:
-    """Raises ValueError where a pass sees more frames than there are positions (0: no limit), so that frames would collide with sinks."""
+    """Raises ValueError if a pass sees more frames than there are positions (0: no limit), so that frames would collide with sinks."""
     most = limits.capacity_frames(settings, run.chunk_frames, run.frames, None)
     if position_limit and most > position_limit:
         raise ValueError(f"A pass sees up to {most} latent frames, but positions are limited to {position_limit}. Set a window of at most "
@@ -82,7 +82,7 @@ class CachedNetwork:
     """A `Model` of a network that predicts the flow, with Wan's forward(x, timestep, context, attend), and one cache per condition.
 
     conditions: their weights add up to 1. attention: the attention function, torch's by default. position_limit: see `CachedAttention`.
-    Raises ValueError where two conditions share a cache or the weights do not add up.
+    Raises ValueError if two conditions share a cache or the weights do not add up.
     """
 
     def __init__(self, network: nn.Module, conditions: Sequence[Condition], *, attention: Attention = sdpa,

@@ -27,7 +27,7 @@ MARGIN = 0.2
 
 
 def free_bytes(device: str) -> int:
-    """Free memory on a device or on the host; 0 where the system does not say."""
+    """Free memory on a device or on the host; 0 if the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -57,7 +57,7 @@ def prepare(network: CausalWan, embed: Callable[[str], Tensor], job: Job, start:
     """A sampler for a job.
 
     embed: from a prompt to a text embedding [1, tokens, channels]. start: latents [1, C, n, H, W] to begin with.
-    Raises ValueError where settings, budget or positions do not fit the network and the run.
+    Raises ValueError if settings, budget or positions do not fit the network and the run.
     """
     run = job.run
     check_positions(job.settings, run, job.position_limit)

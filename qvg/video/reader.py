@@ -42,7 +42,7 @@ def _images(path: Path) -> Iterator[Image.Image]:
 
 
 def _still_image(path: Path) -> list[Image.Image] | None:
-    """The image of a file, in a list; None where it is not an image, or an animated one."""
+    """The image of a file, in a list; None if it is not an image, or an animated one."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1 or image.mode not in MODES:

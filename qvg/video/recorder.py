@@ -36,7 +36,7 @@ def session_bytes(sampler: Sampler) -> int:
 class Recorder:
     """Writes the chunks of a run. resume: the session that the sampler was restored from.
 
-    Raises ValueError where a place cannot be used, see `VideoWriter` and `files`.
+    Raises ValueError if a place cannot be used, see `VideoWriter` and `files`.
     """
 
     def __init__(self, job: Job, sampler: Sampler, vae: WanVAE, fingerprint: str, resume: Session | None):
@@ -69,7 +69,7 @@ class Recorder:
         self.recorded_frames = event.first + event.latents.shape[2]
 
     def checkpoint(self) -> str | None:
-        """Save a session; returns a sentence where the disk refuses it. Raises OSError where the disk refuses the video."""
+        """Save a session; returns a sentence if the disk refuses it. Raises OSError if the disk refuses the video."""
         self.writer.flush()
         try:
             self._save()

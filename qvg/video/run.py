@@ -21,7 +21,7 @@ class Run:
     frames: latent frames of the whole video, including given start frames.
     chunk_frames: latent frames generated together. first_alone: the first frame is a chunk of its own.
     sigmas: noise levels in falling order. A flow model needs at most 1; more is for a `renoise` of your own (see `Sampler`). A chunk is
-    finished where the last sigma is 0.
+    finished if the last sigma is 0.
     context_noise: noise level of a finished chunk in the pass that stores it, from 0 to below 1.
     recache_frames: how many of the newest latent frames are stored again when the prompt changes (LongLive, arXiv 2509.22622).
     noise: "private" (equal on every device) or "core" (ComfyUI's per-step seeds, drawn on the latents' device).
@@ -67,7 +67,7 @@ class Run:
         return ", ".join(f"{sigma:g}" for sigma in self.sigmas) or "empty"
 
     def chunk_lengths(self, first: int, stop: int) -> Iterator[int]:
-        """Lengths of the chunks generated from latent frame `first` to `stop`. The last is shorter where they do not divide evenly."""
+        """Lengths of the chunks generated from latent frame `first` to `stop`. The last is shorter if they do not divide evenly."""
         while first < stop:
             length = 1 if self.first_alone and not first else min(self.chunk_frames, stop - first)
             yield length

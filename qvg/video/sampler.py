@@ -37,7 +37,7 @@ class Sampler:
 
     frames_done, chunk, last_prompt and recent are the position, which `session` saves. settled is False while a finished chunk is being
     stored: a run interrupted then can continue here, but bit for bit only from an earlier session.
-    Raises ValueError where start, noise or sigmas do not fit the run.
+    Raises ValueError if start, noise or sigmas do not fit the run.
     """
 
     def __init__(self, model: Model, run: Run, shape: Sequence[int], *, start: Tensor | None = None, noise: Tensor | None = None,

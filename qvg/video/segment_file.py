@@ -24,7 +24,7 @@ SUFFIX = ".safetensors"
 
 
 def read_position(path: Path, key: str) -> tuple[int, int, Tensor, str] | None:
-    """Segments, video frames, given latents and digest of the video at `path`; None where it cannot be continued under this key."""
+    """Segments, video frames, given latents and digest of the video at `path`; None if it cannot be continued under this key."""
     try:
         header, stored = storage.read(path.with_suffix(SUFFIX))
         if header["key"] != key:
@@ -39,7 +39,7 @@ class SegmentFile:
 
     key: identifies what the video is made from. A file is continued only under the same key; without a key, it always starts over.
     done: segments in the file. given: latents [B, C, F, H, W] that the next segment continues, None for the first.
-    Raises ValueError where the file cannot be written or continued, see `VideoWriter`.
+    Raises ValueError if the file cannot be written or continued, see `VideoWriter`.
     """
 
     def __init__(self, path: str | Path, key: str | None, frame_rate: int):

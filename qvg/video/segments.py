@@ -34,7 +34,7 @@ def digest(images: Tensor) -> str:
 class Segments:
     """The finished segments of a video.
 
-    carry: "pixels" where a segment continues frames that were decoded and encoded again, else "latents". given_frames: how many video
+    carry: "pixels" if a segment continues frames that were decoded and encoded again, else "latents". given_frames: how many video
     frames a segment continues. start: `digest` of the frames that the video begins with, or "".
     parts: latents [1, C, F, H, W] that are decoded together, one per segment; with "pixels", those that it continues come before its own.
     new: how many latent frames of each part are its own. given: latents that the next segment continues.
@@ -63,7 +63,7 @@ class Segments:
         self.given = given
 
     def save(self, path: str | Path, fingerprint: str) -> None:
-        """Write a session file, whole or not at all. Raises OSError where the disk refuses."""
+        """Write a session file, whole or not at all. Raises OSError if the disk refuses."""
         storage.write(path, {
             "kind": KIND, "fingerprint": fingerprint, "carry": self.carry, "given_frames": self.given_frames, "start": self.start,
             "new": self.new}, {"given": self.given} | {f"part{number}": part for number, part in enumerate(self.parts)})
@@ -85,7 +85,7 @@ class SegmentSession:
     def resume(self, fingerprint: str, wanted: Segments, segments: int, width: int, height: int) -> Segments:
         """A copy of the segments, to continue with.
 
-        wanted: how the run would begin without a session. Raises SessionError where a run of `segments` segments of width x height latents
+        wanted: how the run would begin without a session. Raises SessionError if a run of `segments` segments of width x height latents
         cannot continue this session.
         """
         name, made = self.path.name, self.made

@@ -28,9 +28,9 @@ class VideoWriter:
     """Pixels to .mp4 (H.264), .webm (VP9), or .png for numbered images.
 
     frame_rate: frames per second. quality: constant rate factor, lower is better. frames, digest: of an earlier writer, to continue its
-    file after so many frames; the rest of the file is cut off. overwrite: replace another video, which stays until there are frames.
-    Raises ValueError for another suffix and where the file is not what the earlier writer left, and for a new file that cannot be made
-    `files.Taken`, `files.InUse` and `files.PlaceError`.
+    file after so many frames; the rest of the file is cut off. overwrite: replace another video, at the first flush.
+    Raises ValueError for another suffix, or if the file is not what the earlier writer left; for a new file that cannot be made, its
+    subclasses `files.Taken`, `files.InUse` and `files.PlaceError`.
     """
 
     def __init__(self, path: str | Path, frame_rate: int, *, quality: int | None = None, frames: int = 0, digest: str = "",
@@ -81,7 +81,7 @@ class VideoWriter:
     def flush(self) -> None:
         """Encode what was written since the last flush, append it, and sync it to the disk.
 
-        Where that fails, with OSError or an interrupt, the frames are kept for the next flush.
+        If that fails, with OSError or an interrupt, the frames are kept for the next flush.
         """
         # an interrupt may have come between the last frame on the disk and this list
         self._waiting = [(number, frame) for number, frame in self._waiting if number >= self.frames]
@@ -93,7 +93,7 @@ class VideoWriter:
     def close(self) -> None:
         """Flush and write the index by which players seek. A file without frames is removed.
 
-        Raises OSError where the disk refuses; the file then plays up to the last flush that succeeded.
+        Raises OSError if the disk refuses; the file then plays up to the last flush that succeeded.
         """
         try:
             self.flush()
