@@ -80,7 +80,7 @@ class ReleasedLayer(LayerCache):
 
 @dataclass
 class Switched:
-    """A prompt that becomes another one at a latent frame; see `sampler.Condition`."""
+    """A prompt that becomes another one at a latent frame; see `video.Condition`."""
 
     before: Tensor
     after: Tensor

@@ -7,9 +7,11 @@
 | `run`, `events`, `noise` | fields of a run; what the loop reports; noise by seed, chunk and step |
 | `network`, `sampler` | a network with its KV caches; the loop over chunks and steps |
 | `schedule` | prompts by the clock |
-| `decode`, `writer`, `containers`, `reader` | latents to pixels and back; frames to files and back (PyAV) |
-| `session`, `session_parts`, `segments`, `segment_file` | what a run needs to continue, on disk |
-| `job`, `generate`, `recorder`, `progress` | a whole video without ComfyUI |
+| `decode`, `reader` | latents to pixels and back; image and video files to frames |
+| `writer` | frames to a growing file, over `container_file` (`containers`: MP4, WebM), `image_files` and `written` |
+| `session`, `session_parts` | what a run needs to continue, on disk |
+| `segments`, `segment_file` | the same for videos in segments (LongCat-Video); their file while it grows |
+| `job`, `prepare`, `generate`, `recorder`, `progress` | a whole video without ComfyUI |
 
 What needs PyAV is not imported here.
 """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cache.kv_cache import KVCache
+from ..models import Family
 from ..models.wan import PATCH, WAN, CausalWan
 from ..settings import QVGSettings
 from ..units import GIB
@@ -42,14 +43,15 @@ def auto_budget(device: str) -> float:
 
 
 def cache_of(network: CausalWan, settings: QVGSettings, run: Run, grid: tuple[int, int], *, batch: int = 1, device="cpu",
-             dtype: torch.dtype | None = None) -> KVCache:
+             dtype: torch.dtype | None = None, family: Family = WAN) -> KVCache:
     """A cache for a run of a network.
 
-    grid: tokens (height, width) of a latent frame. dtype: of unquantized and decoded values, the network's own by default.
+    grid: tokens (height, width) of a latent frame. dtype: of unquantized and decoded values, the network's own by default. family: whose
+    positions the keys get when they are read.
     """
-    return KVCache(settings, layers=network.sizes.layers, heads=network.sizes.heads, head_dim=network.sizes.head_dim, grid=grid,
-                   rope=WAN.rope, batch=batch, device=device, dtype=dtype or network.dtype, max_frames=run.frames,
-                   chunk_frames=run.chunk_frames)
+    sizes = network.sizes
+    return KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=grid, rope=family.rope, batch=batch,
+                   device=device, dtype=dtype or network.dtype, max_frames=run.frames, chunk_frames=run.chunk_frames)
 
 
 @torch.no_grad()
