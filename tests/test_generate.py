@@ -138,7 +138,7 @@ def test_prompts_change_the_video_from_their_time_on(tmp_path, small):
     # 2 s is video frame 32, which is in latent frame 8; the next chunk begins at 9
     assert all(torch.equal(one[first], two[first]) and torch.equal(one[first], kept[first]) for first in (0, 3, 6))
     assert not torch.equal(one[9], two[9])
-    # storing the history anew under the new prompt makes a difference of its own
+    # storing the history again under the new prompt makes a difference of its own
     assert not torch.equal(kept[9], two[9])
 
 
@@ -181,7 +181,7 @@ def test_other_sessions_are_refused(tmp_path, small):
 
 
 def test_a_checkpoint_that_fails_does_not_end_the_video(tmp_path, small, monkeypatch):
-    """The session's disk is full for a while: it is said, the video goes on, and the last session is whole."""
+    """The session's disk is full for a while: it is reported, the video continues, and the last session is whole."""
     todo, calls, save = job(tmp_path, small), [], storage.save_file
 
     def full_at_first(*args, **kwargs):
@@ -277,12 +277,12 @@ def test_places_are_tried_before_the_first_step(tmp_path, small, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_session_takes_about_what_was_reckoned(tmp_path, small):
+def test_a_session_takes_about_what_was_estimated(tmp_path, small):
     todo = job(tmp_path, small, chunks=40)
     sampler = prepare(*small[:3:2], todo)
-    reckoned = session_bytes(sampler) - OVERHEAD_BYTES
+    estimated = session_bytes(sampler) - OVERHEAD_BYTES
     run(small, todo)
-    assert todo.session.stat().st_size - OVERHEAD_BYTES < reckoned < 3 * todo.session.stat().st_size
+    assert todo.session.stat().st_size - OVERHEAD_BYTES < estimated < 3 * todo.session.stat().st_size
 
 
 @pytest.mark.parametrize("change", [

@@ -1,4 +1,4 @@
-"""Files of strangers by the thousand, see `fuzz`. `python tests/fuzz.py sessions 2000 12000` goes on with other seeds."""
+"""Thousands of hostile files, see `fuzz`. `python tests/fuzz.py sessions 2000 12000` continues with other seeds."""
 
 import subprocess
 import sys

@@ -69,7 +69,7 @@ def played(run, model=None, **options):
 
 
 def assert_noise(x):
-    """Standard noise, of about 4,000 numbers and more."""
+    """Standard noise, of at least about 4,000 elements."""
     assert abs(x.mean().item()) < 0.06 and x.std().item() == pytest.approx(1, abs=0.06)
 
 
@@ -86,8 +86,8 @@ def test_the_calls_of_a_run():
     assert (sampler.frames_done, sampler.chunk, sampler.chunks, sampler.settled) == (5, 2, 2, True)
 
 
-def test_the_numbers_of_a_run():
-    """x = noise * first sigma; then (1 - sigma) * denoised + sigma * new noise; what is stored and handed on is the last prediction."""
+def test_the_values_of_a_run():
+    """x = noise * first sigma; then (1 - sigma) * denoised + sigma * new noise; what is stored and returned is the last prediction."""
     model, _, events = played(Run(frames=6, sigmas=(0.8, 0.25, 0)))
     drawn = []
     for first, (begin, middle, stored) in ((0, model.inputs[:3]), (3, model.inputs[3:])):
@@ -169,7 +169,7 @@ def test_a_network_runs_without_gradients():
 
 @pytest.mark.parametrize("level", [0.1, 0.5])
 def test_context_noise(level):
-    """The pass that stores sees (1 - level) * clean + level * noise and is told this level; what is handed on stays clean."""
+    """The pass that stores sees (1 - level) * clean + level * noise and is told this level; what is returned stays clean."""
     model, _, events = played(Run(frames=6, sigmas=(1, 0), context_noise=level))
     assert [call[2] for call in model.calls] == [1.0, level, 1.0, level]
     clean = [event.latents for event in events if isinstance(event, ChunkDone)]
@@ -198,7 +198,7 @@ def test_noise_depends_on_seed_chunk_and_step():
 
 
 def test_noise_is_the_same_in_every_release():
-    """A session that an earlier one saved goes on with the noise that it would have had: of a torch generator whose seed are 63 bits of a
+    """A session of an earlier release continues with the noise that it would have had: of a torch generator seeded with 63 bits of a
     hash of seed, chunk and step."""
     model, _, _ = played(Run(frames=6, sigmas=(1, 0.5, 0), seed=12))
     for chunk, step, found in ((0, "start", model.inputs[0]), (0, 0, 2 * (model.inputs[1] - 0.05 * model.inputs[0])),
@@ -222,7 +222,7 @@ def test_noise_of_core():
 
 
 def test_sigmas_that_do_not_end_in_zero():
-    """What is handed on has noise of the last sigma; what is stored is clean."""
+    """What is returned has noise of the last sigma; what is stored is clean."""
     model, _, events = played(Run(frames=3, sigmas=(1, 0.5)))
     (done,) = (event for event in events if isinstance(event, ChunkDone))
     assert torch.equal(model.inputs[1], 0.1 * model.inputs[0]) and model.calls[1][2:] == (0.0, 0, True)
@@ -259,7 +259,7 @@ def test_given_frames_are_stored_and_then_others_are_made():
 
 @pytest.mark.parametrize(("recache", "again"), [(0, []), (1, [(3, 3)]), (3, [(3, 3)]), (4, [(0, 3), (3, 3)]), (99, [(0, 3), (3, 3)])])
 def test_a_new_prompt_stores_the_newest_frames_again(recache, again):
-    """Whole chunks, as many as hold so many frames, from their clean latents and under the new prompt; the history behind them is kept."""
+    """Whole chunks, as many as hold so many frames, from their clean latents and under the new prompt; the history before them is kept."""
     model, sampler, events = played(Run(frames=9, sigmas=(1, 0), recache_frames=recache), Script(prompts=(6,)))
     stored = [(first, length, 0.0, 6, True) for first, length in again]
     assert model.calls == [(0, 3, 1.0, 0, False), (0, 3, 0.0, 0, True), (3, 3, 1.0, 3, False), (3, 3, 0.0, 3, True),
@@ -285,7 +285,7 @@ def test_noise_of_what_is_stored_again_is_new():
 
 @pytest.mark.parametrize("failing", [0, 1, 2, 5])
 def test_a_pass_that_runs_out_of_memory_is_made_again(failing):
-    """With less memory; one that stores is taken back first, as it may have stored in part of the layers."""
+    """With less memory; a pass that stores is rewound first, because some layers may have stored already."""
     run = Run(frames=6, sigmas=(1, 0.5, 0))
     whole = played(run)[0]
     model, _, events = played(run, Script(failing=[failing], spare=1))
@@ -306,7 +306,7 @@ def test_a_pass_that_fails_again_gives_up_more_until_nothing_is_left():
 
 
 def test_a_run_that_broke_off_while_it_stored_begins_with_that_chunk():
-    """What was stored of it is taken back."""
+    """What was stored of it is rewound."""
     model = Script(failing=[3])
     sampler = Sampler(model, Run(frames=6, sigmas=(1, 0)), SHAPE)
     with pytest.raises(torch.OutOfMemoryError):
@@ -357,7 +357,7 @@ def made(model, frames=9, **options):
     return torch.cat([event.latents for event in events if isinstance(event, ChunkDone)], 2), events
 
 
-# of each chunk two passes of two layers attend: all heads at once in the first chunk, two of eight in four calls a layer later
+# of each chunk two passes of two layers attend: all heads together in the first chunk, two of eight in four calls a layer later
 @pytest.mark.parametrize("number", [2, 3, 4, 5, 4 + 8 + 1, 4 + 8 + 5, 4 + 8 + 8, 4 + 16 + 14])
 def test_a_storing_pass_that_fails_half_way_stores_once(number):
     """Whichever layer it reached: every layer then holds every chunk once, and the video is what it would have been."""
@@ -392,7 +392,7 @@ def _alone(q, k, v):
 
 
 def test_every_condition_has_a_history_of_its_own():
-    """It is taken back and counted for all."""
+    """Rewinding and statistics cover all of them."""
     model = toy(prompts=((0.1, 2.5), (0.7, -1.5)))
     made(model)
     first, second = ([entry.spans[0].data for entry in cache.layers[1].entries] for cache in model.caches)

@@ -164,7 +164,7 @@ def test_conditions_that_cannot_be(network):
 
 
 def test_unfinished_sigmas_split_a_run_in_two(network):
-    """The first pass leaves each chunk at the last sigma; a second pass that begins there goes on from it."""
+    """The first pass leaves each chunk at the last sigma; a second pass continues from there."""
     first = video(make(network, Run(frames=6, sigmas=(1, 0.8, 0.5))))
     finished = video(make(network, Run(frames=6, sigmas=(0.5, 0.0)), noise=first))
     whole = video(make(network, Run(frames=6, sigmas=(1, 0.8, 0.5, 0.0))))
@@ -180,19 +180,19 @@ def test_context_noise_changes_the_history_alone(network):
 
 
 class ScarceMemory:
-    """Attention on a device whose allocator gives no more than `numbers` for keys; stands for a full GPU."""
+    """Attention on a device whose allocator allocates no more than `elements` for keys, like a full GPU."""
 
-    def __init__(self, numbers):
-        self.numbers = numbers
+    def __init__(self, elements):
+        self.elements = elements
 
     def __call__(self, q, k, v):
-        if k.numel() > self.numbers:
+        if k.numel() > self.elements:
             raise torch.OutOfMemoryError("Tried to allocate more than there is.")
         return sdpa(q, k, v)
 
 
 def test_memory_shortage_is_survived(network):
-    """With room for one head and six frames, the heads are halved, planes go, then the history; the video is finished all the same."""
+    """With memory for one head and six frames, heads are halved, then planes and then history are dropped; the video is still finished."""
     wide = CausalWan(WanSizes(dim=1024, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval()
     settings = replace(SMALL, sink_frames=0, recent_frames=0)
     store = KVCache(settings, layers=2, heads=8, head_dim=128, grid=GRID, rope=Rope, dtype=torch.float32, chunk_frames=3)
@@ -278,7 +278,7 @@ class TestOnGPU:
         assert torch.equal(cpu._draw(3, step), gpu._draw(3, step).cpu())
 
     def test_a_full_gpu_is_survived(self):
-        """In a process of its own: what other tests leave in the allocator's blocks would be room for the cache, or missing to it."""
+        """In a process of its own, because blocks that other tests leave in the allocator would change what is free."""
         test = f"{__file__}::TestOnGPU::test_with_less_memory_than_needed"
         found = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test], capture_output=True, text=True,
                                env={**os.environ, ALONE: "1"})
@@ -331,7 +331,7 @@ def test_chunks_are_counted_without_making_them(chunk_frames, first_alone):
             assert run.chunk_count(first, stop) == len(list(run.chunk_lengths(first, stop)))
 
 
-def test_an_error_behind_a_chunk_does_not_lose_it(network, monkeypatch):
+def test_an_error_after_a_chunk_does_not_lose_it(network, monkeypatch):
     """Statistics fail once for start frames and once for a chunk: the position stays, and who iterates again gets every frame."""
     run, given = Run(frames=10, seed=3, sigmas=(1, 0.5, 0)), torch.randn(1, 16, 4, 4, 6)
     whole = video(make(network, run, start=given))

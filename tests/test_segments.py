@@ -1,4 +1,4 @@
-"""A video in segments on disk: it grows, it can be gone on with, and what is broken is not."""
+"""A video in segments on disk: it grows, it can be continued, and damaged files are refused."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_gone_on_with_is_not(tmp_path, damage):
 
 
 def test_an_unfinished_video_has_one_writer(tmp_path):
-    """What an interrupted run leaves can be taken up at once, by one."""
+    """What an interrupted run leaves can be continued immediately, by one process."""
     path = tmp_path / "video_1_.mp4"
     video = SegmentFile(path, "a", 15)
     video.add(frames(0))
@@ -121,7 +121,7 @@ def test_a_session_holds_what_was_saved(tmp_path, carry):
 
 
 def test_a_session_can_be_resumed_twice(tmp_path):
-    """What one run adds does not reach another that goes on from the same session."""
+    """What one run adds does not reach another that continues the same session."""
     session = segments.load(saved(tmp_path))
     first = session.resume("the model", Segments("pixels", 9), 3, 8, 6)
     first.add(latents(4, 5), 2, latents(5, 3))

@@ -190,7 +190,7 @@ def state(fields):
 
 
 def put(name, **changes):
-    """What puts other numbers into a tensor: at=place in its flat numbers, to=number."""
+    """Puts a value into a tensor: at=index into its flat elements, to=value."""
     def change(tensors):
         tensors[name] = tensors[name].clone()
         tensors[name].view(-1)[changes.get("at", 0)] = changes["to"]

@@ -104,7 +104,7 @@ def test_a_file_plays_while_it_grows(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_a_file_that_was_cut_off_goes_on_with_the_same_bytes(tmp_path, ending):
-    """A run is killed while it writes; the next one begins behind the frames that are known to be there."""
+    """A run is killed while it writes; the next one continues after the frames that are known to be there."""
     lengths = (9, 12, 12, 12)
 
     def write(writer, lengths):
@@ -308,7 +308,7 @@ def test_a_sequence_with_gaps_is_not_gone_on_with(tmp_path):
     Image.fromarray(pixels(1)[0].numpy()).save(tmp_path / "ball_000008.png")
     with pytest.raises(ValueError, match=r"ball_000008\.png is not the image"):
         VideoWriter(path, 16, frames=9, digest=digest)
-    # pictures behind those that are known, of a run that was killed, are made anew or go
+    # images after the known ones, of a run that was killed, are replaced or removed
     writer = VideoWriter(path, 16, frames=6)
     writer.write(pixels(1, 6))
     writer.close()

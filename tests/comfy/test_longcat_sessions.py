@@ -38,7 +38,7 @@ def equal(one, two):
 
 
 def interrupted(comfy, graph, steps):
-    """Stop a run behind so many steps of all of its segments."""
+    """Stop a run after so many steps of all of its segments."""
     comfy.messages.clear()
     prompt = comfy.submit(graph)
     comfy.wait_for("progress", lambda data: data["node"] == "continue" and data["value"] >= steps)
@@ -52,7 +52,7 @@ def interrupted(comfy, graph, steps):
 @pytest.mark.parametrize("settings", [{}, {"carry": "latents"}, {"start": 12}, {"start": 1, "carry": "latents", "cfg": 1.0}],
                          ids=["text", "text, latents", "video", "image, latents"])
 def test_a_shorter_run_is_made_longer(comfy, settings):
-    """Each saved run goes on from the one before, and ends like the whole."""
+    """Each saved run continues the one before, and ends like the whole."""
     whole = made(comfy, **settings)
     name = " ".join(["grown", *map(str, settings.values())])
     for segments, load in ((1, None), (3, name)):
@@ -100,7 +100,7 @@ def test_a_run_that_was_killed_goes_on(start_comfy):
 
 
 def test_a_session_and_a_stream(comfy):
-    """The file holds the whole video, what the session brought included, and what is saved can be gone on with."""
+    """The file holds the whole video, including what the session brought, and what is saved can be continued."""
     import av
 
     whole = made(comfy, seed=7)
@@ -139,7 +139,7 @@ def test_a_lora_does_not_make_it_another_model(comfy):
 
 REFUSED = {
     "another model": ({"file": "longcat_other.safetensors"}, "saved with another model"),
-    "another size": ({"width": 80}, "latents 8 x 6"), "another carry": ({"carry": "latents"}, "Use the value it was made with"),
+    "another size": ({"width": 80}, "latents of 8 x 6"), "another carry": ({"carry": "latents"}, "Use the value it was made with"),
     "other given frames": ({"given_frames": 13}, "given_frames 9, but this run has 13"),
     "nothing to do": ({"segments": 2}, "already has 2 segments"), "another start": ({"start": 1}, "does not begin with the frames"),
     "nowhere": ({"load": "nowhere"}, "There is no session file"),

@@ -106,7 +106,7 @@ def test_a_session_of_another_video_is_kept(comfy):
     assert [name for name in names(folder) if name.startswith("kept")] == ["kept 1.safetensors", "kept.safetensors"]
     first, second = (storage.load(folder / name) for name in ("kept 1.safetensors", "kept.safetensors"))
     assert (first.run.seed, second.run.seed) == (51, 52)
-    # one that is gone on with is replaced
+    # one that is continued is replaced
     comfy.run(build(seconds=1.0, own={}, save="kept", load="kept", seed=52))
     assert [name for name in names(folder) if name.startswith("kept")] == ["kept 1.safetensors", "kept.safetensors"]
     assert storage.load(folder / "kept.safetensors").frames_done > second.frames_done
@@ -261,7 +261,7 @@ def test_the_page_fills_in_tokens(page):
 
 
 def test_an_interrupt_within_a_pass_of_the_decoder_waits_for_its_end(comfy_modules):
-    """Core looks for it in every layer, and half a pass could not be gone on with: it comes before the next pass, and no frame is lost."""
+    """Core checks for it in every layer, and half a pass could not be continued: it comes before the next pass, and no frame is lost."""
     import comfy.model_management
     import comfy.ops
     import comfy.sd
@@ -293,7 +293,7 @@ def test_an_interrupt_within_a_pass_of_the_decoder_waits_for_its_end(comfy_modul
 
 def test_an_interrupt_while_frames_are_decoded_loses_none(comfy_modules, monkeypatch):
     """It comes where ComfyUI looks for it, when models are loaded. What was not decoded comes at the end, equal to an undisturbed decode;
-    behind a pass that failed itself, nothing comes that would be wrong."""
+    after a pass that failed itself, nothing wrong comes."""
     import comfy.model_management
     import comfy.sd
 
