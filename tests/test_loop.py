@@ -398,7 +398,7 @@ def test_every_condition_has_a_history_of_its_own():
     first, second = ([entry.spans[0].data for entry in cache.layers[1].entries] for cache in model.caches)
     assert len(first) == len(second) == 3 and not torch.equal(first[0], second[0])
     stats, parts = model.stats(), [cache.stats() for cache in model.caches]
-    for name in ("numbers", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes"):
+    for name in ("elements", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes"):
         assert getattr(stats, name) == sum(getattr(part, name) for part in parts)
     assert (stats.frames, stats.held_frames, stats.tokens) == (9, 9, parts[0].tokens)
     assert stats == CacheStats.total(parts)
