@@ -60,8 +60,12 @@ class MinMaxSpan(Span):
 
     data: MinMax
     layout: str
-    shape: tuple[int, int, int]
+    size: tuple[int, int, int]
     codebook = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.size
 
     @property
     def bits(self) -> int:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..qvg.attention.cached import CachedAttention, sdpa
+from ..qvg.attention.cached import CachedAttention
+from ..qvg.attention.functions import sdpa
 from ..qvg.attention.rope import Rope, rotate
 from ..qvg.cache.context import context_settings
 from ..qvg.cache.geometry import Geometry

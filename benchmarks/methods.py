@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..qvg import backends
-from ..qvg.attention.cached import CachedAttention, sdpa
+from ..qvg.attention.cached import CachedAttention
+from ..qvg.attention.functions import sdpa
 from ..qvg.attention.rope import Rope, rotate
 from ..qvg.cache.geometry import Geometry
 from ..qvg.cache.kv_cache import KVCache

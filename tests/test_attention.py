@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa, widened
+from comfyui_qvg.qvg.attention.cached import CachedAttention
+from comfyui_qvg.qvg.attention.functions import sdpa, widened
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache import read as read_op
 from comfyui_qvg.qvg.cache.kv_cache import KVCache

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg import backends
-from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
+from comfyui_qvg.qvg.attention.cached import CachedAttention
+from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope, rotate, rotate_chunk
 from comfyui_qvg.qvg.cache import lifetime
 from comfyui_qvg.qvg.cache.forecast import forecast

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from comfyui_qvg.qvg.attention.cached import sdpa
+from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.cache.stats import CacheStats

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg import backends
-from comfyui_qvg.qvg.attention.cached import CachedAttention, sdpa
+from comfyui_qvg.qvg.attention.cached import CachedAttention
+from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
 from comfyui_qvg.qvg.cache.forecast import forecast

@@ -1,13 +1,13 @@
 """Attention of one chunk over a quantized history, a few heads at a time.
 
-A network calls `attend(layer, q, k, v)` and knows nothing of caches. Here q and k are turned to their absolute positions, the history is
-decoded into the shared workspace for one group of heads, the chunk's own K and V follow it, and the group attends. Only the pass over
-the finished chunk stores: noisy passes leave no trace.
+A network calls `attend(layer, q, k, v)` and knows nothing of caches. Here RoPE is applied to q and k at their absolute positions, the
+history is decoded into the shared workspace for one group of heads, the chunk's own K and V follow it, and the group attends. Only the pass
+over the finished chunk stores; noisy passes leave no trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
@@ -17,29 +17,17 @@ from torch import Tensor
 from .. import backends
 from ..cache.kv_cache import KVCache
 from ..cache.layer import LayerCache
+from .functions import Attention, sdpa
 from .rope import rotate_chunk
-
-# q [B, T, H, D], k and v [B, N, H, D] -> [B, T, H, D]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention through torch, [B, T, H, D] in and out."""
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-
-
-def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sdpa` of a network that computes in a wider type than its cache keeps, as one does where bf16 is slow."""
-    return sdpa(q, k.to(q.dtype), v.to(q.dtype))
+from .streams import DecodeAhead
 
 
 class CachedAttention:
-    """One forward pass over `frames` latent frames from absolute frame `start_frame`.
+    """One forward pass over `frames` latent frames from absolute frame `start_frame`. Nothing in it is differentiated.
 
     store: this is the pass over the finished chunk; its K and V are appended, layer by layer. newest: see `LayerCache.append`.
     position_limit: latent frames that the network was trained to tell apart. Beyond it the pass ends at this position and the history
-    keeps its distance to the pass; sinks keep their places. 0 counts on without end.
+    keeps its distance to the pass; sinks keep their places. 0 sets no limit.
     A pass with a batch that is a multiple of the cache's (conditions stacked by CFG) reads the same history for each.
     Raises ValueError when a stored chunk does not continue where the cache ends.
     """
@@ -50,7 +38,7 @@ class CachedAttention:
             raise ValueError(f"The chunk to store starts at latent frame {start_frame}, but the cache ends at frame {cache.frames}.")
         self.cache, self.frames, self.store, self.attention = cache, frames, store, attention
         self.start_frame, self.newest = start_frame, newest
-        self._ahead = None if cache.workspace.side is None else _Ahead(cache)
+        self._ahead = None if cache.workspace.side is None else DecodeAhead(cache)
         self.shift = max(0, start_frame + frames - position_limit) if position_limit else 0
 
     @cached_property
@@ -60,35 +48,50 @@ class CachedAttention:
         return cos[:, None], sin[:, None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with backends.recording(self.cache.calls):
-            return self._pass(layer, q, k, v)
+        """Attention of layer `layer` from q, k and v [B, T, H, D], k after its norm and before RoPE, to [B, T, H, D].
 
-    def _pass(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        history = self.cache.layers[layer]
+        Raises ValueError when dtypes or devices differ from each other or from the cache's.
+        """
+        self._check(q, k, v)
+        with torch.no_grad(), backends.recording(self.cache.calls):
+            out = self._attend(self.cache.layers[layer], q, k, v)
+            if self.store:
+                self.cache.layers[layer].append(k, v, self.frames, self.newest)
+            return out
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        workspace = self.cache.workspace
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"Queries are {q.dtype}, keys {k.dtype} and values {v.dtype}; give all three in one dtype.")
+        if q.dtype != workspace.dtype and not getattr(self.attention, "converts", False):
+            raise ValueError(f"The network computes in {q.dtype}, but this cache returns keys and values in {workspace.dtype}. Make the "
+                             f"cache with dtype={q.dtype}, or give an attention that converts them, such as attention.widened.")
+        if q.device.type != torch.device(workspace.device).type:
+            raise ValueError(f"The network computes on {q.device}, but this cache lies on {workspace.device}. Make the cache with "
+                             f"device={str(q.device)!r}.")
+
+    def _attend(self, history: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past, workspace = history.tokens, self.cache.workspace
         if not past:
-            q, turned = rotate_chunk(q, k, v, *self._angles)
-            out = self.attention(q, turned, v)
-        else:
-            buffers = [workspace.views(past + k.shape[1], number) for number in range(self.cache.geometry.buffers)]
-            q, turned = rotate_chunk(q, k, v, *self._angles, tuple(part[:, past:] for part in buffers[0]))
-            # made before any stream but the present one is at work, because each of them writes its heads here
-            out = torch.empty_like(q)
-            try:
-                for heads, keys, values, lane in self._decoded(history, turned, v, buffers):
-                    with lane:
-                        self._attend_group(heads, q, turned, v, keys, values, out)
-            finally:
-                if self._ahead:
-                    self._ahead.close()
-        if self.store:
-            history.append(k, v, self.frames, self.newest)
+            q, rotated = rotate_chunk(q, k, v, *self._angles)
+            return self.attention(q, rotated, v)
+        buffers = [workspace.views(past + k.shape[1], number) for number in range(self.cache.geometry.buffers)]
+        q, rotated = rotate_chunk(q, k, v, *self._angles, tuple(part[:, past:] for part in buffers[0]))
+        # allocated while only the current stream is at work, because both streams write their heads here
+        out = torch.empty_like(q)
+        try:
+            for heads, (keys, values), stream in self._groups(history, rotated, v, buffers):
+                with stream:
+                    self._attend_group(heads, q, rotated, v, keys, values, out)
+        finally:
+            if self._ahead:
+                self._ahead.close()
         return out
 
-    def _decoded(self, history: LayerCache, k: Tensor, v: Tensor,
-                 buffers: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor, AbstractContextManager]]:
-        """Groups of heads in turn: their history, decoded, behind it the chunk's own tokens (of a CFG batch, the first condition's), and
-        where they attend. Those of the first group are there already."""
+    def _groups(self, history: LayerCache, k: Tensor, v: Tensor, buffers: list[tuple[Tensor, Tensor]]
+                ) -> Iterator[tuple[slice, tuple[Tensor, Tensor], AbstractContextManager]]:
+        """Groups of heads: their decoded history followed by the chunk's own tokens (of a CFG batch, the first condition's), and the stream
+        on which to attend. Those of the first group are in its buffer already."""
         past, slices, batch = history.tokens, self.cache.head_slices(), self.cache.geometry.batch
 
         def append(heads: slice, keys: Tensor, values: Tensor) -> None:
@@ -100,15 +103,16 @@ class CachedAttention:
                 history.read(heads, keys[:, :past], values[:, :past], self.shift)
                 if heads.start:
                     append(heads, keys, values)
-                yield heads, keys, values, nullcontext()
+                yield heads, (keys, values), nullcontext()
             return
         following = next(iter(self.cache.layers[history.number + 1:history.number + 2]), None)
-        yield from self._ahead.groups(history, slices, buffers, self.shift, append, following)
+        for heads, buffer, stream in self._ahead.groups(history, slices, buffers, self.shift, append, following):
+            yield heads, buffer, torch.cuda.stream(stream)
 
     def _attend_group(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        """Some heads of the chunk over what `_decoded` gave, to `out`."""
+        """Some heads of the chunk over their history, written to `out`."""
         batch, past = self.cache.geometry.batch, keys.shape[1] - k.shape[1]
-        # the conditions of a CFG batch differ in their own tokens only, so they take turns behind the one history
+        # the conditions of a CFG batch differ in their own tokens only, so one after the other follows the same history
         for start in range(0, q.shape[0], batch):
             own = slice(start, start + batch)
             if start:
@@ -116,57 +120,14 @@ class CachedAttention:
             out[own, :, heads] = self.attention(q[own, :, heads], keys, values)
 
 
-class _Ahead:
-    """Decodes a group of heads while the group before attends, and while a layer ends the first group of the next.
+def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, *, frames: int, store: bool = False,
+           attention: Attention = sdpa) -> Tensor:
+    """Attention of one layer over what `cache` holds and the chunk's own tokens, [B, T, H, D] in and out.
 
-    Attention seldom fills a device to its last multiprocessor, so what is decoded beside it costs next to nothing. For the same reason
-    groups attend on two streams in turn: what the last blocks of one leave idle, the next one takes, as it would if all heads attended at
-    once. A group is decoded on the stream and into the buffer that it attends on and from, so that the streams wait for each other only
-    where a layer begins and ends. There are two and no more, the present one and `Workspace.side`: an H100 needs 0.6 us longer to
-    start each kernel of a network while two other streams wait for it (measured), and no longer while one does. Lives as long as a pass,
-    in which no history changes before its layer was read.
+    q, k, v: of `frames` latent frames that follow what the cache holds, k after its norm and before RoPE. store: keep k and v, once per
+    chunk. Call it for every layer in order; `CachedAttention` is the same for a whole pass and saves the angles between layers.
+    Raises ValueError as `CachedAttention` does.
     """
-
-    def __init__(self, cache: KVCache):
-        self._workspace, self._offloads = cache.workspace, cache.host is not None
-        self._filled: tuple | None = None  # what the first buffer was filled for
-
-    @property
-    def _present(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._workspace.device)
-
-    def groups(self, history: LayerCache, slices: list[slice], buffers: list[tuple[Tensor, Tensor]], shift: int,
-               append: Callable[[slice, Tensor, Tensor], None],
-               following: LayerCache | None) -> Iterator[tuple[slice, Tensor, Tensor, AbstractContextManager]]:
-        """Groups of heads, each with its buffer, filled, and the stream that it is to attend on. append: copies the chunk's own tokens
-        to the end of a buffer, where those of the first group are already. following: the next layer."""
-        home, side = self._present, self._workspace.side
-        lanes, tokens = (home, side), buffers[0][0].shape[1]
-
-        def decode(layer: LayerCache, heads: slice, keys: Tensor, values: Tensor) -> None:
-            layer.read(heads, keys[:, :layer.tokens], values[:, :layer.tokens], shift)
-
-        if self._filled != (history.number, slices[0], tokens):
-            decode(history, slices[0], *buffers[0])
-        self._filled = None
-        side.wait_event(home.record_event())
-        for number, heads in enumerate(slices):
-            if number + 1 < len(slices):
-                coming, other = slices[number + 1], (number + 1) % 2
-                with torch.cuda.stream(lanes[other]):
-                    # The copy goes first: meanwhile attention to the group before takes the multiprocessors that it can use, and what is
-                    # decoded takes the others. The other way round attention would wait.
-                    append(coming, *buffers[other])
-                    decode(history, coming, *buffers[other])
-                    read = lanes[other].record_event()
-            elif number % 2 and following is not None and following.tokens == history.tokens:
-                if self._offloads:
-                    # to read on is to overwrite what was staged of this layer, so all of it must have been read
-                    home.wait_event(read)
-                decode(following, slices[0], *buffers[0])
-                self._filled = following.number, slices[0], tokens
-            yield heads, *buffers[number % 2], torch.cuda.stream(lanes[number % 2])
-
-    def close(self) -> None:
-        """The present stream waits for what the other still does of this layer."""
-        self._present.wait_stream(self._workspace.side)
+    one = CachedAttention(cache, start_frame=cache.layers[layer].next_frame, frames=frames, store=False, attention=attention)
+    one.store = store
+    return one(layer, q, k, v)

@@ -55,6 +55,8 @@ def _by_kind(codec: Codec, settings: TensorSettings, span: Span) -> dict[str, in
 def train(codecs: Sequence[TensorCodec], pair: Sequence[Tensor], needed: Sequence[bool], generator: torch.Generator,
           previous: Sequence) -> list:
     """Codebooks of K and V [T, R, D], None where none is needed."""
+    if any(type(one) is not TensorCodec for one in codecs):
+        return [one.train(x, generator, before) if need else None for one, x, need, before in zip(codecs, pair, needed, previous)]
     first = codecs[0]
     return first.codec.train(pair, [one.settings for one in codecs], needed, first.iterations, generator, previous)
 

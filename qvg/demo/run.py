@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..attention.cached import widened
+from ..attention.functions import widened
 from ..cache.kv_cache import KVCache
 from ..cache.stats import CacheStats
 from ..report import metrics

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.cached import Attention, sdpa
+from ..attention.functions import Attention, sdpa
 from ..attention.rope import Rope, rotate
 from .family import Family, load_weights
 from .layout import Layout

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..attention.cached import Attention, CachedAttention, sdpa
+from ..attention.cached import CachedAttention
+from ..attention.functions import Attention, sdpa
 from ..cache import limits
 from ..cache.kv_cache import KVCache, shrink
 from ..cache.stats import CacheStats
