@@ -1,4 +1,4 @@
-"""Compare (QVG): how far one video is from another, to be seen and in figures.
+"""Compare (QVG): the difference between two videos, as pictures and figures.
 
     QVGCompare  two IMAGE batches -> side by side, heat map, chart, JSON
 """

@@ -1,14 +1,14 @@
-"""The way from a run to the nodes on the screen: events, and one route for a page that comes later.
+"""Messages from a run to the nodes on the page: events, and one route for a page that is opened later.
 
-    qvg.memory   what a cache holds, to the monitors that watch it
-    qvg.text     a line or more on one node, while something else is executed
-    qvg.partial  a run was stopped and goes on with what is finished
+    qvg.memory   state of a cache and its chart, to the monitors that watch it
+    qvg.text     text on one node, while another is executed
+    qvg.partial  a run was stopped, and the graph continues with the finished frames
 
-Nodes are named by execution id ("7:3" is node 3 inside the subgraph node 7), and a message says which workflow it belongs to, because
-the same id means another node in another tab. Nothing is polled and no thread is started: the run itself sends. The server's thread
-answers pages while the thread of a run adds to what they ask for, hence the lock.
+Nodes are named by execution id ("7:3" is node 3 inside the subgraph node 7). A message names its workflow, because the same id is another
+node in another tab. Nothing is polled and no thread is started: the run sends. The server's thread answers pages while the run's thread
+adds to the data, hence the lock.
 
-What a node says at its own end is in its UI output under `TEXT`, which core sends, keeps, and sends again where the node is cached.
+A node's final text is in its UI output under `TEXT`, which ComfyUI sends, keeps, and sends again when the node is cached.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _texts: OrderedDict[tuple[str, str], str] = OrderedDict()
 
 @dataclass(frozen=True)
 class Watched:
-    """Who watches a run. run: changes with each run; workflow: as in `Place`."""
+    """The monitors that watch a run. run: unique per run; workflow: as in `Place`."""
 
     nodes: tuple[str, ...] = ()
     workflow: str = ""
@@ -45,7 +45,7 @@ class Watched:
 
 
 def keep(run) -> None:
-    """Remember a run (`run_log.Run`) for pages that ask later; each monitor has its latest."""
+    """Keep a run (`run_log.Run`) for pages that are opened later; each monitor has its latest."""
     with _lock:
         for node in run.watched.nodes:
             _runs.pop((run.watched.workflow, node), None)
@@ -63,7 +63,7 @@ def send(watched: Watched, state: dict) -> None:
 
 
 def write(place: Place | None, node: str | None, text: str) -> None:
-    """Show a text on a node of the graph being executed; an empty one is shown no more."""
+    """Show a text on a node of the executing graph; an empty one removes it."""
     if place is None or node is None:
         return
     key = place.workflow, node
@@ -77,21 +77,20 @@ def write(place: Place | None, node: str | None, text: str) -> None:
 
 
 def forget(place: Place | None, node: str | None) -> None:
-    """What the node says from now on is in its UI output."""
+    """Forget a node's text, which from now on is in its UI output."""
     if place is not None:
         with _lock:
             _texts.pop((place.workflow, node), None)
 
 
 def tell_partial(place: Place | None, done: int, total: int) -> None:
-    """Say that a stopped run goes on with `done` of `total` latent frames."""
+    """Announce that the graph continues with `done` of `total` latent frames of a stopped run."""
     if place is not None:
         PromptServer.instance.send_sync(PARTIAL_EVENT, {"workflow": place.workflow, "done": done, "total": total})
 
 
 async def answer(request: web.Request) -> web.Response:
-    """The latest runs whole and the latest texts, for a page that was opened or refreshed after they began; ?workflow=ID gives those of
-    one graph."""
+    """The latest runs and texts, complete, for a page that was opened or refreshed after they began; ?workflow=ID selects one graph."""
     wanted = request.query.get("workflow")
     texts, runs = _executed(wanted)
     with _lock:
@@ -106,7 +105,7 @@ async def answer(request: web.Request) -> web.Response:
 
 
 def _executed(wanted: str | None) -> tuple[dict, dict]:
-    """From core's history, by workflow and node: texts, and reports of monitors. It has cached nodes under their present ids, too."""
+    """Texts and reports of monitors in ComfyUI's history, by workflow and node. It also has cached nodes under their current ids."""
     texts, runs = {}, {}
     history = PromptServer.instance.prompt_queue.get_history(max_items=PROMPTS_READ)
     for prompt_id, entry in history.items():

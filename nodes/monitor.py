@@ -1,9 +1,9 @@
-"""KV Memory Monitor (QVG): what the cache of a sampling run held, as a chart and as figures.
+"""KV Memory Monitor (QVG): the cache of a sampling run as a chart and as figures.
 
     QVGMemoryMonitor  patched MODEL, LATENT of the sampler -> IMAGE, STRING
 
-While the model samples, the run itself sends what it holds to this node's widget (`run_log`, web/js/monitor.js). The node executes
-after the sampler, which the latent makes sure of, and then draws the whole history.
+While the model samples, the run sends its state to this node's widget (`run_log`, web/js/monitor.js). Because of its latent input, the node
+executes after the sampler, and then draws the whole history.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class QVGMemoryMonitor(io.ComfyNode):
     def execute(cls, model, samples) -> io.NodeOutput:
         log: RunLog | None = model.get_attachment(ATTACHMENT)
         if log is None:
-            raise ValueError("This model's KV cache is not watched. Connect the MODEL that comes out of Quantize KV Cache (QVG); "
-                             "its preset Off leaves the cache as it is and still counts it.")
+            raise ValueError("This model's KV cache is not watched. Connect the MODEL from Quantize KV Cache (QVG); with the preset Off "
+                             "it leaves the cache as it is, and still counts it.")
         run = log.run_of(where.here())
         if not run.history:
             raise ValueError("This model has not sampled. Connect the LATENT of the sampler that uses it.")

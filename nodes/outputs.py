@@ -1,7 +1,7 @@
-"""Names of files below ComfyUI's output folder: numbered and with the tokens of core's save nodes, and never those of a file that is there.
+"""Names of files below ComfyUI's output folder: numbered, with the tokens of ComfyUI's save nodes, and never those of existing files.
 
-Core's page fills in tokens such as %date:yyyy-MM-dd% and %KSampler.seed% before a graph is sent (`web/js/file_names.js` asks it to, for
-the nodes of this pack), and core's save nodes the others (%width%, %year% and so on). What neither knows is refused.
+ComfyUI's page replaces tokens such as %date:yyyy-MM-dd% and %KSampler.seed% before a graph is sent (`web/js/file_names.js` requests this
+for the nodes of this pack); the others (%width%, %year% and so on) are replaced here. Unknown tokens are refused.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ KNOWN = (*SIZES, "%year%", "%month%", "%day%", "%hour%", "%minute%", "%second%")
 
 
 def check_prefix(prefix: str) -> None:
-    """Raises ValueError for a name with tokens that would stay in it, one that some system cannot store, or none."""
+    """Raises ValueError for a prefix with unknown tokens, one that some operating system cannot store, or one without a name."""
     left = [token for token in TOKEN.findall(prefix) if token not in KNOWN]
     if left:
-        raise ValueError(f"The file name {prefix!r} holds {left[0]}, which nothing stands for. ComfyUI's page knows %date:yyyy-MM-dd% and "
-                         f"%Node name.widget%; in a graph that is sent without it, use {', '.join(KNOWN)}.")
+        raise ValueError(f"The file name {prefix!r} contains {left[0]}, which is not known. ComfyUI's page replaces %date:yyyy-MM-dd% and "
+                         f"%Node name.widget%; in a graph that is sent without the page, use {', '.join(KNOWN)}.")
     for part in re.split(r"[/\\]", prefix):
         if part.strip(" .") and (wrong := name_problem(part)):
             raise ValueError(f"The file name {prefix!r} {wrong}. Use a plain name, such as video/qvg.")
@@ -34,9 +34,9 @@ def check_prefix(prefix: str) -> None:
 
 
 def places(prefix: str, ending: str, width: int = 0, height: int = 0) -> Iterator[tuple[Path, str]]:
-    """Paths below the output folder with rising numbers, and their subfolder; the first is behind all that are there now.
+    """Yields numbered paths below the output folder, each with its subfolder; the first number is above all existing ones.
 
-    width, height: pixels, for the tokens. Raises ValueError for a name that leads out of the folder or cannot be used.
+    width, height: pixels, for the tokens. Raises ValueError for a prefix outside the folder or one that cannot be used.
     """
     check_prefix(prefix)
     output = folder_paths.get_output_directory()

@@ -1,9 +1,9 @@
-"""What the cache of a patched model held, moment by moment, and how that reaches the nodes on the screen.
+"""The history of a sampling run's cache, and how it reaches the nodes on the page.
 
-A `RunLog` travels with the patched MODEL as an attachment, so that the monitor node finds it after any LoRA loader, and has a `Run` for
-each node that sampled with it. It keeps numbers, never tensors. While the model samples, the run writes a line of text on the node that
-patched the model, and sends the moments to every monitor in the running graph that watches it (`live`), four times a second at most. Each
-message lets the server's thread interrupt the sampling one, so nothing is sent twice.
+A `RunLog` is attached to the patched MODEL, so that the monitor node finds it behind any LoRA loader. It has a `Run` for each node that
+sampled with the MODEL, and holds figures, never tensors. While the model samples, the run writes text on the node that patched the model,
+and sends what is new to every monitor of the graph that watches it (`live`), at most four times per second. Sending lets the server's
+thread interrupt sampling, so nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from . import live, where
 
 ATTACHMENT = "quantvideogen"
 SECONDS_BETWEEN_UPDATES = 0.25
-# while a chunk is being made nothing changes but free memory
+# between chunks only free memory changes
 SECONDS_BETWEEN_SIGNS = 1.0
-# of a long run's history a page gets as many moments as it can draw
+# a page gets no more moments of a long run than it can draw
 MOMENTS_SENT = 300
-# nodes that sampled with one MODEL
+# per MODEL: one for each node that sampled with it
 RUNS_KEPT = 16
 
 
 class RunLog:
-    """The runs of one MODEL. node_id: of the node that made it, as it was when it was executed."""
+    """The runs of one MODEL. node_id: the id that the node that made it had when it was executed."""
 
     def __init__(self, settings: QVGSettings, node_id: str | None):
         self.settings, self.node_id = settings, node_id
@@ -44,7 +44,7 @@ class RunLog:
         self._runs: OrderedDict[str | None, Run] = OrderedDict()
 
     def start(self, total_frames: int, forecast: Forecast | None) -> None:
-        """A run begins, wherever ComfyUI is at this moment; `run` is it from now on."""
+        """Start a run at the node that ComfyUI is executing; it becomes `run`."""
         place = where.here()
         self.run = Run(self.settings, place, self.node_id, total_frames, forecast)
         self._runs.pop(place and place.node, None)
@@ -54,7 +54,7 @@ class RunLog:
         self.run.begin()
 
     def run_of(self, place: where.Place | None) -> Run:
-        """The run whose latent the monitor at `place` waits for; the latest where none of the nodes it depends on sampled."""
+        """The run whose latent the monitor at `place` waits for; the latest run if none of the nodes that it depends on has sampled."""
         before = place and where.upstream(place.graph, place.node, through="samples")
         return next((run for node, run in reversed(self._runs.items()) if before and node in before), self.run)
 
@@ -80,8 +80,8 @@ class RunLog:
 
 
 class Run:
-    """history: `CacheStats` in order; forecast: of its bytes, made before its first step. sampling_seconds: from the end of the first pass
-    to the end of the run; own_seconds: what of it went into counting, noting and sending."""
+    """One sampling run. history: its `CacheStats` in order. forecast: of its bytes, made before the first step. sampling_seconds: from the
+    end of the first pass to the end of the run. own_seconds: the part of it spent on counting, recording and sending."""
 
     def __init__(self, settings: QVGSettings, place: where.Place | None = None, made_by: str | None = None, total_frames: int = 0,
                  forecast: Forecast | None = None):
@@ -95,7 +95,7 @@ class Run:
         self._sent = 0
         self._last_update = 0.0
         self._written = ""
-        # a page may ask for the history while it grows
+        # the server's thread may read the history while it grows
         self._lock = threading.Lock()
         self.source = place and where.quantizer_of(place, made_by)
         self.watched = live.Watched()
@@ -109,7 +109,7 @@ class Run:
         self.show()
 
     def note(self, stats: CacheStats | Callable[[], CacheStats]) -> None:
-        """Take down what the cache holds now; what has to be counted first is counted here, on the log's own time."""
+        """Record what the cache holds. A callable is called here, so that counting is part of `own_seconds`."""
         with self._own_time():
             now = stats() if callable(stats) else stats
             with self._lock:
@@ -118,16 +118,16 @@ class Run:
             self._show_sometimes()
 
     def tick(self) -> None:
-        """Something went on; show it unless something was shown a moment ago."""
+        """Update the page, unless it was updated a moment ago."""
         with self._own_time():
             self._show_sometimes()
 
     def say(self, sentence: str) -> None:
-        """Show what the run waits for; with an empty sentence what it shows at other times."""
+        """Show a sentence, such as what the run waits for; an empty one restores the usual text."""
         self._write(sentence or self.text())
 
     def end(self) -> None:
-        """The run is over, finished or not."""
+        """The run has ended, finished or not."""
         self.ended = True
         with self._own_time():
             self.show()
@@ -148,9 +148,9 @@ class Run:
             self.show()
 
     def show(self) -> None:
-        """Write the present state on the nodes."""
+        """Send the current state to the nodes."""
         self._last_update = time.monotonic()
-        # free memory alone can end a run, so it is asked for when it is shown and not before
+        # read only when it is shown, because it takes time
         self.free_bytes = int(comfy.model_management.get_free_memory())
         self._write(self.text())
         if self.watched.nodes:
@@ -173,10 +173,10 @@ class Run:
         now = self.history[-1]
         return (f"{self.title}\n{format_bytes(now.stored_bytes)} instead of {format_bytes(now.bf16_bytes)} in bf16 "
                 f"({now.stored_ratio:.2f}x), peak {format_bytes(now.peak_bytes)} ({now.peak_ratio:.2f}x)"
-                + (f"; {format_bytes(now.host_bytes)} of it wait in host memory" if now.host_bytes else ""))
+                + (f"; {format_bytes(now.host_bytes)} of it in host memory" if now.host_bytes else ""))
 
     def notes(self) -> str:
-        """What the picture of a run does not show as a line."""
+        """A line of figures that the chart does not show."""
         now, device = self.history[-1], comfy.model_management.get_torch_device()
         parts = [f"{now.held_frames} frames, {now.tokens} tokens held"]
         if self.forecast:
@@ -187,7 +187,7 @@ class Run:
         return "; ".join(parts)
 
     def state(self) -> dict:
-        """The present moment as JSON values, without the history."""
+        """The current state as JSON values, without the history."""
         device = comfy.model_management.get_torch_device()
         return {
             "preset": self.settings.name, "latent_frames": self.total_frames, "ended": self.ended,
@@ -197,7 +197,7 @@ class Run:
             "now": self.history[-1].as_dict() if self.history else None}
 
     def report(self) -> dict:
-        """The whole log as JSON values: settings, forecast, the state at the end, seconds, and bytes after each chunk."""
+        """The whole run as JSON values: settings, forecast, current state, seconds, and bytes after each chunk."""
         with self._lock:
             history = list(self.history)
         return self.state() | {
@@ -205,7 +205,7 @@ class Run:
             "monitor_seconds": self.own_seconds, "history": [point(stats) for stats in history]}
 
     def page(self) -> dict:
-        """The state and the whole chart, as one message for a page. Of a long history the chart has a part, the newest moment in it."""
+        """The state and the whole chart, as one message for a page. The history of a long run is thinned; the newest moment stays."""
         with self._lock:
             history = self.history[::-(-(-len(self.history) // MOMENTS_SENT) or 1)][::-1]
         chart = Chart(self.total_frames, self.forecast, int(self.settings.budget_gib * GIB))
@@ -215,19 +215,20 @@ class Run:
         return self.state() | now | {"chart": chart.describe(0, *self._available())}
 
     def _available(self) -> tuple[int, str]:
-        """The most bytes that the cache could take on the device: what it holds, and what is free besides."""
+        """The bytes that the cache could take on the device (what it holds and what is free), and the device's name."""
         now = self.history[-1] if self.history else None
         return self.free_bytes + (now.stored_bytes + now.workspace_bytes if now else 0), str(comfy.model_management.get_torch_device())
 
 
 def point(stats: CacheStats) -> dict:
-    """What a chart needs of one moment."""
+    """The bytes at one moment, for the report."""
     keys = ("frames", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes", "by_bits")
-    return {key: getattr(stats, key) for key in keys} | {"codebook_bytes": stats.by_kind["codebooks"]}
+    return {key: getattr(stats, key) for key in keys} | {"codebook_bytes": stats.by_kind.get("codebooks", 0)}
 
 
 def plain_stats(caches: list, total_frames: int, frames: int) -> CacheStats:
-    """Core's own cache, which it allocates for the whole video at once: a list of {"k", "v", "end"} a layer."""
+    """Of ComfyUI's own cache, which it allocates for the whole video. caches: {"k", "v", "end"} per layer; frames: latent frames made so
+    far."""
     by_layer = tuple(cache["k"].nbytes + cache["v"].nbytes for cache in caches)
     numbers = sum(cache["k"].numel() + cache["v"].numel() for cache in caches)
     stored = sum(by_layer)

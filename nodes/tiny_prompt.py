@@ -1,4 +1,4 @@
-"""Tiny Scene Prompt (QVG): words for the embedded tiny model, which needs no text encoder, and a picture to start from.
+"""Tiny Scene Prompt (QVG): conditioning for the tiny model, which needs no text encoder, and a start image.
 
     QVGDemoPrompt  text -> CONDITIONING, IMAGE
 """

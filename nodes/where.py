@@ -1,7 +1,7 @@
-"""Where in the graph being executed a sampling run takes place, and which nodes of it the run concerns.
+"""The node of the executing graph that samples, and the nodes that its run reports to.
 
-Asked when sampling begins. Core keeps a node's output while its inputs stay the same, whatever its id, and two nodes with the same inputs
-share one. So an id that a node took down when it was executed may be that of a graph before, or of another tab.
+Looked up when sampling begins. ComfyUI caches a node's output while its inputs stay the same, whatever its id, and two nodes with the same
+inputs share one output. So an id stored when a node was executed may belong to an earlier graph, or to another tab.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from server import PromptServer
 MONITOR = "QVGMemoryMonitor"
 QUANTIZE = "QVGQuantizeKVCache"
 SAMPLER = "QVGARVideoSampler"
-# what brings a model to the node that samples; "*" is what nodes give out that pass anything on
+# output types by which a model reaches the node that samples; "*" is the type of nodes that pass anything through
 MODEL_WAYS = {"MODEL", "GUIDER", "*"}
 SAMPLER_WAYS = {"SAMPLER", "*"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """node: the one being executed; graph: {id: {"class_type", "inputs"}}, ids as "7:3" in subgraphs; workflow: id of the graph on the
-    screen, "" where a script queued it."""
+    """node: the one being executed; graph: {id: {"class_type", "inputs"}}, ids such as "7:3" in subgraphs; workflow: id of the graph on the
+    page, "" if a script queued it."""
 
     prompt: str
     node: str
@@ -32,12 +32,12 @@ class Place:
 
 
 def here() -> Place | None:
-    """Where ComfyUI is at this moment; None outside a run of its own."""
+    """The node that ComfyUI is executing; None outside an execution."""
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     queue = getattr(server, "prompt_queue", None)
     for item in queue.get_current_queue_volatile()[0] if queue is not None else ():
         _, prompt, graph, extra = item[:4]
-        # a pack that samples in a thread of its own has no context there
+        # there is no context in the thread of a pack that samples in its own
         node = getattr(server, "last_node_id", None) if context is None else context.node_id
         if node is not None and (context is None or context.prompt_id == prompt):
             workflow = (extra.get("extra_pnginfo") or {}).get("workflow") or {}
@@ -46,15 +46,15 @@ def here() -> Place | None:
 
 
 def in_graph(graph: dict, node: str) -> str:
-    """The id that a node has in the queued graph: one that a loop made on the way is called "loop.number.original"."""
+    """The id of a node in the queued graph. Nodes that a loop creates at run time are named "loop.number.original"."""
     return next((name for name in (node, node.rpartition(".")[2], node.partition(".")[0]) if name in graph), node)
 
 
 def upstream(graph: dict, node: str, ways: set[str] | None = None, last: str = "", through: str = "") -> list[str]:
-    """Ids of the nodes that `node` depends on, nearest first, itself left out.
+    """Ids of the nodes that `node` depends on, nearest first, without itself.
 
-    ways: types of the outputs to follow, all where None; last: class of nodes behind which nothing is followed; through: the one input of
-    `node` to begin with.
+    ways: output types to follow; None follows all. last: the search does not go beyond nodes of this class. through: the only input of
+    `node` to start from.
     """
     found, waiting = {}, deque([node])
     while waiting:
@@ -72,10 +72,10 @@ def upstream(graph: dict, node: str, ways: set[str] | None = None, last: str = "
 
 
 def quantizer_of(place: Place, made_by: str | None = None) -> str | None:
-    """The Quantize KV Cache (QVG) whose MODEL the executing node samples with. made_by: the one that made it when it was executed, which
-    decides where there are several."""
+    """The Quantize KV Cache (QVG) whose MODEL the executing node samples with. made_by: the id that made it when it was executed, preferred
+    if there are several."""
     def reached(node: str) -> list[str]:
-        # a pack's own type may bring the model, too
+        # the model may also come through a pack's own type
         for ways in (MODEL_WAYS, None):
             if found := [name for name in upstream(place.graph, node, ways, last=QUANTIZE)
                          if place.graph[name]["class_type"] == QUANTIZE]:
@@ -94,8 +94,8 @@ def sampler_of(place: Place, made_by: str | None = None) -> str | None:
 
 
 def monitors_of(graph: dict, source: str | None, executing: str | None = None) -> list[str]:
-    """Ids of the monitors whose model comes from the node `source`, directly or through others, or from one with the same inputs, whose
-    MODEL is the same. Where some of them wait for the latent of the `executing` node, it is those."""
+    """Ids of the monitors whose model comes, directly or through others, from the node `source` or from one with the same inputs, which has
+    the same MODEL. If some of them wait for the latent of the `executing` node, only those."""
     alike: dict[str, object] = {}
     if source not in graph:
         return []
@@ -111,10 +111,10 @@ def _is_link(value) -> bool:
 
 
 def _gives(class_type: str, slot: int, ways: set[str] | None) -> bool:
-    """Whether this output of a class of nodes is of one of the types."""
+    """Whether this output of a node class has one of the types."""
     if ways is None:
         return True
-    import nodes  # core's; here, because this module is also read where core's nodes are not loaded
+    import nodes  # ComfyUI's; here, because this module is also imported without ComfyUI's nodes
 
     types = getattr(nodes.NODE_CLASS_MAPPINGS.get(class_type), "RETURN_TYPES", ())
     name = str(types[slot]) if slot < len(types) else "*"
@@ -122,7 +122,7 @@ def _gives(class_type: str, slot: int, ways: set[str] | None) -> bool:
 
 
 def _signature(graph: dict, node: str, known: dict) -> tuple:
-    """Equal for nodes whose outputs core takes for the same: the class, and the inputs as far back as there are any."""
+    """Equal for nodes whose outputs ComfyUI shares: the class and all inputs, recursively."""
     if node not in known:
         known[node] = ()
         known[node] = graph.get(node, {}).get("class_type"), *(

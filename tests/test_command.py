@@ -52,7 +52,7 @@ def test_a_video_is_made_and_resumed(tmp_path, capsys):
     before = there(tmp_path)
     capsys.readouterr()
     assert code_of(*GENERATE, out) == 2
-    assert "ball.mp4 already exists. Choose another --out, --resume to go on with it, or --overwrite" in capsys.readouterr().err
+    assert "ball.mp4 already exists. Choose another --out, --resume to continue it, or --overwrite" in capsys.readouterr().err
     assert there(tmp_path) == before
     # the same command, longer
     assert code_of("generate", "--prompt", PROMPTS[0], "--seed", "0", "--preset", "balanced", "--resume", "--seconds", "1", "--out", out,
@@ -130,10 +130,10 @@ def test_a_wrong_value_is_refused(tmp_path, capsys, monkeypatch, option, value):
     (("--prompt", "9" * 400 + "s: x"), "must begin at 0s"), (("--prompt", "0s: a\n" + "9" * 400 + "s: x"), "a video has at most"),
     (("--prompt", "0s: a\n" + "9" * 400 + ":00: x"), "a video has at most"),
     (("--prompt", "a", "--prompt-file", "text"), "not allowed with"), (("--prompt-file", "nowhere"), "cannot be read as a prompt"),
-    (("--prompt-file", "."), "cannot be read as a prompt"), (("--prompt-file", "bytes"), "no text in UTF-8"),
+    (("--prompt-file", "."), "cannot be read as a prompt"), (("--prompt-file", "bytes"), "not text in UTF-8"),
     (("--prompt", "a", "--resume", "--overwrite"), "not allowed with"), (("--resume",), "There is no session new.mp4.session.safetensors"),
     (("--resume", "--session", "mistyped", "--prompt", "a"), "There is no session mistyped to resume"),
-    (("--resume", "--session", "text"), "damaged or no session"), (("--prompt", "a", "--negative", "b"), "not looked at with cfg 1"),
+    (("--resume", "--session", "text"), "damaged or no session"), (("--prompt", "a", "--negative", "b"), "not used with cfg 1"),
     (("--prompt", "a", "--out", ""), "is a folder"), (("--prompt", "a", "--out", ".."), "has no name"),
     (("--prompt", "a", "--out", "video.mp4"), "video.mp4 already exists"), (("--prompt", "a", "--out", "a.gif"), r"use .mp4, .webm"),
     (("--prompt", "a", "--out", "pictures.png"), "pictures_000000.png already exists"),
@@ -253,7 +253,7 @@ def test_a_process_that_is_stopped_is_resumed_and_leaves_nothing_else(tmp_path, 
         process.wait()
         assert process.returncode == (generate_command.INTERRUPTED if how == signal.SIGINT else -how)
         if how == signal.SIGINT:
-            assert "the same command with --resume goes on" in process.stderr.read()
+            assert "the same command with --resume continues" in process.stderr.read()
     made = storage.load(session)
     assert len(frames(tmp_path / "a.mp4")) >= made.extra["video_frames"] == 4 * made.frames_done - 3
     # what a kill in the middle of a write leaves

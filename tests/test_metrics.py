@@ -60,5 +60,5 @@ def test_frames_smaller_than_the_window():
 
 @pytest.mark.parametrize("other", [video(frames=19), video(height=25)])
 def test_videos_that_do_not_match_are_refused(other):
-    with pytest.raises(ValueError, match="as many frames of the same size"):
+    with pytest.raises(ValueError, match="the same number of frames and the same size"):
         psnr(video(), other)

@@ -204,7 +204,7 @@ def test_brief_has_the_same_figures():
 def test_bad_length(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", "--model", "longcat", "--latent-frames", "-3"])
-    assert ended.value.code == 2 and "'-3' is no whole number from 1" in capsys.readouterr().err
+    assert ended.value.code == 2 and "'-3' is not a whole number from 1" in capsys.readouterr().err
 
 
 def test_info(capsys):

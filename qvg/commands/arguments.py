@@ -1,4 +1,4 @@
-"""Values on a command line, as types for argparse: what is not one of them is refused with a sentence, never taken as another.
+"""Types for argparse that refuse a wrong value with a sentence.
 
     command.add_argument("--seconds", type=number(above=0, most=86400))
     command.add_argument("--seed", type=whole(0, 2**64 - 1))
@@ -13,27 +13,28 @@ from collections.abc import Callable
 
 import torch
 
-# one text each: numbers of other scripts, 1_000 and 0x10 are no slips of the finger that should pass
+# int() also accepts 1_000 and digits of other scripts, which are more likely typos
 WHOLE = re.compile(r"[+-]?[0-9]+")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 DAY = 86400
-# GiB that no machine has
+# GiB, more than any machine has
 MOST_GIB = 99_999
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number from `least` to `most`."""
     def parse(text: str) -> int:
-        # of numbers with thousands of digits, too
+        # int() of thousands of digits is slow
         value = int(text) if WHOLE.fullmatch(text) and len(text) < 30 else None
         if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from {least} to {most}")
         return value
 
     return parse
 
 
 def number(least: float = 0.0, most: float = math.inf, above: float | None = None) -> Callable[[str], float]:
-    """From `least`, or from anything above `above`, to `most`."""
+    """A finite number from `least`, or above `above`, to `most`."""
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -42,7 +43,7 @@ def number(least: float = 0.0, most: float = math.inf, above: float | None = Non
         low = value > above if above is not None else value >= least
         if not (math.isfinite(value) and low and value <= most):
             begin = f"above {above:g}" if above is not None else f"from {least:g}"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number {begin} to {most:g}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number {begin} to {most:g}")
         return value
 
     return parse

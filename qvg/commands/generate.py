@@ -1,9 +1,9 @@
-"""`qvg generate` as a command: what may be typed, what of it a session decides, and what is shown meanwhile.
+"""`qvg generate`: a long video with the tiny model, saved while it is made, and resumed.
 
     qvg generate --prompt "red circle moving right, over green dots still" --seconds 30 --out ball.mp4
-    qvg generate --resume --out ball.mp4                        after a crash, an interrupt, or to go on with another --seconds or --prompt
+    qvg generate --resume --out ball.mp4                        after a crash or an interrupt, or with another --seconds or --prompt
 
-Nothing that exists is replaced without --overwrite. Values that a session holds may be given again, but not as others.
+Existing files are replaced only with --overwrite. Values that a session fixes may be repeated, but not changed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ..video.session import Session
 from .arguments import DAY, budget, device, number, whole
 from .progress import bar
 
-INTERRUPTED = 130  # what shells call a command that Ctrl-C ended
+INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 FRAME_RATE = 16
-MOST_FRAMES = 100_000  # that a setting can count
-# how the values that cannot change are called in the job of a session
+MOST_FRAMES = 100_000  # the largest number of frames in a setting
+# options whose value a session fixes -> that value in the job of the session
 FIXED = {"seed": lambda job: job.run.seed, "preset": lambda job: job.settings.name, "window": lambda job: job.settings.window_frames,
          "sink": lambda job: job.settings.sink_frames, "budget": lambda job: job.settings.budget_gib,
          "position_limit": lambda job: job.position_limit, "cfg": lambda job: job.cfg, "negative": lambda job: job.negative}
@@ -41,48 +41,48 @@ FIXED = {"seed": lambda job: job.run.seed, "preset": lambda job: job.settings.na
 
 def add_arguments(command) -> None:
     text = command.add_mutually_exclusive_group()
-    text.add_argument("--prompt", help="one prompt, or a schedule such as '0s: ...' and '6.5s: ...' on lines of its own")
+    text.add_argument("--prompt", help="one prompt, or a schedule with lines such as '0s: ...' and '6.5s: ...'")
     text.add_argument("--prompt-file", type=Path, help="a text file with the same")
     command.add_argument("--seconds", type=number(above=0, most=DAY), help="length of the video (default 10)")
     command.add_argument("--out", type=Path, required=True, help="ball.mp4, ball.webm, or ball.png for numbered images")
-    command.add_argument("--start", type=Path, nargs="+", help="images or a video to go on from, cropped to the video's shape")
+    command.add_argument("--start", type=Path, nargs="+", help="images or a video to continue, cropped to the video's shape")
     what = command.add_mutually_exclusive_group()
-    what.add_argument("--resume", action="store_true", help="go on from the session, also with another --seconds, --prompt or --recache")
-    what.add_argument("--overwrite", action="store_true", help="replace a video and a session that are there")
+    what.add_argument("--resume", action="store_true", help="continue from the session; --seconds, --prompt and --recache may change")
+    what.add_argument("--overwrite", action="store_true", help="replace an existing video and session")
     command.add_argument("--session", type=Path, help="where checkpoints go (default: OUT.session.safetensors)")
     command.add_argument("--checkpoint", type=whole(1, MAX_FRAMES), metavar="CHUNKS", help="chunks between checkpoints (default 4)")
-    command.add_argument("--seed", type=whole(0, 2**64 - 1), help="of the noise (default 0)")
-    command.add_argument("--preset", choices=PRESETS, help="of the cache (default balanced)")
+    command.add_argument("--seed", type=whole(0, 2**64 - 1), help="seed of the noise (default 0)")
+    command.add_argument("--preset", choices=PRESETS, help="preset of the cache (default balanced)")
     command.add_argument("--window", type=whole(0, MOST_FRAMES), metavar="FRAMES",
-                         help="latent frames of history besides the sink; 0, the default, keeps all")
-    command.add_argument("--sink", type=whole(0, MOST_FRAMES), metavar="FRAMES", help="first latent frames, kept for good")
+                         help="latent frames of history besides the sink (default 0: all)")
+    command.add_argument("--sink", type=whole(0, MOST_FRAMES), metavar="FRAMES", help="first latent frames, kept permanently")
     command.add_argument("--budget", type=budget, metavar="GIB",
-                         help="most memory for the cache, auto for what is free, or 0, the default, for any")
-    command.add_argument("--offload", action="store_true", help="keep the cache in host memory; it visits the device a layer at a time")
-    command.add_argument("--position-limit", type=whole(0, MAX_FRAMES), metavar="FRAMES", help="count positions no further than this")
+                         help="memory budget of the cache, or auto for what is free (default 0: no limit)")
+    command.add_argument("--offload", action="store_true", help="keep the cache in host memory, on the device one layer at a time")
+    command.add_argument("--position-limit", type=whole(0, MAX_FRAMES), metavar="FRAMES", help="positions grow no further than this")
     command.add_argument("--recache", type=whole(0, MOST_FRAMES), metavar="FRAMES",
-                         help="latent frames stored anew when the prompt changes")
-    command.add_argument("--cfg", type=number(0, 100), help="how strongly the prompt leads (default 1)")
-    command.add_argument("--negative", help="prompt that cfg leads away from")
+                         help="latent frames stored again when the prompt changes")
+    command.add_argument("--cfg", type=number(0, 100), help="guidance scale (default 1)")
+    command.add_argument("--negative", help="negative prompt for cfg")
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _text(arguments) -> str | None:
-    """Raises ValueError where the file of the prompt cannot be read."""
+    """The prompt. Raises ValueError if its file cannot be read."""
     if arguments.prompt_file is None:
         return arguments.prompt
     try:
         return arguments.prompt_file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise ValueError(f"{arguments.prompt_file} cannot be read as a prompt: {reason}. Give a text file.") from None
 
 
 def check_out(out: Path, session: Path, sources: list[Path], resume: bool, overwrite: bool) -> None:
-    """Raises PlaceError where video, session and what they are made from are not each a file of their own, and where something that is
-    there would be replaced unasked. sources: files that are read."""
+    """Raises PlaceError if video, session and sources are not all different files, or if an existing file would be replaced. sources: files
+    that are read."""
     if same_place(out, session):
-        raise PlaceError(f"{out} is to be the video and the session. Give one of them another name.")
+        raise PlaceError(f"{out} is given for the video and the session. Give one of them another name.")
     for source in sources:
         for target in (out, session):
             numbered = target.suffix.lower() == ".png" and source.resolve().parent == target.resolve().parent and re.fullmatch(
@@ -95,13 +95,13 @@ def check_out(out: Path, session: Path, sources: list[Path], resume: bool, overw
     taken = [path for path in images if re.fullmatch(re.escape(out.stem) + r"_[0-9]{6}\.png", path.name, re.IGNORECASE)]
     for path in [*sorted(taken)[:1], out, session]:
         if path.exists():
-            raise Taken(f"{path} already exists. Choose another --out, --resume to go on with it, or --overwrite to replace it.")
+            raise Taken(f"{path} already exists. Choose another --out, --resume to continue it, or --overwrite to replace it.")
 
 
 def _resumed(arguments, place: Path, text: str | None) -> tuple[Job, Session]:
-    """The job of a session, with what may change. Raises ValueError where something else is asked for, or there is no session."""
+    """The job of a session, with the values that may change. Raises ValueError if others differ, or if there is no session."""
     if not place.is_file():
-        raise ValueError(f"There is no session {place} to resume. Give the --session of the video, or leave out --resume to begin anew.")
+        raise ValueError(f"There is no session {place} to resume. Give the --session of the video, or leave out --resume to start over.")
     session = storage.load(place)
     job = resumed(session, arguments.out, arguments.device)
     for name, of in FIXED.items():
@@ -109,7 +109,7 @@ def _resumed(arguments, place: Path, text: str | None) -> tuple[Job, Session]:
         if given is not None and given != "auto" and given != of(job):
             option = name.replace("_", "-")
             raise ValueError(f"{place.name} was made with --{option} {of(job)}, which cannot become {given} now. Leave out --{option}, or "
-                             "begin anew with another --out.")
+                             "start over with another --out.")
     run = replace(job.run, frames=latent_frames(arguments.seconds, FRAME_RATE) if arguments.seconds else job.run.frames,
                   recache_frames=job.run.recache_frames if arguments.recache is None else arguments.recache)
     settings = replace(job.settings, offload=arguments.offload, host_gib=job.settings.host_gib if arguments.offload else 0.0)
@@ -126,7 +126,7 @@ def _settings(arguments) -> QVGSettings:
 
 
 def _job(arguments, latent: tuple[int, int]) -> tuple[Job, Session | None]:
-    """What the command line asks for, and the session to go on from. Raises ValueError before anything is written."""
+    """The job, and the session to continue. Raises ValueError before anything is written."""
     out, place = arguments.out, arguments.session or arguments.out.with_name(arguments.out.name + ".session.safetensors")
     text = _text(arguments)
     for path in (out, place):
@@ -139,7 +139,7 @@ def _job(arguments, latent: tuple[int, int]) -> tuple[Job, Session | None]:
         raise ValueError("There is no prompt. Give --prompt or --prompt-file.")
     cfg = 1.0 if arguments.cfg is None else arguments.cfg
     if arguments.negative and cfg == 1:
-        raise ValueError("A --negative prompt is not looked at with cfg 1. Give --cfg, such as 3, or leave out --negative.")
+        raise ValueError("A --negative prompt is not used with cfg 1. Give --cfg, such as 3, or leave out --negative.")
     run = Run(frames=latent_frames(arguments.seconds or 10.0, FRAME_RATE), seed=arguments.seed or 0, recache_frames=arguments.recache or 0)
     return Job(out=out, session=place, schedule=Schedule.parse(text), run=run, settings=_settings(arguments), latent=latent,
                frame_rate=FRAME_RATE, checkpoint=arguments.checkpoint or 4, cfg=cfg, negative=arguments.negative or "",
@@ -159,11 +159,11 @@ def main(arguments) -> int:
     if start is not None:
         start = encode_stream(vae, start.to(arguments.device))
     try:
-        # closed here, not when it is collected: an interrupt between two events must save as well
+        # closed here rather than by the garbage collector: an interrupt between two events must also save
         with bar(job.out.name) as shown, closing(generate(network, vae, embed_prompt, job, start=start, resume=session)) as events:
             _show(events, shown)
     except KeyboardInterrupt:
-        print(f"\n{job.out} holds what was made; the same command with --resume goes on.", file=sys.stderr)
+        print(f"\n{job.out} has the finished part; the same command with --resume continues it.", file=sys.stderr)
         return INTERRUPTED
     print(f"{job.out}: {job.run.frames} latent frames, session in {job.session}", file=sys.stderr)
     return 0

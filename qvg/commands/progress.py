@@ -1,4 +1,4 @@
-"""A progress bar of tqdm on a terminal, which also tells of kernels that are being compiled."""
+"""A tqdm progress bar, which also names kernels that are being compiled."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .. import backends
 
 
 class Bar:
-    """What a piece of work shows. Into a file it writes its sentences and, at the end, one line."""
+    """The progress of one task. If stderr is not a terminal, only sentences and a final line are written."""
 
     def __init__(self, title: str, unit: str):
         self.title, self.began = title, time.perf_counter()
-        # unlike tqdm's own test of the stream, this one can be asked for at any time
+        # tqdm tests the stream only once, when the bar is made
         self.live = sys.stderr.isatty()
         self.line = tqdm(desc=title, unit=unit, disable=not self.live, leave=False, file=sys.stderr, dynamic_ncols=True)
 
     def show(self, done: int, of_all: int, text: str = "") -> None:
-        """That so much is done; text: what stands behind it."""
+        """Set the progress. text: shown after the bar."""
         if self.line.total is None:
-            # what was done before is no measure of speed
+            # steps of an earlier run must not count for the speed
             self.line.initial = done - 1
         self.line.total, self.line.n = of_all, done
         self.line.set_postfix_str(text)
@@ -36,7 +36,7 @@ class Bar:
             self.say(text)
 
     def say(self, sentence: str) -> None:
-        """A line that stays."""
+        """Print a line above the bar."""
         self.line.clear()
         print(sentence, file=sys.stderr, flush=True)
         self.line.refresh()
@@ -47,7 +47,7 @@ class Bar:
 
 @contextmanager
 def bar(title: str, unit: str = "pass") -> Iterator[Bar]:
-    """A bar for the time of the block; at the end, the seconds that it took as a line."""
+    """A bar for the duration of the block; afterwards a line with the seconds it took."""
     shown = Bar(title, unit)
     try:
         with backends.on_compile(shown.compiling):

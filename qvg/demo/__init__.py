@@ -1,4 +1,4 @@
-"""The tiny model: a causal Wan and a Wan VAE of 16 MB together, trained from scratch on procedural scenes.
+"""The tiny model: a causal Wan and a Wan VAE, 16 MB together, trained from scratch on procedural scenes.
 
     network, vae = load_tiny()
     prompt = network.project_context(embed_prompt(PROMPTS[0]))
@@ -20,14 +20,14 @@ from .scenes import HEIGHT, WIDTH
 
 __all__ = ["GRID", "HEIGHT", "LATENT", "NETWORK_PATH", "PROMPTS", "TEXT_DIM", "VAE_PATH", "WEIGHTS", "WIDTH", "embed_prompt", "load_tiny"]
 
-# named as ComfyUI's model folders, because its loaders look into them
+# folders named as ComfyUI's, whose loaders look into them
 WEIGHTS = Path(__file__).parent / "weights"
 NETWORK_FILE = "qvg_tiny_causal_wan.safetensors"
 VAE_FILE = "qvg_tiny_vae.safetensors"
 NETWORK_PATH = WEIGHTS / "diffusion_models" / NETWORK_FILE
 VAE_PATH = WEIGHTS / "vae" / VAE_FILE
 
-# core calls a Wan checkpoint causal, and believes its text width, only by this metadata
+# ComfyUI recognizes a causal Wan checkpoint, and a text width other than Wan's, only by this metadata
 METADATA = {"config": json.dumps({"transformer": {"causal_ar": True, "text_dim": TEXT_DIM}})}
 
 LATENT = (HEIGHT // 8, WIDTH // 8)  # rows, columns of a latent frame

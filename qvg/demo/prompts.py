@@ -2,10 +2,9 @@
 
     red striped circle moving right, blue square still, over green dots panning left
 
-One or two things, each a colour, a pattern, a shape and a motion, and after "over" a background: a colour, a texture
-and where it pans. What a clause leaves out is plain, still and white. There is no text encoder: each word has its own
-axis, each place in the sentence another, and `embed_prompt` writes down which word stands where. Unknown words are
-refused, because the model could only ignore them.
+One or two shapes, each with a colour, a pattern and a motion, and after "over" a background: a colour, a texture and a panning
+direction. The defaults are white, plain and still. There is no text encoder: each word has its own axis, and so has each place in the
+sentence; `embed_prompt` marks which word is at which place. Unknown words are refused, because the model could only ignore them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PATTERNS = ("plain", "striped", "dotted")
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 TEXTURES = ("dots", "stripes", "checks", "waves")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# verb -> pixels a frame
+# verb -> pixels per frame
 SPEEDS = {"moving": 1.25, "racing": 2.5, "panning": 0.75}
 
 WORDS = (*COLOURS, *PATTERNS, *SHAPES, *TEXTURES, "still", *SPEEDS, *DIRECTIONS)
@@ -48,7 +47,7 @@ class Motion:
 
     @property
     def velocity(self) -> tuple[float, float]:
-        """Pixels a frame, (right, down)."""
+        """Pixels per frame, (right, down)."""
         if self.verb == "still":
             return 0.0, 0.0
         right, down = DIRECTIONS[self.direction]
@@ -84,7 +83,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says. The first thing is in front of the second."""
+    """The content of a prompt. The first thing is in front of the second."""
 
     things: tuple[Thing, ...]
     background: Background = Background()
@@ -101,12 +100,12 @@ def vocabulary() -> str:
 
 
 def parse_prompt(text: str) -> Scene:
-    """Read a prompt. Raises ValueError, with the vocabulary, for what the tiny model does not know."""
+    """Parse a prompt. Raises ValueError, with the vocabulary, for words that the tiny model does not know."""
     words = re.findall(r"[a-z]+|[^a-z\s,;.]+", text.lower())
     unknown = sorted({word for word in words if word not in WORDS and word not in (*FILLERS, "over")})
     if unknown:
         raise ValueError(
-            f"The tiny model does not know {', '.join(map(repr, unknown))}. It was trained on these words alone: "
+            f"The tiny model does not know {', '.join(map(repr, unknown))}. It was trained on these words only: "
             f"{vocabulary()}. Example: red striped circle moving right, over green dots panning left.")
     things, background = [], Background()
     for clause in re.split(r"[,;.]|(?=\bover\b)", text.lower()):
@@ -122,8 +121,8 @@ def parse_prompt(text: str) -> Scene:
     return Scene(tuple(things), background)
 
 
-def _pick(said: list[str], choices, clause: str) -> list[str]:
-    """The words of a kind in a clause, taken out of `said`; at most one."""
+def _take_(said: list[str], choices, clause: str) -> list[str]:
+    """Remove the word of one kind from `said`, in place, and return it in a list; at most one is allowed."""
     found = [word for word in said if word in choices]
     if len(found) > 1:
         raise ValueError(
@@ -134,7 +133,7 @@ def _pick(said: list[str], choices, clause: str) -> list[str]:
 
 
 def _motion(said: list[str], verbs: tuple[str, ...], clause: str) -> Motion:
-    verb, direction = _pick(said, (*verbs, "still"), clause), _pick(said, tuple(DIRECTIONS), clause)
+    verb, direction = _take_(said, (*verbs, "still"), clause), _take_(said, tuple(DIRECTIONS), clause)
     if direction and verb != ["still"]:
         return Motion(*(verb or verbs[:1]), *direction)
     if direction or verb not in ([], ["still"]):
@@ -152,7 +151,7 @@ def _refuse_rest(said: list[str], clause: str, what: str) -> None:
 
 def _thing(said: list[str], clause: str) -> Thing:
     motion = _motion(said, ("moving", "racing"), clause)
-    parts = {name: _pick(said, choices, clause) for name, choices in
+    parts = {name: _take_(said, choices, clause) for name, choices in
              (("colour", tuple(COLOURS)), ("pattern", PATTERNS), ("shape", SHAPES))}
     _refuse_rest(said, clause, "a thing")
     if not parts["shape"]:
@@ -162,24 +161,24 @@ def _thing(said: list[str], clause: str) -> Thing:
 
 def _background(said: list[str], clause: str) -> Background:
     motion = _motion(said, ("panning",), clause)
-    parts = {"colour": _pick(said, tuple(COLOURS), clause), "texture": _pick(said, TEXTURES, clause)}
+    parts = {"colour": _take_(said, tuple(COLOURS), clause), "texture": _take_(said, TEXTURES, clause)}
     _refuse_rest(said, clause, "a background")
     return Background(motion=motion, **{name: found[0] for name, found in parts.items() if found})
 
 
 def embed_scene(scene: Scene) -> Tensor:
-    """[1, TOKENS, TEXT_DIM] float32: a token a word, its word axis and its place axis set; unused tokens are zero."""
+    """[1, TOKENS, TEXT_DIM] float32: one token per word, with its word axis and its place axis set; unused tokens are zero."""
     blank = [""] * len(Thing().words())
     things = [thing.words() for thing in scene.things] + [blank] * (2 - len(scene.things))
     words = [*things[0], *things[1], *scene.background.words()]
     embedding = torch.zeros(1, TOKENS, TEXT_DIM)
     for place, word in enumerate(words):
         if word:
-            # an axis of 8 gives a token of 64 channels about unit variance, which the network's first layer expects
+            # a value of 8 gives a token of 64 channels about unit variance, which the network's first layer expects
             embedding[0, place, WORDS.index(word)] = embedding[0, place, TEXT_DIM - PLACES + place] = 8 / 2**0.5
     return embedding
 
 
 def embed_prompt(text: str) -> Tensor:
-    """A prompt -> what the tiny model's cross-attention reads, [1, TOKENS, TEXT_DIM] float32."""
+    """A prompt as input of the tiny model's cross-attention, [1, TOKENS, TEXT_DIM] float32."""
     return embed_scene(parse_prompt(text))

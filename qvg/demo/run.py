@@ -1,12 +1,12 @@
-"""`qvg demo`: the same seeded video with a bf16 cache and with quantized ones, measured and written side by side.
+"""`qvg demo`: the same seeded video with a bf16 cache and with quantized ones, measured, and drawn side by side.
 
-Every run makes the video from the same noise with the tiny model; only its cache differs, so every difference of the pictures is the
-cache's doing. Two controls say what a difference means: `bf16-repeat` is the bf16 run once more, and in `bf16-noise` every number of the
-cache is off by 1e-3 of its tensor's root mean square. Videos of an autoregressive model diverge however small the first difference is,
-so early windows say most about a cache, and late windows least. The first chunk that reads the cache finds only the first frames in it,
-which most presets keep with more bits; *settled* is the mean of the windows that read frames of the bits that a preset is named for.
+All runs make the video from the same noise with the tiny model and differ only in the cache, so all differences between the videos come
+from the cache. Two controls give the scale: `bf16-repeat` repeats the bf16 run, and in `bf16-noise` every element of the cache has an error
+of 1e-3 of its tensor's root mean square. Videos of an autoregressive model diverge however small the first difference is, so early windows
+say the most about a cache, late windows the least. The first chunk that reads the cache reads only the first frames, which most presets
+keep with more bits; *settled* is the mean of the windows that read frames at the preset's own bits.
 
-The figures are those of one tiny model and one video. Many seeds and methods: `qvg bench quality`.
+The figures are of one tiny model and one video. For many seeds and methods: `qvg bench quality`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from . import CHUNK_FRAMES, GRID, LATENT, embed_prompt, load_tiny
 
 FRAME_RATE = 16
 NOISE = 1e-3
-SETTLED = 2  # windows before the first that reads settled frames: one that reads sinks, and one that reads recent frames, too
+SETTLED = 2  # windows before the first one that reads settled frames: they read only sinks and recent frames
 MOMENTS = 6  # columns of the picture
 CAPTION = 22  # pixels above each of its rows
 # name of a run -> preset
@@ -46,7 +46,7 @@ COMPARED = {"paper-int2": "paper", "quality": "quality", "smallest": "smallest"}
 
 @dataclass
 class Made:
-    """What a run made. latents [1, 16, F, h, w]; seconds: of sampling, the VAE's not counted."""
+    """Result of one run. latents: [1, 16, F, h, w]; seconds: of sampling, without the VAE."""
 
     latents: Tensor
     stats: CacheStats
@@ -58,15 +58,14 @@ class Demo:
 
     def __init__(self, prompt: str, device: str = "cpu"):
         network, vae = load_tiny()
-        # many CPUs have no bf16 arithmetic and take four times as long to imitate it
+        # many CPUs have no bf16 arithmetic; emulating it takes four times as long
         self.network, self.vae = network.to(device, torch.float32 if device == "cpu" else torch.bfloat16), vae.to(device)
         self.device = device
         with torch.no_grad():
             self.context = self.network.project_context(embed_prompt(prompt).to(device))
 
     def make(self, preset: str, run: Run, noise: float = 0.0, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Made:
-        """The video with a cache as the preset says; noise: what each number of a 16-bit cache is off by, in parts of its tensor's
-        root mean square."""
+        """The video with the preset's cache. noise: error of each element of a 16-bit cache, relative to its tensor's root mean square."""
         # bf16 as with the released models
         cache = cache_of(self.network, PRESETS[preset], run, GRID, device=self.device, dtype=torch.bfloat16)
         network = CachedNetwork(self.network, [Condition(self.context, cache)], attention=widened)
@@ -88,7 +87,7 @@ class Demo:
             cache.free()
 
     def pictures(self, latents: Tensor, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Tensor:
-        """uint8 [F, H, W, 3]"""
+        """Decode latents [1, 16, F, h, w] to uint8 [F, H, W, 3]."""
         decode, frames = ChunkDecoder(self.vae), []
         pieces = latents.to(self.device).split(CHUNK_FRAMES, dim=2)
         for number, piece in enumerate(pieces):
@@ -98,7 +97,7 @@ class Demo:
 
 
 def disturb(cache: KVCache, noise: float, generator: torch.Generator) -> None:
-    """Add noise to the newest keys and values of every layer of a plain cache."""
+    """Add noise, in place, to the newest keys and values of every layer of a plain cache."""
     for layer in cache.layers:
         for span in layer.entries[-1].spans:
             data = span.data.float()
@@ -107,7 +106,7 @@ def disturb(cache: KVCache, noise: float, generator: torch.Generator) -> None:
 
 
 def windows(frames: int, chunk_frames: int) -> list[tuple[int, int]]:
-    """First and last picture of each chunk that reads a cache. A latent frame is four pictures, the very first is one."""
+    """First and last video frame of each chunk that reads a cache. A latent frame is four video frames, the very first is one."""
     size = 4 * chunk_frames
     return [(start, min(start + size, frames) - 1) for start in range(size - 3, frames, size)]
 
@@ -119,7 +118,7 @@ def figures(name: str, made: Made, pictures: Tensor, exact: Tensor, chunk_frames
     db, index = metrics.psnr(*pair), metrics.ssim(*pair)
     parts = [{"frames": [first, last], "psnr": float(db[first:last + 1].mean()), "ssim": float(index[first:last + 1].mean())}
              for first, last in windows(len(db), chunk_frames)]
-    # a bf16 cache is attended to where it lies, so what stands beside it here is not counted against it
+    # attention reads a bf16 cache in place, so the workspace is not counted for it
     peak = stats.stored_bytes if name.startswith("bf16") else stats.peak_bytes
     whole = {"psnr": float(db.mean()), "ssim": float(index.mean())}
     begun, settled = (parts[:1] or [whole])[0], parts[SETTLED:] or [whole]
@@ -143,7 +142,7 @@ def hardware(device: str) -> str:
 
 
 def draw(rows: dict[str, Tensor]) -> Image.Image:
-    """A row a run: a caption, and some moments of its video uint8 [F, H, W, 3]."""
+    """One row per run: a caption, and some frames of its video, uint8 [F, H, W, 3]."""
     font = ImageFont.load_default(13)
     frames, height, width, _ = next(iter(rows.values())).shape
     moments = torch.linspace(0, frames - 1, MOMENTS).round().long()
@@ -166,7 +165,7 @@ def write_video(path: Path, pictures: Tensor) -> None:
 
 
 def render(report: dict) -> str:
-    """The report as two tables."""
+    """The report as text: a table of runs, and a table of PSNR and SSIM by chunk."""
     runs = report["runs"]
     lines = [f"{report['frames']} frames ({report['latent_frames']} latent) of {report['size'][0]} x {report['size'][1]}, seed "
              f"{report['seed']}: {report['prompt']}", f"{report['hardware']}, torch {report['torch']}", "",

@@ -1,13 +1,13 @@
-"""Procedural scenes: textured shapes that move over a textured, panning background, each with a truthful description.
+"""Procedural scenes: textured shapes that move over a textured, panning background, each with an exact description.
 
-The picture is a torus: what leaves at one edge enters at the opposite one, and every background texture repeats with a
-period that divides both sides. So a scene never ends and its description stays true for a video of any length.
+The image wraps around: shapes that leave at one edge enter at the opposite one, and the period of every background texture divides both
+sides. So a scene never ends, and its description is true for a video of any length.
 
     scenes = [random_scene(generator) for _ in range(8)]
     video = render(place(scenes, generator), frames=81)         # [8, 3, 81, 128, 192] in -1..1
     prompts = [str(scene) for scene in scenes]
 
-Everything is drawn for the whole batch at once with signed distances, on whatever device the layout is on.
+The whole batch is drawn together with signed distances, on the device of the layout.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .prompts import COLOURS, DIRECTIONS, PATTERNS, SHAPES, TEXTURES, Background
 
 WIDTH, HEIGHT = 192, 128
 RADII = (18.0, 26.0)
-JITTER = 20.0  # pixels by which a thing that is not placed freely may miss its place
-EDGE = 1.5  # pixels over which an edge fades: a hard one cannot survive 8 x 8 compression
+JITTER = 20.0  # pixels of random offset of a thing with a fixed place
+EDGE = 1.5  # width of an edge in pixels: sharper ones do not survive 8 x 8 compression
 
 
 @dataclass
 class Layout:
-    """A batch of scenes as numbers: pixels and pixels a frame, (right, down). N things a scene, the first in front."""
+    """A batch of scenes as tensors, in pixels and pixels per frame, (right, down). N things per scene, the first in front."""
 
     shape: Tensor  # [B, N] index into SHAPES
     pattern: Tensor  # [B, N] index into PATTERNS
@@ -65,11 +65,10 @@ def random_scene(generator: torch.Generator) -> Scene:
 
 
 def place(scenes: Sequence[Scene], generator: torch.Generator, free: bool = True) -> Layout:
-    """Draw what the description leaves open: where things begin, how large they are, where the texture begins.
+    """Draw at random what the description leaves open: positions and sizes of the things, and the offset of the texture.
 
-    free: anywhere. Otherwise the first thing begins on the left and the second on the right, give or take, in the same
-    size over the same texture: a model that learns to begin so from a description has little to guess, and few sampling
-    steps suffice.
+    free: positions are anywhere. Otherwise the first thing starts about on the left and the second about on the right, with the same size
+    and texture offset: a model trained on that has little to guess at the start, and few sampling steps suffice.
     """
     batch = len(scenes)
     blank = Thing()
@@ -78,7 +77,7 @@ def place(scenes: Sequence[Scene], generator: torch.Generator, free: bool = True
     random = torch.rand(batch, 4, 2, generator=generator)
     if free:
         centre = random[:, :2] * frame
-        # the second thing begins at the far side of the torus, give or take, so that two never begin as one
+        # the second thing starts about half a frame away, so that the two never overlap at first
         centre[:, 1] = (centre[:, 0] + ((random[:, 1] - 0.5) * 0.4 + 0.5) * frame) % frame
         radius = RADII[0] + (RADII[1] - RADII[0]) * random[:, 2]
         phase = 64 * random[:, 3]
@@ -135,7 +134,7 @@ def _wrap(offset: Tensor, period: float) -> Tensor:
 
 
 def _fade(distance: Tensor) -> Tensor:
-    """Signed distance (negative inside), in pixels -> how much of the pixel is covered."""
+    """Signed distance in pixels (negative inside) -> coverage of the pixel, 0..1."""
     return (0.5 - distance / EDGE).clamp(0, 1)
 
 
@@ -151,7 +150,7 @@ def _distance(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
     length = (dx.square() + dy.square()).sqrt()
     square = torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius
     triangle = torch.maximum(dx.abs() * 0.866 - dy * 0.5, dy) - 0.58 * radius
-    # fold the plane into half of one of five arms, then measure to the line from the tip to the notch
+    # fold the plane into half of one of five arms, then measure the distance to the line from the tip to the notch
     arm = 2 * math.pi / 5
     angle = _wrap(torch.atan2(dx, -dy), arm).abs()
     tip, notch = 1.15, 0.5
@@ -170,7 +169,7 @@ def _pattern(dx: Tensor, dy: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _texture(x: Tensor, y: Tensor, texture: Tensor) -> Tensor:
-    """Where the background is marked, 0..1, in the order of TEXTURES. Periods divide 64, hence both sides."""
+    """Brightness 0..1 of the background, in the order of TEXTURES. Periods divide 64, hence both sides."""
     dots = _fade((_wrap(x, 32).square() + _wrap(y, 32).square()).sqrt() - 9)
     stripes = _fade(_wrap(x + y, 32).abs() / 2**0.5 - 5.6)
     checks = _fade(EDGE * (0.5 - 8 * _triangle_wave(x, 64) * _triangle_wave(y, 64)))

@@ -1,1 +1,1 @@
-"""What a person is shown: plans, charts, and how alike two videos are."""
+"""Output for users: plans, charts, and the similarity of two videos."""

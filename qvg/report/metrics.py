@@ -1,6 +1,6 @@
-"""How alike two videos are, frame by frame: PSNR, SSIM (Wang et al. 2004) and where they differ.
+"""Similarity of two videos, frame by frame: PSNR, SSIM (Wang et al. 2004) and a heat map of their differences.
 
-Videos are [F, H, W, 3] in 0..1, as ComfyUI's IMAGE. Work goes a few frames at a time, so that a long video needs no second copy.
+Videos are [F, H, W, 3] in 0..1, as ComfyUI's IMAGE. A few frames are compared at a time, so that long videos are not copied.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FRAMES_AT_ONCE = 16
-# what two equal frames get, since JSON and charts know no infinity
+# PSNR of equal frames, because JSON and charts have no infinity
 MOST_DB = 100.0
 LUMA = (0.299, 0.587, 0.114)
 WINDOW, SIGMA = 11, 1.5
@@ -18,28 +18,28 @@ C1, C2 = 0.01**2, 0.03**2
 
 
 def check_alike(a: Tensor, b: Tensor) -> None:
-    """Raises ValueError with a sentence when two videos cannot be compared frame by frame."""
+    """Raises ValueError if two videos differ in number or size of frames."""
     if a.shape[:3] != b.shape[:3]:
         first, second = (f"{len(video)} frames of {video.shape[2]} x {video.shape[1]}" for video in (a, b))
-        raise ValueError(f"The videos have {first} and {second}; they must have as many frames of the same size to be compared.")
+        raise ValueError(f"The videos have {first} and {second}; they must have the same number of frames and the same size.")
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """[F] in dB, at most MOST_DB."""
+    """PSNR of each frame in dB, [F], at most MOST_DB."""
     check_alike(a, b)
     mse = torch.cat([(x[..., :3].float() - y[..., :3].float()).square().mean(dim=(1, 2, 3)) for x, y in _parts(a, b)])
     return (-10 * mse.clamp(min=1e-30).log10()).clamp(max=MOST_DB)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """[F], of the luma, with a Gaussian window of 11 pixels; a smaller one where a side is shorter."""
+    """SSIM of each frame's luma, [F], with a Gaussian window of 11 pixels, or smaller if a side is shorter."""
     check_alike(a, b)
     luma = torch.tensor(LUMA, device=a.device)
     return torch.cat([similarity(x[..., :3].float() @ luma, y[..., :3].float() @ luma) for x, y in _parts(a, b)])
 
 
 def heat(a: Tensor, b: Tensor, most: float = 0.25) -> Tensor:
-    """Where they differ, [F, H, W, 3]: black where equal, through red and yellow to white where a channel is `most` or more away."""
+    """Heat map of the differences, [F, H, W, 3]: black where equal, through red and yellow to white where a channel differs by `most`."""
     check_alike(a, b)
     parts = []
     for x, y in _parts(a, b):
@@ -53,7 +53,7 @@ def _parts(a: Tensor, b: Tensor):
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of grey pictures [F, H, W] in 0..1 -> [F]."""
+    """SSIM of grey images [F, H, W] in 0..1 -> [F]."""
     size = min(WINDOW, *x.shape[1:])
     offset = torch.arange(size, device=x.device) - (size - 1) / 2
     window = torch.exp(-offset.square() / (2 * SIGMA**2))

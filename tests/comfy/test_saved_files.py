@@ -86,7 +86,7 @@ def test_tokens_are_those_of_cores_save_nodes(comfy):
 
 
 @pytest.mark.parametrize(("prefix", "words"), [
-    ("a/%date:yyyy-MM-dd%", r"%date:yyyy-MM-dd%, which nothing stands for"), ("%KSampler.seed%", "nothing stands for"),
+    ("a/%date:yyyy-MM-dd%", r"%date:yyyy-MM-dd%, which is not known"), ("%KSampler.seed%", "is not known"),
     ("", "has no name"), ("../../etc/x", "leads out of"), ("/etc/x", "leads out of"), ("a:b", "has a ':'"), ("x" * 250, "long"),
     ("a/\x07", "control"), ("aux.x/y", "for a device")])
 def test_names_that_cannot_be_are_refused(comfy, prefix, words):
