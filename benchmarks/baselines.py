@@ -1,7 +1,7 @@
-"""What quantized KV caches are usually compared with, written for the closed loop: all of their levels used, keys before RoPE.
+"""Common baselines for quantized KV caches, for the closed loop: all of their levels used, keys before RoPE.
 
-Each takes the place of a `qvg.codec.TensorCodec` and makes spans that count their own bytes. Codes have 2 or 4 bits, scales and zero
-points are E4M3 bytes, levels run from the smallest to the largest number of a group (asymmetric min-max).
+Each replaces a `qvg.codec.TensorCodec` and makes spans that count their own bytes. Codes have 2 or 4 bits, scales and zero points are E4M3
+bytes, and levels range from the smallest to the largest value of a group (asymmetric min-max).
 """
 
 from __future__ import annotations

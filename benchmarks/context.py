@@ -1,11 +1,11 @@
-"""Which frames of a context that arrives whole deserve a bit plane more: the newest, or others for the same bytes.
+"""Which frames of a context that arrives whole gain most from one more bit plane: the newest, or others for the same bytes.
 
     python -m comfyui_qvg.benchmarks.context [--videos 6] [--out DIR]
 
-The tiny model's own videos of 18 latent frames are stored at once, as a rebuilt context is, and their next chunk is made from the same
+The tiny model's own videos of 18 latent frames are stored together, as a rebuilt context is, and their next chunk is made from the same
 noise. Figures are latent PSNR against the exact history (power of the exact chunk over mean squared difference), of the chunk and of its
-first frame, with the standard error over videos. This model is tiny and keeps its history chunk by chunk; it shows what distance in time
-does, and makes no claim about any other model.
+first frame, with the standard error over videos. The tiny model keeps its history chunk by chunk: it shows the effect of distance in time,
+and says nothing about any other model.
 """
 
 from __future__ import annotations

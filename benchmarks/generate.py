@@ -1,14 +1,14 @@
-"""One chunk of the full-size causal Wan 1.3B at 832 x 480, with each way to keep its history.
+"""One chunk of the full-size causal Wan 1.3B at 832 x 480, with each method of storing its history.
 
     qvg bench generate [--small] [--out DIR] [--contexts 21 60 120 180] [--only balanced offload] [--limits 12 24]
 
-A chunk is four noisy passes and the clean one, which stores. Weights are random, which changes no timing and says nothing of quality; the
-history is filled with clusters of tokens. Each method has the device to itself while its milliseconds and bytes are taken, bf16 first and
-last. A card's clock follows its power and heat, so overhead is taken apart: chunk by chunk in turn with bf16, the other one first every
-second time, of which the median counts. Bytes are the allocator's peak during a chunk, less weights and less what the same pass needs
-without any history; what an offloaded cache keeps in host memory has a column of its own.
+A chunk is four noisy passes and the clean one, which stores. Weights are random, which does not change timing and says nothing about
+quality; the history is clusters of tokens. Each method is alone on the device while its milliseconds and bytes are measured, bf16 first and
+last. A card's clock depends on its power and heat, so overhead is measured separately: chunks alternate with bf16, the order swapped every
+second time, and the median counts. Bytes are the allocator's peak during a chunk, minus the weights and what the same pass needs without
+history; what an offloaded cache holds in host memory has a column of its own.
 
-`--limits` caps the allocator at so many GiB, weights included, fills the forecast's longest video, and runs its last pass.
+`--limits` caps the allocator at that many GiB, weights included, fills the longest video that the forecast allows, and runs its last pass.
 
     qvg bench generate --model longcat ...      a segment of LongCat-Video instead, see `benchmarks.longcat`
 """

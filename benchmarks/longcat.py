@@ -2,11 +2,11 @@
 
     qvg bench generate --model longcat [--small] [--out DIR] [--given 19] [--new 5] [--batch 2] [--rounds 5]
 
-Weights are random (27 GB in bf16), which changes no timing and says nothing of quality. Measured are a bf16 cache whose keys are turned
-before they are stored, which is quicker to read than the original's; caches that are encoded layer by layer; and the released order, in
-which all layers are stored in bf16 and then encoded. Steps are timed in turn with steps of the bf16 cache, which stays in memory for it.
-Bytes are the allocator's peak above what was held before a cache was made, less what the same pass needs without any history. A row is
-written as soon as it is measured. batch: conditions in a pass. At full size at most about 63 GiB are held: weights 25.3, bf16 cache 27.4.
+Weights are random (27 GB in bf16), which does not change timing and says nothing about quality. Measured are a bf16 cache whose keys are
+stored after RoPE, which is faster to read than the original's; caches that are encoded layer by layer; and the released order, in which all
+layers are stored in bf16 and then encoded. Steps alternate with steps of the bf16 cache, which therefore stays in memory. Bytes are the
+allocator's peak above what was held before the cache was made, minus what the same pass needs without history. Each row is written as soon
+as it is measured. batch: conditions per pass. At full size at most about 63 GiB are held: weights 25.3, bf16 cache 27.4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the benchmarks time, what they say of the machine, and how results are written."""
+"""Timing, environment and output of the benchmarks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AHEAD_CYCLES = 1_500_000
 
 
 def environment(device: torch.device, command: str) -> dict:
-    """Hardware, versions, command and date: what a figure has to be read with."""
+    """Hardware, versions, command and date, which belong to every figure."""
     try:
         from triton import __version__ as triton_version
     except ImportError:
@@ -138,7 +138,7 @@ def progress(text: str) -> None:
 
 @contextmanager
 def largest_misfit(value: float) -> Iterator[None]:
-    """Inside, codebooks serve until what they leave exceeds this, in units of what their training left; see `qvg.lifetime`."""
+    """Inside, a codebook is used until its residuals exceed this multiple of those of its training; see `qvg.cache.lifetime`."""
     before, lifetime.LARGEST_MISFIT = lifetime.LARGEST_MISFIT, value
     try:
         yield

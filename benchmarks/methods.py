@@ -1,7 +1,7 @@
-"""Ways to keep and read a KV cache, behind one interface, for `qvg bench generate`.
+"""Methods of storing and reading a KV cache, behind one interface, for `qvg bench generate`.
 
-A method is filled with `frames` latent frames of given keys and values, gives an `attend` for a pass (see `qvg.models.wan`), and lets its
-memory go. All turn, attend and copy with the same functions; they differ in what they store and how they read it.
+A method is filled with `frames` latent frames of given keys and values, has an `attend` for a pass (see `qvg.models.wan`), and frees its
+memory. All use the same functions for RoPE, attention and copies; they differ in what they store and how they read it.
 """
 
 from __future__ import annotations

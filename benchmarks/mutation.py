@@ -1,16 +1,15 @@
-"""Mutation testing: small faults, put into the code one at a time, and whether the tests of that part see them.
+"""Mutation testing: small faults are put into the code, one at a time, and the tests of that part should fail.
 
     python -m comfyui_qvg.benchmarks.mutation --workers 2 --out mutation.json
-    python -m comfyui_qvg.benchmarks.mutation --again mutation.json        # once more those that survived
+    python -m comfyui_qvg.benchmarks.mutation --again mutation.json        # repeat the mutants that survived
 
-cosmic-ray (the `dev` extra) finds what can be changed and changes it. A site is a place in the code; of `--count` sites, drawn by a hash of
-the seed and of the line around them, each gets one of its changes, so that an edit elsewhere draws the same sample. Left out are
-annotations, which nothing evaluates, `is` in place of `==`, and `attention._Ahead`, which only a GPU runs. Every worker has a copy of the
-tree and nothing else; no network is needed. What takes long to import is loaded once, and every mutant runs in a process forked from there,
-so not on Windows.
+cosmic-ray (the `dev` extra) finds and makes the changes. A site is a place in the code; `--count` sites are sampled by a hash of the seed
+and of the line, and each gets one of its changes, so an edit elsewhere does not change the sample. Excluded are annotations, which are not
+evaluated, `is` in place of `==`, and `attention._Ahead`, which runs only on a GPU. Every worker has its own copy of the tree; no network is
+needed. Slow imports are done once, and every mutant runs in a process forked from there, so this does not run on Windows.
 
-A mutant is killed when a test fails, or when its tests take `SECONDS` of processor time, which is several times what they need. Mutants are
-tried in the order of their hashes, so that a run that is broken off has tried a sample, too; `--again` goes on from there.
+A mutant is killed when a test fails, or when its tests take `SECONDS` of processor time, several times what they need. Mutants run in the
+order of their hashes, so an interrupted run is also a sample; `--again` continues it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# what is changed, and the tests of that part, those that see most first; what survives is shown to the slower ones of `SLOWER`, too
+# modules, and the tests of each, most effective first; survivors also run the slower tests of `SLOWER`
 PARTS = {
     "qvg/codec/qvg.py": ["test_precision", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper", "test_finite"],
     "qvg/codec/smoothing.py": ["test_precision", "test_attention", "test_codec", "test_finite"],
@@ -58,7 +57,7 @@ SLOWER = {
     "qvg/attention/cached.py": ["test_offload"],
     "qvg/video/sampler.py": ["test_segments", "test_storage"],
 }
-# in Triton's interpreter: only among the slower ones
+# tests in Triton's interpreter run only among the slower ones
 SKIPPED = "not triton and not kernel"
 PRELOADED = ["torch", "numpy", "pytest", "hypothesis", "safetensors.torch"]
 ONLY_ON_GPU = "_Ahead"
@@ -81,7 +80,7 @@ class Mutant:
 
 
 def unused(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """((line, column), (line, column)) of every annotation, and of classes of which no line runs here."""
+    """((line, column), (line, column)) of every annotation, and of classes that only a GPU runs."""
     found = []
     for node in ast.walk(ast.parse(source)):
         parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
@@ -92,7 +91,7 @@ def unused(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def changes(source: str) -> dict[tuple, list[tuple[str, int]]]:
-    """What can be changed at every site: ((line, column), (line, column)) -> cosmic-ray's operators and the number of the occurrence."""
+    """Possible changes by site: ((line, column), (line, column)) -> cosmic-ray's operators, each with the number of the occurrence."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 

@@ -1,7 +1,7 @@
-"""The shapes that videos come in, for the closed loop of `qvg bench quality`: how many latent frames are made at a time, and what changes.
+"""Patterns of videos for the closed loop of `qvg bench quality`: chunk lengths, sizes, and changes of content.
 
-A codebook or any other statistic that is gathered from one chunk meets chunks of other lengths, other pictures and other prompts. So a
-method is measured on all of these, each as its own loop of the tiny model.
+A codebook trained on one chunk is later used for chunks of other lengths, content and prompts. So a method is measured on all of these,
+each as its own loop of the tiny model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .baselines import Noise
 
 @dataclass(frozen=True)
 class Pattern:
-    """frames: latent frames of the video; scale: of height and width; switch: another prompt from the middle on; cut: the first half is
-    given, and is one scene in its first half and another in its second."""
+    """frames: latent frames of the video; scale: of height and width; switch: another prompt from the middle on; cut: the first half of the
+    video is given and has a cut in its middle."""
 
     name: str
     frames: int = 24

@@ -1,6 +1,6 @@
-"""Other people's packages, where they are installed: measured beside ours on the same tensors.
+"""Packages of other projects, if installed, for measurements on the same tensors.
 
-Both come from PyPI as wheels and are installed with --no-deps, since quant-videogen pins a torch of its own.
+Both come from PyPI as wheels and are installed with --no-deps, because quant-videogen pins a torch version.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _import(load: Callable):
-    """What `load` returns, or the sentence that says why there is nothing."""
+    """The result of `load`, or the reason of its failure as a sentence."""
     try:
         return load()
     except Exception as error:

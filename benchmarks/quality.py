@@ -1,18 +1,18 @@
-"""The closed loop on the tiny model: how far a video drifts from the one with an exact cache, against true bits per element.
+"""The closed loop on the tiny model: how far a video drifts from the one with an exact cache, against real bits per element.
 
     qvg bench quality [--small] [--frames N] [--videos N] [--only METHOD ...] [--out DIR]
     qvg bench quality --patterns [NAME ...] [--videos N] [--only METHOD ...]
 
 Every method makes the same videos from the same noise: once free-running (its own frames are its history) and once teacher-forced (the
-history is the exact video's, encoded once, so a chunk shows what a method injects and not what it propagates). Figures are PSNR and SSIM of
-decoded pictures against the exact cache: of the first chunk that reads a quantized history, and the mean from the third chunk on; the
-spread is the standard error over videos. A second exact run and a cache with 1e-3 noise show what a difference of nothing looks like.
-With --patterns the presets and the released method make videos in every pattern of `patterns`: chunks of other lengths, a start image,
-frames of twice the size, a prompt switch, a cut, 20 chunks. Figures are dB of latents against the exact cache, from the third chunk on, and
-over the last quarter of the video.
+history is the exact video's, encoded once, so a chunk has the error that a method adds, without the error that it propagates). Figures are
+PSNR and SSIM of decoded frames against the exact cache: of the first chunk that reads a quantized history, and the mean from the third
+chunk on; the spread is the standard error over videos. A second exact run and a cache with 1e-3 noise are the controls. With --patterns the
+presets and the released method make videos in every pattern of `patterns`: chunks of other lengths, a start image, frames of twice the
+size, a prompt switch, a cut, 20 chunks. Figures are dB of latents against the exact cache, from the third chunk on, and over the last
+quarter of the video.
 
-Bits count codes, scales, ids and codebooks of the tensors that are held when the video ends. This model is tiny and made for tests: the
-order of methods is a lead, its decibels are its own.
+Bits include codes, scales, ids and codebooks of the tensors that are held when the video ends. The model is tiny and made for tests: the
+order of methods is an indication, the decibels are its own.
 """
 
 from __future__ import annotations

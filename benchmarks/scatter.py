@@ -1,4 +1,4 @@
-"""A scatter plot with Pillow alone: bits per element against dB, with the line of those that nothing beats."""
+"""A scatter plot, drawn with Pillow: bits per element against dB, with the Pareto frontier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = {"qvg": (31, 111, 180), "preset": (20, 150, 90), "paper": (205, 90, 30
 
 
 def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that have more of y than every point with less x."""
+    """The points whose y exceeds that of all points with smaller x."""
     best, kept = float("-inf"), []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if y > best:

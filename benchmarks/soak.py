@@ -3,11 +3,11 @@
     python -m comfyui_qvg.benchmarks.soak flat --chunks 2000
     python -m comfyui_qvg.benchmarks.soak kill --times 50
 
-`flat` makes a video through `qvg.generate` with a window and a budget, decodes and encodes every chunk, and reads the process's resident
-memory after each. `kill` makes a video in a process that is killed (SIGKILL) after random times and resumed until it is done, and compares
-file and session with those of a run that nobody disturbed. Both end with a non-zero status where a claim does not hold.
+`flat` makes a video with a window and a budget, decodes and encodes every chunk, and reads the process's resident memory after each.
+`kill` makes a video in a process that is killed (SIGKILL) at random times and resumed until the video is complete, and compares file and
+session with those of an uninterrupted run. Both print JSON, and exit with a non-zero status if a claim fails.
 
---model tiny takes the trained tiny model; small takes a random network of two layers over 16 x 32 pixels, for tests.
+--model tiny is the trained tiny model; small is a random network of two layers over 16 x 32 pixels, for tests.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ def job(folder: Path, latent: tuple[int, int], chunks: int, steps: int, budget_m
 
 
 def resident_bytes() -> int:
-    """Of this process, without what is mapped from files."""
+    """Resident memory of this process, without file mappings."""
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Anonymous:"))
 
 
 def frames_in(path: Path) -> int:
-    """Frames that can really be decoded."""
+    """Number of frames that can be decoded."""
     with av.open(str(path)) as video:
         return sum(1 for _ in video.decode(video=0))
 
 
 def flat(model: str, chunks: int, steps: int, budget_mib: float, settled: int) -> dict:
-    """Resident memory after chunk `settled` and after the last, in bytes; the most that the cache ever took; frames in the file."""
+    """Bytes of resident memory after chunk `settled` and at the end, the cache's peak, and the frames in the file."""
     network, vae, embed, latent = MODELS[model]()
     began, resident, most = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,7 @@ def flat(model: str, chunks: int, steps: int, budget_mib: float, settled: int) -
                 if len(resident) % 100 == 0:
                     progress(f"{len(resident)} chunks, {resident[-1]} resident bytes, {time.monotonic() - began:.0f} s")
         frames = frames_in(todo.out)
-    # the allocator breathes, so a stretch is compared with a stretch
+    # memory fluctuates with the allocator, so medians of many chunks are compared
     width = max(1, (chunks - settled) // 10)
     before, after = (sorted(part)[len(part) // 2] for part in (resident[settled:settled + width], resident[-width:]))
     return {"model": model, "chunks": chunks, "steps": steps, "torch": torch.__version__, "seconds": round(time.monotonic() - began, 1),
@@ -102,7 +102,7 @@ def flat(model: str, chunks: int, steps: int, budget_mib: float, settled: int) -
 
 
 def work(model: str, folder: Path, chunks: int, steps: int) -> None:
-    """One process of `kill`: begin, or go on where the last one was killed."""
+    """One process of `kill`: start, or continue where the previous one was killed."""
     network, vae, embed, latent = MODELS[model]()
     # a run that was killed before its first checkpoint starts over
     todo, session = replace(job(folder, latent, chunks, steps, 64), overwrite=True), None
@@ -115,7 +115,7 @@ def work(model: str, folder: Path, chunks: int, steps: int) -> None:
 
 
 def kill(model: str, chunks: int, steps: int, times: int, seed: int) -> dict:
-    """Kill a run until it has been killed `times` times, then let it finish; what came out of it against an undisturbed run."""
+    """Kill a run `times` times, then let it finish, and compare the result with that of an uninterrupted run."""
     draw, killed, unreadable, orphans, began = random.Random(seed), 0, 0, [], time.monotonic()
     with tempfile.TemporaryDirectory() as top:
         folders = [Path(top) / name for name in ("whole", "killed")]
@@ -152,7 +152,7 @@ def _command(model: str, folder: Path, chunks: int, steps: int) -> list[str]:
 
 
 def _readable(folder: Path) -> bool:
-    """Whether every file that the killed run left can be opened: the session whole, the video with the frames that the session knows."""
+    """Whether the files of the killed run can be read: the session, and in the video at least the frames that the session records."""
     session, video = folder / "video.session.safetensors", folder / "video.mp4"
     if not session.is_file():
         return True

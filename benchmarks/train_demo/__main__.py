@@ -1,10 +1,10 @@
-"""Train the tiny model from scratch, in minutes on one GPU, and look at it.
+"""Train the tiny model from scratch, in minutes on one GPU, and inspect it.
 
     python -m comfyui_qvg.benchmarks.train_demo --out DIR
 
-writes the two weight files, contact sheets (one row a prompt, eight moments of the video) from text and from start
-images, and prints losses and how closely a video continued from a still follows the truth. `--resume DIR` starts from
-weight files; a stage of 0 minutes is skipped. On a CPU, `--toy` runs every stage for seconds to see that it works.
+writes the two weight files and contact sheets (one row per prompt, eight frames of the video) from text and from start images, and prints
+losses and the PSNR of a video continued from a still. `--resume DIR` starts from weight files; a stage of 0 minutes is skipped. On a CPU,
+`--toy` runs every stage for seconds as a check.
 """
 
 from __future__ import annotations

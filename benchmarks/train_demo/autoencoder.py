@@ -1,11 +1,11 @@
-"""The tiny VAE: first on still scenes, then on clips that grow longer, with noise on normalized latents in place of a KL term.
+"""Training of the tiny VAE: first on still scenes, then on longer and longer clips, with noise on normalized latents instead of a KL term.
 
-During training the latents are normalized by the batch's own statistics, per channel, and noise is added before they
-are decoded. So every channel carries signal, no channel can collapse or grow, and the decoder tolerates what a small
-diffusion model leaves. At the end the true statistics, and Wan's constants, are folded into the two 1x1x1 convolutions
-around the latent: whoever normalizes as Wan does sees zero mean and unit variance.
+During training, latents are normalized by the batch's statistics, per channel, and noise is added before they are decoded. So every channel
+carries signal, none can collapse or grow, and the decoder tolerates the errors of a small diffusion model. At the end the real statistics,
+and Wan's constants, are folded into the two 1x1x1 convolutions around the latent, so that Wan's normalization gives zero mean and unit
+variance.
 
-Width 8 makes a network of a thousand small kernels, so on a GPU a whole step is recorded once and replayed.
+A network of width 8 consists of a thousand small kernels, so on a GPU a whole step is captured once and replayed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training by the clock: stages end when their minutes are over, and learning rates follow the time that is left."""
+"""Training for a fixed time: stages end after their minutes, and learning rates depend on the time left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class Clock:
-    """`minutes` of wall time from now; `schedule` warms up, holds, and falls to zero at the end."""
+    """`minutes` of wall time from now. The learning-rate `schedule` warms up, holds, and decays to zero at the end."""
 
     def __init__(self, minutes: float, warmup: float = 0.03, decay: float = 0.5):
         self.start, self.seconds = time.monotonic(), max(minutes * 60, 1e-6)

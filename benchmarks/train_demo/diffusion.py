@@ -1,16 +1,14 @@
-"""The tiny causal Wan: teacher forcing, then training on its own context.
+"""Training of the tiny causal Wan: teacher forcing, then training on its own context.
 
-One sequence holds a clip twice, clean at timestep 0 and noisy. A clean token sees clean chunks up to its own, as in the
-sampler's clean pass; a noisy token sees the clean chunks before its own and its own noisy chunk, as in a sampling step.
-So one pass trains every chunk of the clip at once. The target is the flow (noise minus video), and the noise levels are
-mostly the four at which released models are sampled.
+One sequence has a clip twice, clean at timestep 0 and noisy. A clean token attends to clean chunks up to its own, as in the sampler's clean
+pass; a noisy token attends to the earlier clean chunks and its own noisy chunk, as in a sampling step. So one pass trains all chunks of the
+clip. The target is the flow (noise minus video), and the noise levels are mostly the four at which released models are sampled.
 
-A model trained on perfect context drifts when it has to live on its own. In the second stage part of the clean half is
-what the model itself makes of the clip, several passes deep, while the target stays the true clip: it learns to put
-right what it does wrong.
+A model trained on exact context drifts when it runs on its own output. In the second stage, part of the clean half is the model's own
+output, several passes deep, while the target is still the true clip: it learns to correct its errors.
 
-Half of all steps use chunks of 3 frames from the start, on clips that begin as text describes them; the other half give
-the first frame a chunk to itself, which is how a video continues a still image, on clips that begin anywhere.
+Half of the steps use chunks of 3 frames from the start, on clips that begin as text describes them; the other half have a first chunk of
+one frame, as when a video continues a still image, on clips that begin anywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generation with an exact cache, a batch of prompts at a time, to look at what training made."""
+"""Generation with an exact cache, a batch of prompts at a time, to inspect a trained model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .diffusion import SIGMAS
 
 
 class ExactCache:
-    """Keys (turned) and values of every committed frame; an `attend` for the chunk that `begin` announced."""
+    """Keys (after RoPE) and values of all stored frames; `begin` returns an `attend` for the next chunk."""
 
     def __init__(self):
         self.rope, self.frames, self.kept, self.fresh = Rope(HEAD_DIM, GRID), 0, {}, {}
