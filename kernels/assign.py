@@ -32,33 +32,33 @@ def nearest(x, table, norms, count, last, D: tl.constexpr, TOKENS: tl.constexpr,
     score and get a valid id.
     """
     best = tl.full((TOKENS,), float("-inf"), tl.float32)
-    number = tl.arange(0, BLOCK)
+    centroid = tl.arange(0, BLOCK)
     # offsets within a block are constants, which cost no instruction
-    within = number[:, None] * D + tl.arange(0, D)[None, :]
+    within = centroid[:, None] * D + tl.arange(0, D)[None, :]
     for start in range(0, count, BLOCK):
         block = tl.load(table + start * D + within)
-        score = tl.dot(x, tl.trans(block), input_precision="ieee") - tl.load(norms + start + number)[None, :]
-        bits = (score.to(tl.int32, bitcast=True) & -256) | ((255 - start) - number)[None, :]
+        score = tl.dot(x, tl.trans(block), input_precision="ieee") - tl.load(norms + start + centroid)[None, :]
+        bits = (score.to(tl.int32, bitcast=True) & -256) | ((255 - start) - centroid)[None, :]
         best = tl.maximum(best, tl.max(bits.to(tl.float32, bitcast=True), axis=1))
     return tl.minimum(255 - (best.to(tl.int32, bitcast=True) & 255), last)
 
 
 @triton.jit
-def prepare(block, table, norms, at, number, count, D: tl.constexpr):
-    """Store float32 centroids [BLOCK, D] and half their squared norms for `nearest`, as rows `at + number` of `table` and `norms`. Rows
+def prepare(block, table, norms, at, centroid, count, D: tl.constexpr):
+    """Store float32 centroids [BLOCK, D] and half their squared norms for `nearest`, as rows `at + centroid` of `table` and `norms`. Rows
     from `count` on are padding and never the nearest."""
-    place = (at + number)[:, None] * D + tl.arange(0, D)[None, :]
+    place = (at + centroid)[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(table + place, block.to(table.dtype.element_ty))
-    tl.store(norms + at + number, tl.where(number < count, 0.5 * tl.sum(block * block, axis=1), 3e38))
+    tl.store(norms + at + centroid, tl.where(centroid < count, 0.5 * tl.sum(block * block, axis=1), 3e38))
 
 
 @triton.jit(do_not_specialize=["count", "padded"])
 def prepare_kernel(centroids, table, norms, count, padded, D: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (blocks of centroids, rows)."""
     row = tl.program_id(1).to(tl.int64)
-    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = (row * count + number)[:, None] * D + tl.arange(0, D)[None, :]
-    prepare(tl.load(centroids + place, mask=(number < count)[:, None], other=0.0), table, norms, row * padded, number, count, D)
+    centroid = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = (row * count + centroid)[:, None] * D + tl.arange(0, D)[None, :]
+    prepare(tl.load(centroids + place, mask=(centroid < count)[:, None], other=0.0), table, norms, row * padded, centroid, count, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "last"])

@@ -2,7 +2,8 @@
 
 Reference: `qvg.cache.kv_cache.LayerCache.read`. One launch reads all spans of one kind, K and V together (`jobs`).
 
-A program decodes one head at the same places of all frames of a span, a tile of TOKENS at a time, so it loads the rotation angles of few
+A place is the position of a token within its frame. A program decodes one head at the same places of all frames of a span, a tile of TOKENS
+at a time, so it loads the rotation angles of few
 places. A thread holds one octet of channels of one token (`octets`), or two that lie half a head apart: a byte of each plane, eight bytes
 of each centroid, sixteen bytes of output, and nothing moves between threads. For a bf16 workspace on an NVIDIA GPU an octet is computed as
 four float16 pairs (`halves`), otherwise in float32.
@@ -140,12 +141,12 @@ def _prefetch_span(data, scales, ids, first, places, span_frames, share, BITS: t
 
 
 @triton.jit
-def _load_centroids(centroids, chosen, octet, STAGES: tl.constexpr, D: tl.constexpr, OCTETS: tl.constexpr, PARTS: tl.constexpr):
+def _load_centroids(centroids, selected, octet, STAGES: tl.constexpr, D: tl.constexpr, OCTETS: tl.constexpr, PARTS: tl.constexpr):
     """The E4M3 codes of the selected centroids of every stage and part: int64 [TOKENS, OCTETS] each."""
     words = ()
     for stage in tl.static_range(STAGES):
         codes = centroids[0].to(tl.pointer_type(tl.int64)) + stage * (centroids[1] // 8)
-        codes += chosen[stage].to(tl.int32) * (D // 8) + octet
+        codes += selected[stage].to(tl.int32) * (D // 8) + octet
         parts = ()
         for part in tl.static_range(PARTS):
             parts = parts + (tl.load(codes + part * OCTETS),)
@@ -198,8 +199,8 @@ def _decode_tile(data, scales, ids, centroids, local, channel,
         tile = tl.reshape(tile, (TOKENS, D))
     if KIND == PAPER:
         for stage in tl.static_range(STAGES):
-            chosen = tl.load(ids[0] + stage * ids[2] + local * ids[1]).to(tl.int32)
-            tile += tl.load(centroids[0] + stage * centroids[1] + chosen * D + channel).to(tl.float32)
+            selected = tl.load(ids[0] + stage * ids[2] + local * ids[1]).to(tl.int32)
+            tile += tl.load(centroids[0] + stage * centroids[1] + selected * D + channel).to(tl.float32)
         # the released package rounds to bf16 first
         tile = round_to_bfloat16(tile)
     return tile
@@ -258,8 +259,8 @@ def decode_kernel(
     PREFETCH: tl.constexpr,
 ):
     """One head at `share` tiles of places of every frame of one span. Grid: (blocks of places, heads, spans * batches)."""
-    number = first_job + tl.program_id(2) // batches
-    job = jobs + number * COLUMNS
+    index = first_job + tl.program_id(2) // batches
+    job = jobs + index * COLUMNS
     span_frames = tl.load(job + FRAMES).to(tl.int32)
     batch = tl.program_id(2) % batches
     head = tl.program_id(1)
@@ -281,7 +282,7 @@ def decode_kernel(
     # everything that the loop needs of a job is loaded before it: after a store the compiler would load it again
     data, scales, ids, centroids = span_addresses(job, row, dtype, KIND, BITS, STAGES, HAS_ZEROS)
     if KIND == PLANES:
-        sizes, factors = _plane_factors(job, levels + number * 8, row, rows, octet, BITS, STAGES, D, OCTETS, PARTS, NVIDIA,
+        sizes, factors = _plane_factors(job, levels + index * 8, row, rows, octet, BITS, STAGES, D, OCTETS, PARTS, NVIDIA,
                                         NATIVE_E4M3)
     first_frame = tl.load(job + FRAME).to(tl.int32) + origin
 
@@ -303,8 +304,8 @@ def decode_kernel(
         next_place = tl.minimum(first + within, places - 1)
         next_local = next_frame * places + next_place
         if KIND == PLANES:
-            bits, scale, chosen = ahead
-            words = _load_centroids(centroids, chosen, octet, STAGES, D, OCTETS, PARTS)
+            bits, scale, selected = ahead
+            words = _load_centroids(centroids, selected, octet, STAGES, D, OCTETS, PARTS)
             # the next tile's bytes arrive while this one is computed
             ahead = fetch(next_local, octet, data[0], data[1], data[2], data[3], scales[0], ids[0], ids[2], BITS, STAGES, GROUPS, OCTETS,
                           PARTS)

@@ -59,11 +59,11 @@ def prepare_kernel(codes, other_codes, units, other_units, channel_scale, other_
         unit = tl.load(tl.where(side == 0, units, other_units) + index * D + channel).to(tl.float32)
         if tl.program_id(0) == 0:
             tl.store(factor, -unit)
-        number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        code = tl.load(tl.where(side == 0, codes, other_codes) + (index * count + number)[:, None] * D + channel,
-                       mask=(number < count)[:, None], other=0)
+        centroid = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        code = tl.load(tl.where(side == 0, codes, other_codes) + (index * count + centroid)[:, None] * D + channel,
+                       mask=(centroid < count)[:, None], other=0)
         at = ((side * STAGES + stage) * rows + row) * padded
-        prepare(e4m3_to_float32(code, NATIVE_E4M3) * unit, table, norms, at, number, count, D)
+        prepare(e4m3_to_float32(code, NATIVE_E4M3) * unit, table, norms, at, centroid, count, D)
 
 
 @triton.jit
@@ -109,9 +109,10 @@ def encode_kernel(
         # loaded from the cache again; registers that keep it would cost occupancy
         y = _residual(x, words, factors, found, held, octet, x_token, rows * count, stage, D, TOKENS, NATIVE_E4M3)
         at = ((side * STAGES + stage) * rows + row) * padded
-        chosen = nearest(tile_of(y, TOKENS, D).to(table.dtype.element_ty), table + at * D, norms + at, padded, count - 1, D, TOKENS, BLOCK)
-        tl.store(tl.where(side == 0, ids, other_ids) + (stage * rows + row) * tokens + first + local, chosen.to(tl.uint8), mask=mask)
-        found = found + (chosen,)
+        tile = tile_of(y, TOKENS, D).to(table.dtype.element_ty)
+        selected = nearest(tile, table + at * D, norms + at, padded, count - 1, D, TOKENS, BLOCK)
+        tl.store(tl.where(side == 0, ids, other_ids) + (stage * rows + row) * tokens + first + local, selected.to(tl.uint8), mask=mask)
+        found = found + (selected,)
     y = _residual(x, words, factors, found, held, octet, x_token, rows * count, STAGES, D, TOKENS, NATIVE_E4M3)
     y = _times(y, float32_octet(factors + STAGES * D + 8 * octet))
 

@@ -128,9 +128,9 @@ def encode_kernel(
         # keeps the loads of factors inside the loop; there are no registers for their results outside
         again = opaque_zero()
         for stage in gl.static_range(STAGES):
-            chosen = nearest(y, ones, tables[stage], parts[stage], upper, count - 1, C, N, CLAMPS, L)
-            gl.store(ids + (rows.to(gl.int64) * tokens * stage + first) + local, chosen.to(gl.uint8), mask=local <= last - first)
-            y = subtract_pairs(y, gl.load(words + stage * C * (D // 2) + (chosen[:, None] * (D // 2) + word_offset(word, D)[None, :])))
+            selected = nearest(y, ones, tables[stage], parts[stage], upper, count - 1, C, N, CLAMPS, L)
+            gl.store(ids + (rows.to(gl.int64) * tokens * stage + first) + local, selected.to(gl.uint8), mask=local <= last - first)
+            y = subtract_pairs(y, gl.load(words + stage * C * (D // 2) + (selected[:, None] * (D // 2) + word_offset(word, D)[None, :])))
         if BITS <= 2:
             following = load_tokens(x, x_token, token + T, last, word)
         rms, bytes = quantize_tile(y, factor.index(again), b0, b1, b2, b3, b4, b5, b6, GROUPS, BITS)

@@ -18,9 +18,9 @@ from .hopper_pairs import pair_of
 @gluon.jit
 def load_centroids(codes, units, index, count, LAYOUT: gl.constexpr, START: gl.constexpr, N: gl.constexpr, D: gl.constexpr):
     """E4M3 codes [N, D] of a row and stage from centroid START on, and their channel units [D]."""
-    number = START + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
+    centroid = START + gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
-    code = gl.load(codes + (index * count + number)[:, None] * D + channel[None, :], mask=(number < count)[:, None], other=0)
+    code = gl.load(codes + (index * count + centroid)[:, None] * D + channel[None, :], mask=(centroid < count)[:, None], other=0)
     return code, gl.load(units + index * D + channel)
 
 
@@ -35,9 +35,9 @@ def prepare_centroids(loaded, table, parts, left, WARPS: gl.constexpr):
     code, unit = loaded
     N: gl.constexpr = code.shape[0]
     D: gl.constexpr = code.shape[1]
-    number = gl.arange(0, N, layout=gl.SliceLayout(1, code.type.layout))
+    centroid = gl.arange(0, N, layout=gl.SliceLayout(1, code.type.layout))
     values = code.to(gl.float8e4nv, bitcast=True).to(gl.float32) * unit.to(gl.float32)[None, :]
-    rest = gl.where(number < left, -0.5 * gl.sum(values * values, axis=1), -3e38)
+    rest = gl.where(centroid < left, -0.5 * gl.sum(values * values, axis=1), -3e38)
     low, high = gl.split(gl.reshape(values, (N, D // 2, 2)))
     pairs = pair_of(low, high)
     table.store(as_operand(channels_of(pairs, N, D), N, D))
@@ -58,9 +58,9 @@ def store_centroids(words, pairs):
     """Centroids, pairs of bf16 [C, D / 2], to global memory in the order of `word_offset`."""
     C: gl.constexpr = pairs.shape[0]
     WIDTH: gl.constexpr = pairs.shape[1]
-    number = gl.arange(0, C, layout=gl.SliceLayout(1, pairs.type.layout))[:, None]
+    centroid = gl.arange(0, C, layout=gl.SliceLayout(1, pairs.type.layout))[:, None]
     word = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, pairs.type.layout))
-    gl.store(words + (number * WIDTH + word_offset(word, 2 * WIDTH)[None, :]), pairs)
+    gl.store(words + (centroid * WIDTH + word_offset(word, 2 * WIDTH)[None, :]), pairs)
 
 
 @gluon.jit
@@ -107,11 +107,11 @@ def _best(score, upper, START: gl.constexpr):
     T: gl.constexpr = score.shape[0]
     N: gl.constexpr = score.shape[1]
     # the compiler knows a column's index except bits 2 and 4, which are subtracted from the best of a thread's columns later
-    number = gl.arange(0, N, layout=gl.SliceLayout(0, score.type.layout)) & -7
+    centroid = gl.arange(0, N, layout=gl.SliceLayout(0, score.type.layout)) & -7
     # one instruction, where the compiler would use two
     bits = gl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r",
-        args=[score.to(gl.int32, bitcast=True), upper, ((number + START) ^ 255)[None, :]], dtype=gl.int32, is_pure=True, pack=1)
+        args=[score.to(gl.int32, bitcast=True), upper, ((centroid + START) ^ 255)[None, :]], dtype=gl.int32, is_pure=True, pack=1)
     return gl.max(gl.max(gl.reshape(bits.to(gl.float32, bitcast=True), (T, N // 8, 4, 2)), axis=3), axis=1)
 
 

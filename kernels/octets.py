@@ -63,7 +63,7 @@ def fetch(local, octet, data, plane1, plane2, plane3, scales, ids, id_stage,
           BITS: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, OCTETS: tl.constexpr, PARTS: tl.constexpr):
     """Everything that is loaded of a tile's tokens before the centroids: planes and codes of scales for each of the PARTS into which the
     octets of a token are divided, and ids of every stage. Each word holds two planes (`_interleave`): the first two, then the others."""
-    bits, codes, chosen = (), (), ()
+    bits, codes, selected = (), (), ()
     for part in tl.static_range(PARTS):
         # constants come last, so that the compiler folds them into the instruction
         at = local * (OCTETS * PARTS) + octet
@@ -81,8 +81,8 @@ def fetch(local, octet, data, plane1, plane2, plane3, scales, ids, id_stage,
                 code = tl.where(octet >= more * (OCTETS * PARTS // GROUPS), tl.load(group + more), code)
         codes = codes + (code,)
     for stage in tl.static_range(STAGES):
-        chosen = chosen + (tl.load(ids + stage * id_stage + local),)
-    return bits, codes, chosen
+        selected = selected + (tl.load(ids + stage * id_stage + local),)
+    return bits, codes, selected
 
 
 @triton.jit

@@ -1,7 +1,6 @@
-"""What the kernel that decodes is told of spans: a row of a table each, made once and kept as long as a span is as it was.
+"""Launches of `decode`: a `Reader` keeps the job table and the levels of a layer's spans between reads. Reference: `qvg.cache.read.read`.
 
-Reference: `qvg.cache.read.read`. A `Reader` keeps one row of addresses, strides and levels per span, so that one launch
-covers all spans of one kind, K and V together.
+One launch reads all spans of one kind, K and V together. A row of the table is built once and kept while its span is unchanged.
 """
 
 from __future__ import annotations
@@ -47,25 +46,24 @@ from .jobs import (
 from .tiles import HEAD_DIMS, converts_e4m3, major, no_kernel_for, platform
 
 MAX_LEVELS = 8
-# offsets of a row's bytes within a span of planes are 32 bits wide
+# offsets within a row of a span of planes have 32 bits
 MAX_TOKENS = 1 << 20
 MIN_FRAMES = 64
 
 
 class Angles:
-    """cos and sin of every position that a cache has met, shared by its layers.
+    """cos and sin of all positions of a run, shared by its layers.
 
-    table: int64 [frames + places, 4, D / 8], cos in the low half and sin in the high; the four pairs of an octet of channels lie one
-    after the other along the middle axis. A row of a frame fills the pairs that turn with time, a row of a place those that turn with
-    its line and column. Row `origin` is frame 0.
-    pairs: int64 [frames + places, 2, D / 8], the same as float16, two pairs a number.
+    table: int64 [frames + places, 4, D / 8], cos in the low half and sin in the high. The middle axis are the four channel pairs of an
+    octet. A frame's row has the pairs that rotate with time, a place's row those that rotate with its line and column. Row `origin` is
+    frame 0. pairs: int64 [frames + places, 2, D / 8], the same as float16, two angles in an element.
     """
 
     def __init__(self, rope):
         self._rope, self.frames, self.origin, self.table, self.pairs = rope, 0, 0, None, None
 
     def reach(self, first: int, last: int, device) -> None:
-        """Make the table cover frames `first` to `last`, with room for a video that grows."""
+        """Make the table cover frames `first` to `last`, and more, because a video grows."""
         if -self.origin <= first and last < self.frames - self.origin:
             return
         self.origin = max(self.origin, -2 * first)
@@ -82,7 +80,7 @@ class Angles:
 
 @dataclass(frozen=True)
 class Row:
-    """What the job table says of a span. It does not keep the span, whose memory must be free when the cache lets it go."""
+    """A span's row of the job table, and its levels. The reference is weak, so that the span is freed when the cache evicts it."""
 
     span: weakref.ref
     bits: int
@@ -92,7 +90,7 @@ class Row:
 
 
 class Reader:
-    """Reads spans given as (key span, value span, frames, position of the first), oldest first. It holds addresses."""
+    """Decodes spans given as (key span, value span, frames, position of the first frame), oldest first. It keeps addresses, not tensors."""
 
     def __init__(self, rope, head_dim: int, dtype: torch.dtype, device, angles: Angles | None = None):
         if head_dim not in HEAD_DIMS:
@@ -111,7 +109,7 @@ class Reader:
         return row if row is not None and row.span() is span and row.bits == span.bits else None
 
     def update(self, entries: list[tuple]) -> None:
-        """Take these spans from now on. Raises Unsupported with the reason when one is beyond the kernel."""
+        """Read these spans from now on. Raises Unsupported with the reason when the kernel cannot decode one of them."""
         places = [(id(key), id(value), position) for key, value, _, position in entries]
         if places == self._places and all(self._row(span) for entry in entries for span in entry[:2]):
             return
@@ -144,9 +142,9 @@ class Reader:
         self._places = places
 
     def __call__(self, heads: slice, all_heads: int, keys: Tensor, values: Tensor) -> None:
-        """Fill keys and values [B, T, h, D] with some heads of every span."""
+        """Write some heads of every span to keys and values [B, T, h, D]."""
         if keys.stride() != values.stride() or keys.stride(-1) != 1 or keys.dtype != self._dtype or values.dtype != self._dtype:
-            raise Unsupported(f"keys and values must be {self._dtype} and lie alike in memory, channels last")
+            raise Unsupported(f"keys and values must be {self._dtype} with equal strides, channels last")
         batch, _, count, _ = keys.shape
         native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
         height, width = self._rope.grid
@@ -162,7 +160,7 @@ class Reader:
 
 
 def _send(table: Tensor, device: torch.device) -> Tensor:
-    # from pinned memory the copy waits for nothing that the device still has to do
+    # a copy from pageable memory would wait for all queued work of the device
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -178,13 +176,13 @@ def read(history: History, heads: slice, keys: Tensor, values: Tensor) -> None:
     try:
         reader(heads, history.heads, keys, values)
     except BaseException:
-        # one of several kinds may have failed, for which the next read has to ask again
+        # if one of several kinds failed, the next read must check all of them again
         history.memo.clear()
         raise
 
 
 def recover(spans: list, tables, like: Tensor) -> list[Tensor]:
-    """`qvg.codec.pair.tokens_of`: each span is read as the values are, in one launch over all its rows."""
+    """`qvg.codec.pair.tokens_of`: each span is decoded like values, without RoPE, in one launch over all its rows."""
     return [_recover(span, like.dtype, like.device) for span in spans]
 
 
@@ -203,7 +201,7 @@ def _recover(span, dtype: torch.dtype, device: torch.device) -> Tensor:
     share, native = tile.share(1), converts_e4m3(device)
     out = torch.empty(1, tokens, rows, dim, dtype=dtype, device=device)
     before_launch("recover", kind, dim, dtype, device)
-    # of the angles nothing is read, so any table will do
+    # values use no angles, so any table is valid
     decode_kernel[(triton.cdiv(tokens, share * tile.tokens), rows, 1)](
         jobs, sizes, jobs, out, out, 0, 0, rows, 1, *out.stride()[:3], 0, 0, tokens, share,
         KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
@@ -213,9 +211,10 @@ def _recover(span, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _by_bits(levels: list[float]) -> list[float]:
-    """Levels in cell order as `octets.dequantize_pairs` takes them: number n multiplies the bits that n has, the lowest plane 1's."""
+    """Levels in cell order as the coefficients that `octet_pairs.dequantize_pairs` uses: element n multiplies the bits set in n, of which
+    the lowest is that of plane 1."""
     bits = len(levels).bit_length() - 1
-    # of a cell's number the first plane is the highest bit
+    # plane 1 is the highest bit of a cell's index
     found = [levels[sum((n >> b & 1) << (bits - 1 - b) for b in range(bits))] for n in range(len(levels))]
     for b in range(bits):
         found = [(x - found[n - (1 << b)]) / 2 if n >> b & 1 else x for n, x in enumerate(found)]
@@ -229,7 +228,7 @@ def _describe(span, dtype: torch.dtype, halves: bool) -> tuple[Kind, list[int], 
         book, data, scales = span.codebook, span.planes, span.scales
         kind = Kind(PLANES.value, span.bits, book.stages, scales.shape[-1])
         if any(part.stride(0) != part.shape[-1] for part in (*data, scales)) or span.ids.stride(1) != 1:
-            raise Unsupported("the bytes of a row do not lie together in memory, as PlaneSpan.gather_rows lays them")
+            raise Unsupported("the bytes of a row are not contiguous in memory, as PlaneSpan.gather_rows makes them")
         found = planes.levels(span.bits, span.gain)
         levels[:len(found)] = _by_bits(found) if halves else found
         columns[CENTROID_SCALE.value] = book.centroid_scale.data_ptr()

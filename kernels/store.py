@@ -26,9 +26,9 @@ def store_kernel(found, codes, units, table, norms, count, padded, MOST: tl.cons
     channel = tl.arange(0, D)
     largest = tl.zeros((D,), tl.float32)
     for start in range(0, count, BLOCK):
-        number = start + tl.arange(0, BLOCK)
-        at = (row * count + number)[:, None] * D + channel[None, :]
-        block = tl.load(found + at, mask=(number < count)[:, None], other=0.0)
+        centroid = start + tl.arange(0, BLOCK)
+        at = (row * count + centroid)[:, None] * D + channel[None, :]
+        block = tl.load(found + at, mask=(centroid < count)[:, None], other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(block), axis=0))
     # rounded up to a power of two
     unit = tl.div_rn(largest, tl.full((D,), MOST, tl.float32)).to(tl.int32, bitcast=True)
@@ -36,15 +36,15 @@ def store_kernel(found, codes, units, table, norms, count, padded, MOST: tl.cons
     unit = tl.where(unit == 0, 1.0, unit)
     tl.store(units + row * D + channel, unit.to(tl.bfloat16))
     for start in range(0, padded, BLOCK):
-        number = start + tl.arange(0, BLOCK)
-        inside = number < count
-        at = (row * count + number)[:, None] * D + channel[None, :]
+        centroid = start + tl.arange(0, BLOCK)
+        inside = centroid < count
+        at = (row * count + centroid)[:, None] * D + channel[None, :]
         block = tl.load(found + at, mask=inside[:, None], other=0.0)
         block = tl.div_rn(block, tl.broadcast_to(unit[None, :], (BLOCK, D)))
         sign = (block.to(tl.int32, bitcast=True) >> 24) & 0x80
         code = (float32_to_e4m3(tl.abs(block)).to(tl.int32) | sign).to(tl.uint8)
         tl.store(codes + at, code, mask=inside[:, None])
-        prepare(e4m3_to_float32(code, NATIVE_E4M3) * unit[None, :], table, norms, row * padded, number, count, D)
+        prepare(e4m3_to_float32(code, NATIVE_E4M3) * unit[None, :], table, norms, row * padded, centroid, count, D)
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "padded"])

@@ -26,7 +26,7 @@ def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
                 D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """Sums and counts over `share` tokens. Grid: (parts of the tokens, blocks of centroids, rows)."""
     part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    centroid = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, D)[None, :]
     total = tl.zeros((BLOCK, D), tl.float32)
     size = tl.zeros((BLOCK,), tl.float32)
@@ -36,11 +36,11 @@ def sums_kernel(x, ids, sums, sizes, tokens, count, x_row, x_token, share,
         assigned = tl.load(ids + row * tokens + token, mask=mask, other=-1).to(tl.int32)
         at = row * x_row + token.to(tl.int64)[:, None] * x_token + channel
         tile = tl.load(x + at, mask=mask[:, None], other=0.0)
-        member = number[:, None] == assigned[None, :]
+        member = centroid[:, None] == assigned[None, :]
         total += tl.dot(member.to(tile.dtype), tile, input_precision=PRECISION)
         size += tl.sum(member.to(tl.float32), axis=1)
-    at = (part * tl.num_programs(2) + row) * count + number
-    inside = number < count
+    at = (part * tl.num_programs(2) + row) * count + centroid
+    inside = centroid < count
     tl.store(sums + at[:, None] * D + channel, total, mask=inside[:, None])
     tl.store(sizes + at, size, mask=inside)
 
@@ -50,34 +50,34 @@ def means_kernel(x, ids, centroids, sums, sizes, means, table, norms, tokens, co
                  D: tl.constexpr, SEARCH: tl.constexpr, PREPARES: tl.constexpr):
     """Means from the partial sums. A centroid without tokens becomes the token with the largest error in its own share of them. PREPARES:
     also call `prepare`. Grid: (centroids, rows)."""
-    number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    centroid, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, D)
     total = tl.zeros((D,), tl.float32)
     size = 0.0
     for part in range(parts):
-        at = (part * tl.num_programs(1) + row) * count + number
+        at = (part * tl.num_programs(1) + row) * count + centroid
         total += tl.load(sums + at * D + channel)
         size += tl.load(sizes + at)
     value = total / tl.maximum(size, 1.0)
     if size == 0.0:
         share = tokens // count
-        most, place = -1.0, number * share
+        most, place = -1.0, centroid * share
         for start in range(0, share, SEARCH):
             offset = start + tl.arange(0, SEARCH)
             mask = offset < share
-            token = number * share + offset
+            token = centroid * share + offset
             assigned = tl.load(ids + row * tokens + token, mask=mask, other=0)
             at = row * x_row + token.to(tl.int64)[:, None] * x_token + channel[None, :]
             tile = tl.load(x + at, mask=mask[:, None], other=0.0).to(tl.float32)
             tile -= tl.load(centroids + (row * count + assigned[:, None]) * D + channel[None, :])
             error = tl.where(mask, tl.sum(tile * tile, axis=1), -1.0)
             largest, where = tl.max(error, axis=0, return_indices=True)
-            place = tl.where(largest > most, number * share + start + where, place)
+            place = tl.where(largest > most, centroid * share + start + where, place)
             most = tl.maximum(largest, most)
         value = tl.load(x + row * x_row + place.to(tl.int64) * x_token + channel).to(tl.float32)
-    tl.store(means + (row * count + number) * D + channel, value)
+    tl.store(means + (row * count + centroid) * D + channel, value)
     if PREPARES:
-        prepare(value[None, :], table, norms, row * padded, number + tl.arange(0, 1), count, D)
+        prepare(value[None, :], table, norms, row * padded, centroid + tl.arange(0, 1), count, D)
 
 
 class Means:
