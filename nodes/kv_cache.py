@@ -25,7 +25,7 @@ SHARED = {"stages": "stages", "centroids": "centroids", "group_size": "group"}
 PLAIN = ("budget_gib", "seed", "offload", "host_gib")
 
 
-def numbers_of(settings: QVGSettings) -> dict:
+def values_of(settings: QVGSettings) -> dict:
     """The values of the inputs of QVG Settings that correspond to these settings, by input name and in their types."""
     key, value = settings.key, settings.value
     return {
@@ -36,7 +36,7 @@ def numbers_of(settings: QVGSettings) -> dict:
 
 async def presets(request: web.Request) -> web.Response:
     """The values of each preset, which the node shows (web/js/settings.js)."""
-    return web.json_response({label: numbers_of(PRESETS[name]) for label, name in LABELS.items()})
+    return web.json_response({label: values_of(PRESETS[name]) for label, name in LABELS.items()})
 
 
 def add_route() -> None:

@@ -107,10 +107,10 @@ class ARSampler(comfy.samplers.Sampler):
         """Raises ValueError for a model, a latent or a patch that does not work chunk by chunk."""
         network = guider.inner_model.diffusion_model
         if denoise_mask is not None:
-            raise ValueError("The latent has a noise mask, which a video made chunk by chunk cannot follow. Remove Set Latent Noise Mask.")
+            raise ValueError("The latent has a noise mask, which does not work chunk by chunk. Remove Set Latent Noise Mask.")
         if noise.ndim != 5 or not hasattr(network, "init_kv_caches"):
-            raise ValueError(f"{type(network).__name__} with a latent of {noise.ndim} axes is no autoregressive video. Load "
-                             "the model with Load AR Video Model (QVG) and connect Empty Long Video Latent (QVG).")
+            raise ValueError(f"The model is {type(network).__name__} and the latent has {noise.ndim} axes, but this sampler needs a causal "
+                             "video model and a latent of 5 axes. Use Load AR Video Model (QVG) and Empty Long Video Latent (QVG).")
         check_size(noise.shape)
         check_patches(guider, CAUSAL)
 
@@ -162,7 +162,7 @@ class ARSampler(comfy.samplers.Sampler):
                 if not options.keep_partial or not done:
                     line.write("Stopped.")
                     raise
-                line.goes_on(done, x.shape[2])
+                line.continues(done, x.shape[2])
         finally:
             with ExitStack() as stack:
                 for recorder in reversed(recorders):
@@ -216,10 +216,10 @@ class StatusLine:
     def write(self, text: str) -> None:
         live.write(self.place, self.node, text)
 
-    def goes_on(self, done: int, total: int) -> None:
+    def continues(self, done: int, total: int) -> None:
         """The run was stopped, and the graph continues with the finished frames."""
-        self.write(f"Stopped. The {done} latent frames that are finished, of {total}, go on through the graph. Press Stop again to end at "
-                   "once.")
+        self.write(f"Stopped. The {done} finished latent frames, of {total}, continue through the graph. Press Stop again to end "
+                   "immediately.")
         live.tell_partial(self.place, done, total)
 
 

@@ -202,7 +202,7 @@ class Continuation:
         return made, name
 
     def _open_file(self, held: ExitStack) -> ui.SavedResult:
-        """Open the video's file, which `held` releases. Raises ValueError where it has all the segments already."""
+        """Open the video's file, which `held` releases. Raises ValueError where it already has all segments."""
         inputs, video = self.inputs, self.video
         # with a session, the session is what a stopped run continues from
         key = None if self.save is not None or inputs.session is not None else inputs.key()
@@ -210,8 +210,8 @@ class Continuation:
         held.callback(video.file.release)
         video.check_given(video.file.given)
         if video.file.done >= inputs.segments:
-            raise ValueError(f"{video.file.path.name} has {video.file.done} segments already. Raise segments to go on, or change "
-                             "stream_to to begin anew.")
+            raise ValueError(f"{video.file.path.name} has {video.file.done} segments already. Raise segments to continue it, or "
+                             "change stream_to to start a new video.")
         return shown
 
     def _sample(self, segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:

@@ -68,7 +68,7 @@ class QVGPromptAt(io.ComfyNode):
         entries = list(extra.get(SCHEDULE) or [(0, embedding, "0")])
         at = first_frame(seconds, frame_rate)
         if at <= entries[-1][0]:
-            raise ValueError(f"A prompt at {seconds:g}s does not come after the one before it; chain the nodes in the order of time.")
+            raise ValueError(f"The prompt at {seconds:g}s is not later than the one before it; chain the nodes in order of time.")
         # a session identifies prompts by name, so the name is derived from the embedding
         name = f"{at} {float(next[0][0].float().sum()):.6g}"
         return io.NodeOutput([[embedding, {**extra, SCHEDULE: [*entries, (at, next[0][0], name)]}], *more])

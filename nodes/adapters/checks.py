@@ -37,7 +37,7 @@ def check_run(guider, noise, sampler, sigmas, denoise_mask) -> None:
         raise ValueError(f"The latent has {noise.ndim} axes; a video latent has 5. Connect Empty AR Video Latent.")
     check_size(noise.shape)
     if denoise_mask is not None:
-        raise ValueError("The latent has a noise mask, which the autoregressive sampler cannot follow. Remove Set Latent Noise Mask.")
+        raise ValueError("The latent has a noise mask, which the autoregressive sampler does not support. Remove Set Latent Noise Mask.")
     _check_conditions(guider)
     start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
     if start is not None:

@@ -172,7 +172,7 @@ def test_stop_says_what_goes_on(page, comfy):
     page.evaluate("app.queuePrompt(0, 1)")
     page.wait_for_function("Number(document.querySelector('.qvg-monitor')?.dataset.stored) > 0", timeout=300_000)
     comfy.interrupt()
-    page.get_by_text("Press Stop again to end at once", exact=False).first.wait_for(timeout=120_000)
+    page.get_by_text("Press Stop again to end immediately", exact=False).first.wait_for(timeout=120_000)
     page.wait_for_function("document.querySelector('.qvg-monitor').dataset.phase === 'stopped'", timeout=60_000)
     assert page.evaluate(TEXT, "QVGARVideoSampler")["text"].startswith("Stopped. The ")
     comfy.interrupt()
