@@ -22,7 +22,7 @@ from .attention import core_attention
 from .checks import evaluated
 from .compiled import bare, between, outside
 from .patches import check_pass
-from .wan import compute_dtype
+from .wan_core import compute_dtype
 
 # in a CONDITIONING entry: [(first latent frame, embedding [1, L, C], name), ...]
 SCHEDULE = "qvg_schedule"

@@ -240,12 +240,12 @@ def test_wrappers_of_the_network_are_asked(loaded, recorded):
     """What wraps a diffusion model in core (EasyCache and its kind) wraps this one."""
     from comfy.patcher_extension import WrappersMP
 
-    from comfyui_qvg.nodes.adapters import longcat
+    from comfyui_qvg.nodes.adapters import longcat_given
 
     seen = []
 
     def watch(executor, x, timestep, context, transformer_options, **kwargs):
-        seen.append((tuple(x.shape), longcat.GIVEN in transformer_options))
+        seen.append((tuple(x.shape), longcat_given.GIVEN in transformer_options))
         return executor(x, timestep, context, transformer_options, **kwargs)
 
     watched = loaded.clone()
