@@ -71,7 +71,7 @@ def toy():
 
 
 def test_a_registered_backend_runs_its_op_first(toy):
-    """Above the built-in one and the reference; what it does not implement, on other devices, and what it refuses is left to them."""
+    """It comes before the built-in one and the reference, which run what it does not implement or refuses, and other devices."""
     calls = {}
     with backends.recording(calls):
         assert torch.equal(kmeans.assign(X, TABLE), kmeans._assign(X, TABLE))
@@ -93,7 +93,7 @@ def test_a_registered_backend_runs_its_op_first(toy):
 
 
 def test_a_backend_of_lower_priority_runs_after_the_others(monkeypatch):
-    """A kernel that fails leaves its call to the next backend, not to the reference."""
+    """After a kernel fails, the next backend runs the call, not the reference."""
     def fail(*arguments):
         raise RuntimeError("Failed to find C compiler")
 
@@ -135,7 +135,7 @@ def without_triton(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("comfyui_qvg.kernels")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    # one that has not imported its module yet
+    # a copy that has not imported its module yet
     only(monkeypatch, replace(backends.TRITON))
 
 
@@ -184,7 +184,7 @@ def test_a_kernel_that_fails_is_given_up_with_its_reason(broken_kernel):
 
 
 class Kernel:
-    """Assigns as the reference does, for one variant a number of channels. fails: whether it does at these tokens."""
+    """Assigns like the reference, with one variant for each head dim. fails: whether it does for these tokens."""
 
     def __init__(self, fails):
         self.fails, self.tried = fails, []
@@ -230,7 +230,7 @@ def test_a_kernel_that_fails_at_every_shape_is_given_up_for_its_variant_alone(mo
 
 
 def test_a_launch_without_memory_is_no_failure_of_the_kernel(monkeypatch):
-    """Who asked gives something up and asks again, as where torch's own allocator finds no room."""
+    """The caller frees memory and retries, as when torch's own allocator fails."""
     def full(x, centroids):
         raise RuntimeError("Triton Error [CUDA]: out of memory")
 
@@ -242,7 +242,7 @@ def test_a_launch_without_memory_is_no_failure_of_the_kernel(monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyError("a listener of the progress text"), KeyboardInterrupt()])
 def test_what_a_listener_raises_is_no_failure_of_the_kernel(monkeypatch, error):
-    """It reaches whoever listens, as an interrupt must, and the kernel is used afterwards."""
+    """It reaches the caller, as an interrupt must, and the kernel is used afterwards."""
     def listener(sentence):
         raise error
 
@@ -256,11 +256,11 @@ def test_what_a_listener_raises_is_no_failure_of_the_kernel(monkeypatch, error):
     with backends.on_compile(said.append), backends.recording(calls):
         assigned(30)
     assert backends.summary(calls) == {"assign": "triton"}
-    assert said == [TOLD.format("assign"), ""], "it was not compiled then, so it is told of now"
+    assert said == [TOLD.format("assign"), ""], "it was not compiled then, so listeners hear of it now"
 
 
 def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
-    """Of several launches of a read the one that failed counts, not the one prepared last; reads of other kinds go on with the kernel."""
+    """Of several launches of a read the failing one is given up, not the last prepared one; other kinds still use the kernel."""
     ops = pytest.importorskip("comfyui_qvg.kernels.ops")
     from comfyui_qvg.kernels import reader
 
@@ -279,8 +279,8 @@ def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
     assert ops.OPS["decode"] is reader.read
     settings = replace(PRESETS["balanced"], sink_frames=1, sink_bits=4, recent_frames=0)
     found = []
-    for chosen in (settings, replace(settings, sink_frames=0)):
-        cache = KVCache(chosen, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
+    for variant in (settings, replace(settings, sink_frames=0)):
+        cache = KVCache(variant, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
         for frame in range(3 + backends.GIVE_UP):
             q, k, v = torch.randn(3, 1, 4, 1, 64, device=DEVICE)
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
@@ -291,11 +291,11 @@ def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
 
 
 def test_the_bytes_of_a_cache_come_with_its_backends_and_their_reasons():
-    """Heads of 48 channels have no kernel: who looks at a run's report sees it there, on a GPU and where the interpreter stands for one."""
+    """Heads of 48 channels have no kernel: a run's report says so, on a GPU and in the interpreter."""
     pytest.importorskip("triton")
     found = {}
     for dim in (48, 64):
-        # of one centroid, for which nothing waits
+        # one centroid, so that no span waits for more tokens
         settings = PRESETS["balanced"].both(group=16, centroids=1)
         cache = KVCache(settings, layers=1, heads=1, head_dim=dim, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32)
         for frame in range(2):
@@ -321,8 +321,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLD = "Compiling GPU kernels (first run): {}"
 
 
-def test_a_kernel_is_told_of_before_it_is_compiled(fresh):
-    """Once for what it must be compiled for, and again when that is done; to all listeners, and to nobody afterwards."""
+def test_listeners_hear_of_a_kernel_before_it_is_compiled(fresh):
+    """Once for each variant, and again when it is compiled; to all listeners, and to none outside their blocks."""
     x, table = X.to(DEVICE), TABLE.to(DEVICE)
     said, outer = [], []
     with backends.force("triton"):
@@ -340,8 +340,8 @@ def test_a_kernel_is_told_of_before_it_is_compiled(fresh):
     assert len(outer) == 6
 
 
-def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
-    """Frames that grow old are decoded by another kernel, in the middle of a run."""
+def test_listeners_hear_of_every_variant_of_a_video_once(fresh):
+    """Older frames are decoded by another variant, in the middle of a run."""
     settings = replace(PRESETS["balanced"], sink_frames=1, recent_frames=1)
     cache = KVCache(settings, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
     said = []
@@ -351,7 +351,7 @@ def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
             if frame == 1:
                 early = len(said)
-    # kernels that do several things in a go stand for those that do one
+    # fused kernels run instead of these
     assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(backends.OPS) - {"assign", "update", "rotate"}
     assert said[-1] == "" and TOLD.format("decode") in said[early:]
     seen = len(said)
@@ -360,7 +360,7 @@ def test_every_kernel_of_a_video_is_told_of_once_a_variant(fresh):
     assert len(said) == seen
 
 
-def test_a_kernel_that_fails_is_no_longer_told_of(fresh, broken_kernel, monkeypatch):
+def test_listeners_do_not_hear_of_a_failed_kernel_again(fresh, broken_kernel, monkeypatch):
     def fail(*arguments):
         backends.before_launch("assign")
         raise RuntimeError("Failed to find C compiler")

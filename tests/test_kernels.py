@@ -1,6 +1,6 @@
-"""Kernels against their torch references: on the GPU where there is one, else in Triton's interpreter.
+"""Kernels compared with their references in torch: on a GPU if there is one, else in Triton's interpreter.
 
-Memory that a kernel should have written and did not is NaN (integers: their maximum), because torch fills what it allocates so.
+torch fills new tensors with NaN (integers: their maximum), so memory that a kernel fails to write shows.
 """
 
 import math
@@ -28,14 +28,14 @@ pytest.importorskip("triton", reason="kernels are written in Triton")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability()[0] == 9
-# the interpreter multiplies bf16 wrongly
+# products of bf16 are wrong in the interpreter
 DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 
 pytestmark = [pytest.mark.usefixtures("poison"), *([pytest.mark.gpu] if ON_GPU else [])]
 
 
 def tokens(*shape, seed=0, dtype=torch.float32, clusters=6):
-    """Tokens in clusters, with channels of unequal size, as keys have them."""
+    """Tokens in clusters, with channels of unequal size, as in keys."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=draw) + 3 * torch.randn(clusters, shape[-1], generator=draw)[torch.randint(
         clusters, shape[:-1], generator=draw)]
@@ -43,7 +43,7 @@ def tokens(*shape, seed=0, dtype=torch.float32, clusters=6):
 
 
 def both(op, *arguments):
-    """What the kernel and the reference make of it."""
+    """The results of the kernel and of the reference."""
     with backends.force("triton"):
         ours = op(*arguments)
     with backends.force("torch"):
@@ -70,8 +70,8 @@ def test_assign(rows, count, dim, centroids, dtype):
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, 0), (-1, 69)])
 def test_assign_among_equals(sign, expected):
-    """The lower id of equals where they score above zero, the higher one below; within blocks and across them."""
-    # whole numbers, because the interpreter's matrix product may round equal columns differently
+    """Of equal positive scores the lower id wins, of negative ones the higher; within blocks and across them."""
+    # integers, because the interpreter's matrix product may round equal columns differently
     table = tokens(2, 1, 64).round().abs()
     with backends.force("triton"):
         assert (kmeans.assign(sign * table.expand(2, 40, 64), table.expand(2, 70, 64)) == expected).all()
@@ -80,20 +80,20 @@ def test_assign_among_equals(sign, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "count", "dim", "centroids"), SHAPES)
 def test_update(rows, count, dim, centroids, dtype):
-    """Means, and for centroids without tokens the token of their share that is served worst. Two runs give the same bits."""
+    """Means, and for centroids without tokens the token with the largest error in their share. Two runs give the same bits."""
     x = tokens(rows, count, dim, dtype=dtype)
     table = tokens(rows, centroids, dim, seed=1)
     ids = torch.randint(max(1, centroids // 2), (rows, count), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     ours, reference = both(kmeans.update, x.float() if ON_GPU else x, ids, table)
     again, _ = both(kmeans.update, x.float() if ON_GPU else x, ids, table)
     assert torch.equal(ours, again)
-    # tf32 keeps 10 bits of a token on a GPU; the reference adds up in the dtype of x
+    # tf32 keeps 10 bits of a token on a GPU; the reference sums in the dtype of x
     scale = x.float().abs().amax()
     assert (ours - reference.float()).abs().max() <= scale * (1e-3 if ON_GPU else 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_update_of_a_view():
-    """Rows that lie inside wider ones, as a slice of heads does."""
+    """Rows of a wider tensor, as in a slice of heads."""
     x = tokens(50, 6, 64)[:, 1:4].transpose(0, 1)
     ids = torch.arange(50, device=DEVICE).expand(3, 50) % 7
     ours, reference = both(kmeans.update, x, ids, x[:, :7])
@@ -101,7 +101,7 @@ def test_update_of_a_view():
 
 
 def step(x, table):
-    """Centroids after a step of the reference's, from what the kernel assigns, because operands of distances are rounded on a GPU."""
+    """Centroids after one iteration of the reference, with the kernel's ids, because operands of distances are rounded on a GPU."""
     with backends.force("triton"):
         ids = kmeans.assign(x, table)
     return kmeans._update(x.float(), ids, table)
@@ -110,8 +110,8 @@ def step(x, table):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "count", "dim", "centroids"), [*SHAPES[:3], (1, 200, 128, 70), (1, 97, 256, 40)])
 def test_kmeans(rows, count, dim, centroids, dtype):
-    """Means, and for centroids without tokens the token of their share that is served worst. Two runs give the same bits."""
-    # numbers that bf16 holds
+    """Means, and for centroids without tokens the token with the largest error in their share. Two runs give the same bits."""
+    # exact in bf16
     x = tokens(rows, count, dim, dtype=dtype).bfloat16().to(dtype)
     table = tokens(rows, centroids, dim, seed=1)
     table[:, (centroids + 1) // 2:] += 1e4
@@ -121,12 +121,12 @@ def test_kmeans(rows, count, dim, centroids, dtype):
     assert torch.equal(two, again)
     close = x.float().abs().amax() * 1e-5
     assert (one - expected).abs().max() <= close
-    # centroids that the order of additions changed a little may be nearest to other tokens
+    # centroids that differ slightly by the order of additions may be nearest to other tokens
     assert ON_GPU or (two - step(x, expected)).abs().max() <= close
 
 
 def test_kmeans_of_a_view():
-    """Rows that lie inside wider ones, as a slice of heads does."""
+    """Rows of a wider tensor, as in a slice of heads."""
     x = tokens(50, 6, 64)[:, 1:4].transpose(0, 1).bfloat16().float()
     expected = step(x, x[:, :7])
     with backends.force("triton"):
@@ -136,7 +136,7 @@ def test_kmeans_of_a_view():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "count", "dim", "centroids"), SHAPES)
 def test_store(rows, count, dim, centroids, dtype):
-    """The reference's bytes, and what the centroids leave that `assign` chooses. A channel of zeros, and bytes of every sign and size."""
+    """The bytes of the reference, and the residual for the ids of `assign`. With a channel of zeros, and bytes of every sign and size."""
     x, found = tokens(rows, count, dim, dtype=dtype), tokens(rows, centroids, dim, seed=1)
     found[:, :, 3] = 0
     found[:, 0] *= 2.0 ** -torch.arange(dim, device=DEVICE)
@@ -144,7 +144,7 @@ def test_store(rows, count, dim, centroids, dtype):
     assert torch.equal(scale, other_scale)
     assert torch.equal(codes, other_codes)
     stored = e4m3.decode(codes) * scale.float()
-    # powers of two, with which centroids are numbers of bf16
+    # powers of two, with which centroids are exact in bf16
     assert (torch.frexp(scale.float())[0] == 0.5).all() and torch.equal(stored, stored.bfloat16().float())
     with backends.force("triton"):
         ids = kmeans.assign(x, stored)
@@ -156,7 +156,7 @@ def test_store(rows, count, dim, centroids, dtype):
     (1, 1, 64, 1, 1, 64), (63, 3, 64, 2, 2, 64), (130, 2, 128, 0, 3, 64), (111, 2, 128, 2, 4, 128), (97, 2, 256, 4, 2, 64),
     (40, 3, 256, 1, 4, 128)])
 def test_encode(count, rows, dim, stages, bits, group, dtype):
-    """The same span up to the order of additions, and no further from the input than the reference's."""
+    """The same span up to the order of additions, and an error no larger than that of the reference."""
     x = tokens(count, rows, dim, dtype=dtype)
     coder = codec.TensorCodec("qvg", TensorSettings(bits=bits, stages=stages, centroids=40, group=group), dim, 2)
     with backends.force("torch"):
@@ -167,20 +167,20 @@ def test_encode(count, rows, dim, stages, bits, group, dtype):
     tables = Tables(DEVICE)
     errors = [(span.decode(slice(None), tables) - x.float()).square().mean() for span in (ours, reference)]
     assert errors[0] <= errors[1] * (1.03 if ON_GPU else 1.01)
-    # a row's exponent depends on its largest residual, and that on the centroids that were chosen
+    # a row's exponent depends on its largest residual, which depends on the assigned centroids
     same = (ours.ids == reference.ids).all(0) & (ours.exponents == reference.exponents)
     assert same.float().mean() > (0.5 if ON_GPU else 0.99)
     assert ((ours.scales.int() - reference.scales.int()).abs()[same] <= 1).all()
     for mine, theirs in zip(ours.planes, reference.planes):
         if ON_HOPPER and dtype == torch.bfloat16 and stages > 1:
-            # what a stage leaves is rounded to 8 bits there, which carries numbers over a border that are as close to it
+            # residuals are rounded to 8 bits there, which moves values across a cell border that are close to it
             assert different_bits(mine, theirs)[same].mean() < 0.01
         else:
             assert (mine != theirs)[same].float().mean() < 0.01
 
 
 def different_bits(a, b):
-    """float32, the share of the bits of every byte that differ"""
+    """Share of differing bits of every byte, float32."""
     return (((a ^ b)[..., None] >> torch.arange(8, device=a.device)) & 1).float().mean(-1)
 
 
@@ -190,7 +190,7 @@ def different_bits(a, b):
     (4681, 12, 128, 2, 1, 128, 256), (513, 1, 64, 3, 2, 64, 100), (257, 2, 256, 2, 2, 64, 40), (257, 2, 256, 2, 2, 64, 100),
     (600, 2, 128, 4, 4, 128, 128)])
 def test_encode_on_hopper(count, rows, dim, stages, bits, group, centroids, monkeypatch):
-    """The kernel of its own chooses what that for any GPU does, up to rounding, and writes everything, twice the same."""
+    """Hopper's kernel agrees with the one for any GPU up to rounding, writes all outputs, and is deterministic."""
     from comfyui_qvg.kernels import encode
 
     x = tokens(count, rows, dim, dtype=torch.bfloat16, clusters=centroids)
@@ -224,7 +224,7 @@ def test_encode_on_hopper(count, rows, dim, stages, bits, group, centroids, monk
 @pytest.mark.parametrize(("count", "rows", "places", "programs"), [
     (1, 1, 132, 1), (4680, 24, 132, 5), (3520, 48, 132, 2), (7800, 64, 132, 2), (7800, 64, 114, 3), (300, 1000, 132, 1)])
 def test_share_of_hopper(count, rows, places, programs):
-    """Programs of a row have all of its tokens, none has nothing, and there are as many as keep a GPU with `places` busy."""
+    """Programs of a row cover all of its tokens, none is empty, and there are as many as keep a GPU with `places` busy."""
     pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper", reason="this Triton has no Gluon for Hopper")
     from comfyui_qvg.kernels.hopper import share_of
 
@@ -233,7 +233,7 @@ def test_share_of_hopper(count, rows, places, programs):
 
 
 def test_encode_odd_strides():
-    """Tokens that do not lie at even places, which Hopper's kernel leaves to the one for any GPU."""
+    """Tokens at odd offsets, which Hopper's kernel does not encode."""
     x = torch.zeros(70, 2 * 64 + 1, dtype=torch.bfloat16, device=DEVICE)[:, 1:].unflatten(1, (2, 64))
     x.copy_(tokens(70, 2, 64, dtype=torch.bfloat16))
     coder = codec.TensorCodec("qvg", TensorSettings(bits=2, stages=2, centroids=16), 64, 2)
@@ -267,20 +267,21 @@ def test_rotate(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "rooms", "count", "heads", "placed", "dim"), [
+@pytest.mark.parametrize(("batch", "workspace_batches", "count", "heads", "placed", "dim"), [
     (1, 1, 5, 3, 3, 64), (2, 1, 33, 4, 1, 128), (2, 2, 9, 3, 2, 256)])
-def test_rotate_chunk(batch, rooms, count, heads, placed, dim, dtype):
-    """Both are turned, and the first heads of the first conditions stand in the workspace; nothing else of it is written."""
+def test_rotate_chunk(batch, workspace_batches, count, heads, placed, dim, dtype):
+    """Both are rotated, and the first heads of the first conditions are written to the workspace, and nothing else of it."""
     q, k, v = (tokens(batch, count, heads, dim, seed=seed, dtype=dtype) for seed in range(3))
     angles = torch.randn(count, 1, dim // 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = []
     for backend in ("triton", "torch"):
-        room = torch.full((2, rooms, count + 7, placed, dim), 7.0, device=DEVICE, dtype=dtype)
+        workspace = torch.full((2, workspace_batches, count + 7, placed, dim), 7.0, device=DEVICE, dtype=dtype)
         with backends.force(backend):
-            turned = rotate_chunk(q, k, v, angles.cos(), angles.sin(), (room[0, :, 5:-2], room[1, :, 5:-2]))
-        assert (room[:, :, :5] == 7).all() and (room[:, :, -2:] == 7).all()
-        assert torch.equal(room[1, :, 5:-2], v[:rooms, :, :placed]) and torch.equal(room[0, :, 5:-2], turned[1][:rooms, :, :placed])
-        found.append(turned)
+            rotated = rotate_chunk(q, k, v, angles.cos(), angles.sin(), (workspace[0, :, 5:-2], workspace[1, :, 5:-2]))
+        assert (workspace[:, :, :5] == 7).all() and (workspace[:, :, -2:] == 7).all()
+        keys, values = (x[:workspace_batches, :, :placed] for x in (rotated[1], v))
+        assert torch.equal(workspace[0, :, 5:-2], keys) and torch.equal(workspace[1, :, 5:-2], values)
+        found.append(rotated)
     assert_close(found, dtype)
     with backends.force("triton"):
         assert all(map(torch.equal, rotate_chunk(q, k, v, angles.cos(), angles.sin()), found[0]))
@@ -301,7 +302,8 @@ CASES = {name: PRESETS[name] for name in PRESETS} | {
     "paper int4": PAPER.both(bits=4, stages=2), "paper asymmetric": PAPER.both(symmetric=False, bits=2, stages=4),
     "paper sink": replace(PAPER, sink_frames=1, sink_bits=16),
     "value plain": replace(QVG, value=TensorSettings(bits=8)), "sink inside a chunk": replace(QVG, sink_frames=1, sink_bits=16),
-    "recent plain": replace(QVG, recent_bits=16), "window": replace(QVG, window_frames=3), "short epochs": replace(BARE, codebook_frames=2),
+    "recent plain": replace(QVG, recent_bits=16), "window": replace(QVG, window_frames=3),
+    "new codebooks": replace(BARE, codebook_frames=2),
 }
 
 
@@ -327,20 +329,20 @@ def read(cache: KVCache, heads: slice, *more):
 
 
 def assert_close(found, dtype, in_halves=False):
-    """in_halves: planes decoded to bf16 by way of float16."""
+    """Elementwise equality up to rounding. in_halves: planes were decoded in float16."""
     for ours, reference in zip(*found):
         assert reference.isfinite().all() and ours.isfinite().all()
-        # one step of the dtype at the size of the number, since both round once; a rotated pair rounds at the size of the pair
+        # one step of the dtype at the size of the value, since both round once; a rotated pair rounds at the size of the pair
         step = {torch.float32: 1e-5, torch.float16: 2**-9, torch.bfloat16: 2**-7}[dtype]
         pairs = reference.float().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True)
         allowed = step * pairs + 1e-5
         if in_halves:
-            # float16 rounds what is added up at the size of the parts: few times, 2^-12 of it each
+            # float16 rounds a few times at the size of the summands, by 2^-12 of it each
             allowed = allowed + 2**-9 * pairs.flatten(0, -3).amax(0)
         assert ((ours.float() - reference.float()).abs() <= allowed.expand(*reference.shape[:-1], -1, 2).flatten(-2)).all()
 
 
-# what planes are decoded to differs between bf16 and the others
+# planes are decoded in float16 for bf16, in float32 for the others
 WORKSPACES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -355,7 +357,7 @@ def test_decode(name, dtype):
 @pytest.mark.parametrize("dtype", WORKSPACES[::2])
 @pytest.mark.parametrize("name", CASES)
 def test_recover(name, dtype):
-    """What codebooks are trained on again: tokens as they came, keys before RoPE, of every row and of any batch."""
+    """Codebooks are trained again on decoded tokens: keys before RoPE, of every row and any batch."""
     cache = filled(CASES[name], dtype=dtype, batch=2, heads=1, chunks=(2, 1))
     planes = CASES[name].codec == "qvg"
     for entry in cache.layers[0].spans:
@@ -366,7 +368,7 @@ def test_recover(name, dtype):
 
 @pytest.mark.parametrize("power", [-40, -14, 14, 40])
 def test_decode_of_any_size(power):
-    """Numbers that float16 cannot hold, beside others, as bf16 can."""
+    """Values out of float16's range beside others, which bf16 can hold."""
     with backends.force("torch"):
         pair = [tokens(1, 70, 4, 64, seed=part) * torch.tensor([1.0, 2.0 ** power] * 2, device=DEVICE)[:, None] for part in (0, 1)]
         cache = KVCache(BARE.both(bits=4), layers=1, heads=4, head_dim=64, grid=(5, 7), rope=Rope, device=DEVICE, dtype=torch.bfloat16)
@@ -388,7 +390,7 @@ def test_decode_shapes(dim, grid, batch, heads, dtype):
 
 @pytest.mark.parametrize("share", [1, 2, 7])
 def test_decode_in_programs_of_any_length(share, monkeypatch):
-    """How many tiles a program takes changes nothing, be it more than there are."""
+    """The number of tiles in a program does not change the result, even if there are fewer."""
     from comfyui_qvg.kernels.decode import Tiling
 
     cache = filled(BARE, 64, (13, 9), chunks=(2,))
@@ -398,7 +400,7 @@ def test_decode_in_programs_of_any_length(share, monkeypatch):
 
 
 def test_length_of_a_program():
-    """About as many tokens whatever the number of frames, and one tile at least."""
+    """About as many tokens for any number of frames, and at least one tile."""
     from comfyui_qvg.kernels.decode import Tiling
 
     tile = Tiling(tokens=16, warps=4)
@@ -406,7 +408,7 @@ def test_length_of_a_program():
 
 
 def test_decode_follows_what_the_cache_does():
-    """The reader keeps addresses between reads; planes that are dropped, spans that leave and chunks that come change them."""
+    """The reader keeps addresses between reads; dropped planes, evicted spans and new chunks change them."""
     cache = filled(BARE.both(bits=4), chunks=(2, 2, 1))
     layer = cache.layers[0]
     assert_close(read(cache, slice(0, 2)), DTYPES[0])
@@ -428,18 +430,18 @@ def test_decode_keeps_no_span_alive():
 
 
 def test_decode_writes_its_heads_alone():
-    """A strided workspace: what lies between and behind the tokens stays as it was."""
+    """A strided workspace: memory between and after the tokens is unchanged."""
     cache = filled(BARE)
     layer = cache.layers[0]
-    room = torch.full((2, 1, layer.tokens + 3, 2, 64), 7.0, device=DEVICE)
+    workspace = torch.full((2, 1, layer.tokens + 3, 2, 64), 7.0, device=DEVICE)
     with backends.force("triton"):
-        layer.read(slice(0, 1), room[0, :, :-3, :1], room[1, :, :-3, :1])
-    assert (room[:, :, -3:] == 7).all() and (room[:, :, :, 1] == 7).all()
-    assert (room[:, :, :-3, 0] != 7).any(-1).all()
+        layer.read(slice(0, 1), workspace[0, :, :-3, :1], workspace[1, :, :-3, :1])
+    assert (workspace[:, :, -3:] == 7).all() and (workspace[:, :, :, 1] == 7).all()
+    assert (workspace[:, :, :-3, 0] != 7).any(-1).all()
 
 
 def test_decode_unforced():
-    """Without a forced backend the same read happens, on whichever backend the device gets."""
+    """Without a forced backend the result is the same, whichever backend runs."""
     cache = filled(QVG)
     layer = cache.layers[0]
     keys, values = torch.empty(2, 1, layer.tokens, 4, 64, device=DEVICE)
@@ -453,8 +455,8 @@ def test_decode_unforced():
 @pytest.mark.skipif(not ON_GPU, reason="streams need a GPU")
 @pytest.mark.parametrize("slow", ["decode", "attention", ""])
 def test_overlap_changes_nothing(slow, monkeypatch):
-    """Decoding a group while another attends gives the bits of doing one after the other, whichever of the two is late."""
-    # what random tokens leave of each other's codebooks is neither much nor little, so that no forecast would be exact
+    """Overlapping decoding and attention gives the same bits as one after the other, whichever of the two is late."""
+    # random tokens fit each other's codebooks neither well nor badly, so that no forecast would be exact
     monkeypatch.setattr(lifetime, "LARGEST_MISFIT", math.inf)
     def late(function, name):
         def call(*arguments):
@@ -482,12 +484,12 @@ def test_overlap_changes_nothing(slow, monkeypatch):
     assert torch.equal(*outs)
 
 
-ROOM = torch.cuda.get_device_properties(0).total_memory if ON_GPU else 0
+MEMORY = torch.cuda.get_device_properties(0).total_memory if ON_GPU else 0
 
 
-@pytest.mark.skipif(ROOM < 36 << 30, reason="more than 2 ** 31 numbers need a GPU of 40 GB")
+@pytest.mark.skipif(MEMORY < 36 << 30, reason="more than 2 ** 31 elements need a GPU of 40 GB")
 def test_addresses_beyond_32_bits():
-    """A span, and a tensor to turn, of more than 2 ** 31 numbers: what lies at the end is right."""
+    """A span, and a tensor to rotate, of more than 2 ** 31 elements: the end of each is right."""
     grid, heads, dim = (1024, 1024), 9, 256
     count = grid[0] * grid[1]
     x = torch.randn(1, count, heads, dim, device=DEVICE, dtype=torch.bfloat16)
@@ -499,10 +501,10 @@ def test_addresses_beyond_32_bits():
         keys, values = torch.full((2, 1, count, 1, dim), float("nan"), device=DEVICE, dtype=x.dtype)
         cache.layers[0].read(slice(8, 9), keys, values)
         cos, sin = (part[:, None] for part in cache.rope.tables(0, 1, DEVICE))
-        turned = rotate(x, cos, sin)
+        rotated = rotate(x, cos, sin)
         assert torch.equal(values, x[:, :, 8:])
-        assert_close([[turned[:, -99:, 8:]], [keys[:, -99:]]], x.dtype)
-        del turned, keys, values, cache
+        assert_close([[rotated[:, -99:, 8:]], [keys[:, -99:]]], x.dtype)
+        del rotated, keys, values, cache
         coder = codec.TensorCodec("qvg", TensorSettings(bits=4, stages=1, centroids=4), dim, 1)
         book = coder.train(x[0, -2000:], torch.Generator().manual_seed(0))
         span = coder.encode(x[0], 4, book)
