@@ -150,7 +150,7 @@ def test_prompts_by_the_clock(comfy):
     one, two = (latents(comfy, build(own={"recache_frames": 3}, prompts=prompts)) for prompts in (((0, 0),), ((0, 0), (1.0, 4))))
     assert torch.equal(one[:, :, :6], two[:, :, :6])
     assert not torch.equal(one[:, :, 6:], two[:, :, 6:])
-    with pytest.raises(ComfyError, match="in the order of time"):
+    with pytest.raises(ComfyError, match="in order of time"):
         comfy.run(build(own={}, prompts=((0, 0), (2.0, 1), (1.0, 4))))
 
 
