@@ -7,14 +7,16 @@
     backends.register(Backend("mine", devices=("cuda",), ops={"assign": assign}))
 
 Every op has a reference implementation in plain torch, which defines it and runs on every device. A backend replaces ops where it can; see
-`registry.Backend`. `kernels/`, the built-in one, is a name in `registry` and is imported when an op first meets a device that it serves.
+`backend.Backend`. `kernels/`, the built-in one, is a name in `registry` and is imported when an op first meets a device that it serves.
 """
 
+from .backend import Backend
+from .execute import run
 from .failures import GIVE_UP, Failures, Unsupported, sentence_of
 from .launches import before_launch, launching
 from .memory import ran_out
 from .notices import Calls, note, on_compile, recording, summary
-from .registry import OPS, REFERENCE, TRITON, Backend, force, names, refusal, register, remove, report, run
+from .registry import OPS, REFERENCE, TRITON, force, names, refusal, register, remove, report
 
 __all__ = [
     "GIVE_UP", "OPS", "REFERENCE", "TRITON", "Backend", "Calls", "Failures", "Unsupported", "before_launch", "force", "launching", "names",
