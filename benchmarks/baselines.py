@@ -32,7 +32,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 @dataclass
 class MinMax:
-    """Numbers [..., N] in groups of neighbours along the last axis."""
+    """Values [..., N] in groups of neighbours along the last axis."""
 
     codes: Tensor
     scales: Tensor
@@ -96,7 +96,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 
 class Baseline(TensorCodec):
-    """A codec without codebooks that lays its groups as `layout` says."""
+    """A codec without codebooks whose groups have the given layout."""
 
     def __init__(self, layout: str):
         self.layout = layout
@@ -119,7 +119,7 @@ class Baseline(TensorCodec):
 
 
 class Noise(TensorCodec):
-    """No quantization, but noise of a thousandth of the tensor's own deviation: how much of a difference is mere chaos."""
+    """No quantization, but noise of 1e-3 of the tensor's standard deviation: the scale of chaotic divergence."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)

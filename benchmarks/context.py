@@ -30,7 +30,7 @@ COLUMNS = ("stored", "bits per element", "chunk dB", "+-", "first frame dB", "+-
 
 
 def ways() -> list[tuple[str, QVGSettings, int]]:
-    """(label, settings, newest frames that are a span of their own), pairs of equal bytes beside each other."""
+    """(label, settings, newest frames that are a span of their own); neighbours have equal bytes."""
     found = []
     for bits in (2, 1):
         bare = BARE.both(bits=bits)

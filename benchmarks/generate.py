@@ -40,7 +40,7 @@ from .measure import add_places, claim, command_line, environment, largest_misfi
 FULL = WanSizes(dim=1536, ffn_dim=8960, layers=30, text_dim=4096)
 SMALL = WanSizes(dim=256, ffn_dim=128, layers=2, text_dim=16)
 CHUNK = 3
-# beside bf16; names as `--only` takes them
+# besides bf16; the names are values of `--only`
 KINDS = {
     "balanced": methods.ours(PRESETS["balanced"]),
     "one-stream": methods.ours(PRESETS["balanced"], overlap=False),
@@ -52,7 +52,7 @@ KINDS = {
 
 @dataclass
 class Scene:
-    """The network and what a pass over a chunk takes."""
+    """The network and the inputs of a pass over a chunk."""
 
     network: CausalWan
     prompt: list
@@ -99,7 +99,7 @@ def make(device: torch.device, small: bool) -> Scene:
 
 
 def _settle(device: torch.device) -> None:
-    """Memory that nothing holds any more goes back to the device."""
+    """Return unused memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -119,7 +119,7 @@ def timed(scene: Scene, method: methods.Method) -> float:
 
 
 def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int) -> dict:
-    """Milliseconds of a chunk behind `context` frames, and bytes."""
+    """Milliseconds and bytes of a chunk after `context` frames."""
     cuda = scene.device.type == "cuda"
     method = kind(scene.geometry, scene.pair, CHUNK, context + (rounds + 1) * CHUNK)
     began = time.perf_counter()
@@ -144,7 +144,7 @@ def measure(scene: Scene, kind: type[methods.Method], context: int, rounds: int)
 
 
 def in_turn(scene: Scene, kind: type[methods.Method], context: int, rounds: int) -> list[float]:
-    """By how many percent a chunk takes longer than with bf16, round by round."""
+    """Overhead of a chunk over bf16 in percent, by round."""
     pair = [method(scene.geometry, scene.pair, CHUNK, context + (rounds + 1) * CHUNK) for method in (methods.Core, kind)]
     for method in pair:
         method.fill(context)
@@ -169,12 +169,12 @@ def compare(scene: Scene, context: int, kinds: list, rounds: int, turns: int) ->
             try:
                 overheads = in_turn(scene, kind, context, turns)
             except torch.OutOfMemoryError:
-                # measured by itself; there is no room for bf16 beside it
+                # measured alone, because bf16 does not fit beside it
                 continue
             finally:
                 _settle(scene.device)
             rows[-1] |= {"overheads": overheads, "overhead_percent": statistics.median(overheads)}
-            progress(f"in turn with bf16: {', '.join(f'{overhead:+.1f}' for overhead in overheads)} %")
+            progress(f"alternating with bf16: {', '.join(f'{overhead:+.1f}' for overhead in overheads)} %")
     base = next((row for row in rows if row["method"] == methods.Core.name and "ms" in row), None)
     for row in rows:
         if base and "ms" in row:
@@ -183,7 +183,7 @@ def compare(scene: Scene, context: int, kinds: list, rounds: int, turns: int) ->
 
 
 def fits(scene: Scene, kind: type[methods.Method], frames: int) -> bool:
-    """Whether the pass that makes the last chunk of a video of `frames` latent frames runs."""
+    """Whether the last chunk of a video of `frames` latent frames fits."""
     method = None
     try:
         method = kind(scene.geometry, scene.pair, CHUNK, frames)
@@ -199,7 +199,7 @@ def fits(scene: Scene, kind: type[methods.Method], frames: int) -> bool:
 
 
 def capped(scene: Scene, limit_gib: float, kinds: list[tuple[str, type, int]]) -> list[dict]:
-    """The longest video under an allocator that gives no more than the limit: the guess, or the guess less 5 % as often as needed."""
+    """The longest video under a capped allocator: the guess, reduced by 5 % as often as needed."""
     rows = []
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / torch.cuda.get_device_properties(scene.device).total_memory))
     try:
@@ -236,11 +236,11 @@ def main(arguments: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(prog="qvg bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs")
-    parser.add_argument("--contexts", type=whole(3, 9999), nargs="+", help="latent frames behind the chunk, multiples of 3")
+    parser.add_argument("--contexts", type=whole(3, 9999), nargs="+", help="latent frames before the chunk, multiples of 3")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="methods beside bf16")
     parser.add_argument("--limits", type=real(above=0, most=MOST_GIB), nargs="*", default=[], metavar="GIB")
-    parser.add_argument("--rounds", type=whole(1, 10_000), default=3, help="chunks of each method by itself")
-    parser.add_argument("--turns", type=whole(1, 10_000), default=5, help="chunks of each method in turn with bf16")
+    parser.add_argument("--rounds", type=whole(1, 10_000), default=3, help="chunks of each method alone")
+    parser.add_argument("--turns", type=whole(1, 10_000), default=5, help="chunks of each method alternating with bf16")
     parser.add_argument("--misfit", action="store_true", help="no codebook fits, so that one is trained as often as can be")
     add_places(parser)
     options = parser.parse_args(arguments)
@@ -252,7 +252,7 @@ def main(arguments: list[str]) -> None:
 
 
 def everything(options: argparse.Namespace, arguments: list[str]) -> None:
-    """All contexts and limits, each on the disk once it is done."""
+    """All contexts and limits; each result is written as soon as it is done."""
     device = torch.device(options.device)
     scene = make(device, options.small)
     missing = peers.quant_videogen()
@@ -261,7 +261,7 @@ def everything(options: argparse.Namespace, arguments: list[str]) -> None:
     rows, limits = [], []
 
     def note(show: bool) -> None:
-        columns = ("method", "context", "ms a chunk", "in turn %", "peak GiB", "state GiB", "host GiB", "ratio to bf16")
+        columns = ("method", "context", "ms per chunk", "alternating %", "peak GiB", "state GiB", "host GiB", "ratio to bf16")
         text = table(columns, [(
             row["method"], row["context"], row.get("ms"), row.get("overhead_percent", row.get("error")),
             *(row[name] / GIB if name in row else None for name in ("peak_bytes", "state_bytes", "host_bytes")),
@@ -275,7 +275,7 @@ def everything(options: argparse.Namespace, arguments: list[str]) -> None:
             "environment": environment(device, command_line("generate", arguments)), "weights_bytes": scene.weights,
             "activations_bytes": scene.activations, "rows": rows, "limits": limits}, text, show=show)
 
-    # on the disk after every context, so that a time limit loses the one under way alone
+    # written after every context, so that a time limit loses only the current one
     for context in options.contexts or ([6, 27] if options.small else [21, 60, 120, 180]):
         rows += compare(scene, context, kinds, options.rounds, options.turns)
         note(show=False)

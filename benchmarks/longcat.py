@@ -68,7 +68,7 @@ class Scene:
 
 
 class Bf16:
-    """Keys, turned, and values of every layer as they are, with room for the new frames behind them."""
+    """Keys (after RoPE) and values of every layer in the model's dtype, with space for the new frames after them."""
 
     name = "bf16 cache"
 
@@ -127,7 +127,7 @@ class Encoded:
 
 
 class EncodedAfterwards(Encoded):
-    """The released order: every layer's keys and values in bf16, and when the pass is done, encoded."""
+    """The released order: keys and values of all layers in bf16, encoded after the pass."""
 
     name = "paper, all layers in bf16 first"
 
@@ -160,7 +160,7 @@ def make(device: torch.device, small: bool, given: int, new: int, batch: int) ->
     if device.type == "cuda":
         settle(scene)
         scene.weights = torch.cuda.memory_allocated()
-        # what the passes need by themselves: attention without history, and nothing stored
+        # memory of the passes alone: attention without history, and nothing stored
         alone = CachedAttention(KVCache(PRESETS["off"], layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=grid,
                                         rope=Rope, device=device), start_frame=0, frames=new, store=False)
         scene.step_bytes = peak(scene, lambda: scene.step(alone))
@@ -181,7 +181,7 @@ def peak(scene: Scene, function) -> int:
 
 
 def timed(scene: Scene, function) -> tuple[float, int]:
-    """Milliseconds, and the most bytes that were allocated meanwhile."""
+    """Milliseconds, and the peak of allocated bytes."""
     cuda = scene.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -194,7 +194,7 @@ def timed(scene: Scene, function) -> tuple[float, int]:
 
 
 def stored(scene: Scene, make_method: Callable) -> tuple[object, dict]:
-    """A cache that the pass over the given frames filled, and a row of what that took."""
+    """A cache filled by the pass over the given frames, and the row with its cost."""
     settle(scene)
     before = torch.cuda.memory_allocated() if scene.device.type == "cuda" else 0
     method = make_method(scene)
@@ -209,7 +209,7 @@ def stored(scene: Scene, make_method: Callable) -> tuple[object, dict]:
 
 
 def stepped(scene: Scene, method, row: dict, rounds: int, reference: Bf16) -> dict:
-    """The row with denoising steps, each behind one of the reference."""
+    """The row with denoising steps, each measured after one of the reference."""
     for kind in (reference, method):
         scene.step(kind.read)
     own, theirs = [], []
@@ -224,7 +224,7 @@ def stepped(scene: Scene, method, row: dict, rounds: int, reference: Bf16) -> di
 
 
 class Report:
-    """Rows as they come, on the disk at once."""
+    """The rows; each is written as soon as it is measured."""
 
     def __init__(self, options, scene: Scene, arguments: list[str]):
         self.options, self.scene, self.arguments = options, scene, arguments
@@ -235,7 +235,7 @@ class Report:
         self.write(show=False)
         said = row.get("error") or ", ".join([
             f"pass {row['pass_ms']:.0f} ms, peak {row['pass_peak_bytes'] / GIB:.2f} GiB, held {row['held_bytes'] / GIB:.2f} GiB",
-            *([f"step {row['step_ms']:.1f} ms, in turn with {row['bf16_step_ms']:.1f} ms of bf16 ({row['overhead_percent']:+.1f} %), "
+            *([f"step {row['step_ms']:.1f} ms, alternating with {row['bf16_step_ms']:.1f} ms of bf16 ({row['overhead_percent']:+.1f} %), "
                f"peak {row['step_peak_bytes'] / GIB:.2f} GiB"] if "step_ms" in row else [])])
         progress(f"{row['method']}: {said}")
 
@@ -269,7 +269,7 @@ def main(arguments: list[str]) -> None:
     report = Report(options, scene, arguments)
 
     def measure(make_method: Callable, name: str, reference: Bf16 | None) -> None:
-        """One row; without a reference, one is made when the pass is done."""
+        """One row; without a reference, one is made after the pass."""
         try:
             method, row = stored(scene, make_method)
             if reference is None:
@@ -282,7 +282,7 @@ def main(arguments: list[str]) -> None:
     report.add(stepped(scene, reference, row, options.rounds, reference))
     for name in ("balanced", "smallest", "quality"):
         measure(lambda scene, name=name: Encoded(scene, PRESETS[name]), f"qvg {name}", reference)
-    # the released order needs the room of the reference for its own bf16 layers
+    # the released order needs the reference's memory for its own bf16 layers
     del reference
     measure(EncodedAfterwards, EncodedAfterwards.name, None)
     report.write()

@@ -22,7 +22,7 @@ from ..qvg.commands.results import prepare_folder
 from ..qvg.files import write_atomically
 
 FLUSH_BYTES = 256 << 20
-# long enough for the host to queue what is timed, so that the device never waits for it
+# long enough for the host to queue the timed work, so that the device never waits for it
 AHEAD_CYCLES = 1_500_000
 
 
@@ -73,7 +73,7 @@ def microseconds(function: Callable, device: torch.device, repeats: int = 20, co
 
 
 def kernel_microseconds(function: Callable) -> float:
-    """What the kernels of one call take on a CUDA device, added up: a call of hundreds of launches waits for the host between them."""
+    """Sum of the times of one call's kernels on a CUDA device, without the gaps in which a call of many launches waits for the host."""
     function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
@@ -82,7 +82,7 @@ def kernel_microseconds(function: Callable) -> float:
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second, read and written, of a copy within the device's memory."""
+    """Bytes per second, read and written, of a copy in device memory."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / (1e-6 * microseconds(lambda: target.copy_(source), device, cold=False))

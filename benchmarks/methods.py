@@ -19,7 +19,7 @@ from ..qvg.codec.base import Tables
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
 
-# the released scripts for Self-Forcing encode eight chunks of three frames at once and keep newer ones in bf16
+# the released scripts for Self-Forcing encode eight chunks of three frames together and keep newer ones in bf16
 RELEASED_FRAMES = 24
 
 
@@ -40,14 +40,14 @@ class Method:
             self.frames += self.chunk
 
     def prepared(self) -> tuple[Tensor, Tensor]:
-        """The pair as it is stored at the present position."""
+        """The pair as it is stored at the current position."""
         return self.pair
 
     def turn(self) -> None:
         self.angles = tuple(x[:, None] for x in self.rope.tables(self.frames, self.chunk, self.device))
 
     def begin(self, clean: bool):
-        """An `attend` for the chunk behind what is stored."""
+        """An `attend` for the next chunk."""
         self.clean = clean
         self.turn()
         return self.attend
@@ -70,7 +70,7 @@ class Method:
 
 
 class Core(Method):
-    """ComfyUI's own: bf16, keys turned before they are stored, room for the whole video from the start."""
+    """ComfyUI's own cache: bf16, keys after RoPE, allocated for the whole video from the start."""
 
     name = "bf16"
 
@@ -136,7 +136,8 @@ def ours(settings: QVGSettings, overlap: bool = True) -> type[Ours]:
 
 
 class Released(Method):
-    """The released package's way: QVG of 24 frames at a time, bf16 until then; every read makes the whole history bf16 again and turns it.
+    """The released package's method: QVG of 24 frames at a time, bf16 until then; every read decodes the whole history to bf16 and applies
+    RoPE.
 
     The codec is this pack's paper mode, whose kernel decodes faster than the released one.
     """
@@ -174,7 +175,7 @@ class Released(Method):
         return self.codec.encode(x[0], 2, self.codec.train(x[0], self.generator))
 
     def decode(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Fill keys and values [1, T, H, D] with all spans, keys not yet turned."""
+        """Fill keys and values [1, T, H, D] with all spans, keys before RoPE."""
         spans, heads = self.spans[layer], slice(0, self.geometry.heads)
         if backends.refusal("decode", self.device):
             tokens = RELEASED_FRAMES * self.geometry.frame_tokens
@@ -214,7 +215,7 @@ def _unturned_reader(method: Released):
     from ..kernels.reader import Angles, Reader
 
     class Still(Angles):
-        """No token is turned: every cosine is 1."""
+        """RoPE tables that change nothing: every cosine is 1."""
 
         def reach(self, first: int, last: int, device) -> None:
             super().reach(first, last, device)

@@ -42,7 +42,7 @@ class Pattern:
 
     @property
     def later(self) -> int:
-        """First latent frame of the third chunk, or, behind a cut, of what is made."""
+        """First latent frame of the third chunk or, after a cut, of the generated part."""
         if self.cut:
             return self.frames // 2
         return (1 if self.first_alone else self.chunk_frames) + self.chunk_frames
@@ -54,7 +54,7 @@ PATTERNS = (
     Pattern("20 chunks", frames=60))
 
 
-# the released scripts for Self-Forcing encode eight chunks of three frames at once and keep newer ones in bf16
+# the released scripts for Self-Forcing encode eight chunks of three frames together and keep newer ones in bf16
 RELEASED_FRAMES = 24
 
 
@@ -80,7 +80,7 @@ class ReleasedLayer(LayerCache):
 
 @dataclass
 class Switched:
-    """A prompt that becomes another one at a latent frame; see `video.Condition`."""
+    """A prompt that changes at a latent frame; see `video.Condition`."""
 
     before: Tensor
     after: Tensor
@@ -94,7 +94,7 @@ class Switched:
 
 
 class PatternLoop:
-    """The tiny model in one pattern: `videos` prompts at once, one seed."""
+    """The tiny model in one pattern, with a batch of `videos` prompts and one seed."""
 
     def __init__(self, network, pattern: Pattern, videos: int, device, seed: int = 0):
         self.network, self.pattern, self.videos, self.device = network, pattern, videos, torch.device(device)

@@ -59,7 +59,7 @@ def quant_videogen():
 
 
 def packed_bytes(packed) -> int:
-    """Bytes of what `quant_videogen().encode` gave."""
+    """Bytes of the result of `quant_videogen().encode`."""
     tables, ids, codes, scales, zeros = packed
     return sum(part.nbytes for part in (*tables, *ids, codes, scales, zeros) if part is not None)
 

@@ -77,7 +77,7 @@ def ways(small: bool) -> list[Way]:
 
 
 class Forced(Sampler):
-    """What is stored of each chunk is the given video's."""
+    """Each chunk is stored from the given video instead of the generated one."""
 
     def __init__(self, *arguments, truth: Tensor, **options):
         super().__init__(*arguments, **options)
@@ -88,7 +88,7 @@ class Forced(Sampler):
 
 
 class Loop:
-    """The tiny model, its prompts and one seed a video."""
+    """The tiny model, its prompts and one seed per video."""
 
     def __init__(self, device: torch.device, frames: int, videos: int):
         self.device, self.run = device, Run(frames=frames)
@@ -128,7 +128,7 @@ class Loop:
     def compare(self, latents: Tensor) -> dict[str, list[float]]:
         """PSNR and SSIM of every video against the exact one."""
         pictures = self.decode(latents)
-        # a chunk of three latent frames is twelve pictures, but the first latent frame is one
+        # a chunk of three latent frames is twelve video frames, but the first latent frame is one
         first = slice(4 * self.run.chunk_frames - 3, 8 * self.run.chunk_frames - 3)
         later = slice(first.stop, None)
         pairs = {name: (pictures[:, :, part], self.pictures[:, :, part]) for name, part in (("first", first), ("later", later))}
@@ -145,14 +145,14 @@ PATTERN_METHODS = {
 
 
 def in_patterns(device: torch.device, names: list[str], videos: int, only: list[str] | None) -> list[dict]:
-    """A row a pattern and method; dB of every video."""
+    """One row per pattern and method, with the dB of every video."""
     network, rows = load_tiny()[0].to(device), []
     for pattern in PATTERNS:
         if names and pattern.name not in names:
             continue
         loop = PatternLoop(network, pattern, videos, device)
         for name, (settings, released) in PATTERN_METHODS.items():
-            # the released method is what the others stand beside
+            # the released method is the reference for the others
             if only and name not in only and name != "paper int2":
                 continue
             with largest_misfit(math.inf if name.endswith("kept") else lifetime.LARGEST_MISFIT):

@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def save(module: torch.nn.Module, path: Path, metadata: dict | None = None) -> int:
-    """Write bf16 weights and round the module to them, so that what is looked at is what was saved."""
+    """Write bf16 weights and round the module to them, in place, so that the saved weights are the ones inspected."""
     weights = {key: value.to("cpu", torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
     save_file(weights, path, {"format": "pt", **(metadata or {})})
     module.load_state_dict(weights)
@@ -77,7 +77,7 @@ def encode_pools(vae: WanVAE, minutes: float, frames: int, beginning: int, devic
 
 
 def contact_sheet(video: Tensor, path: Path, moments: int = 8) -> None:
-    """[B, 3, F, H, W] in -1..1 -> a PNG with a row a video."""
+    """[B, 3, F, H, W] in -1..1 -> a PNG with one row per video."""
     index = torch.linspace(0, video.shape[2] - 1, moments).round().long()
     picture = ((video[:, :, index].float().cpu() + 1) * 127.5).clamp(0, 255).byte()
     rows, _, columns, height, width = picture.shape
@@ -91,7 +91,7 @@ def decode(vae: WanVAE, latents: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Decibels a video frame over [B, 3, F, H, W] in -1..1 -> [F]."""
+    """PSNR in dB of each frame, mean over [B, 3, F, H, W] in -1..1 -> [F]."""
     return -10 * ((a - b).clamp(-2, 2) / 2).square().mean(dim=(0, 1, 3, 4)).log10()
 
 

@@ -25,7 +25,7 @@ EDGE_WEIGHT = 0.5
 
 
 class Scenes:
-    """Many random scenes on the device; `draw` takes some of them to a random place on the torus."""
+    """Many random scenes on the device; `draw` shifts some of them by a random offset, with wrap-around."""
 
     def __init__(self, count: int, seed: int, device):
         generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def edges(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Stage:
-    """One batch size and clip length. A step draws, encodes, decodes and updates, without a word from the CPU."""
+    """One batch size and clip length. A step draws, encodes, decodes and updates without the CPU."""
 
     def __init__(self, vae: WanVAE, scenes: Scenes, batch: int, frames: int, edge: float):
         self.vae, self.scenes, self.batch, self.frames, self.edge = vae, scenes, batch, frames, edge
@@ -112,7 +112,7 @@ class Stage:
 
 
 def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool, resumed: bool) -> None:
-    """Stills, short clips, then clips as long as the causal convolutions remember; a resumed network sees only the last."""
+    """Stills, short clips, then clips as long as the memory of the causal convolutions; a resumed network is trained only on the last."""
     if resumed:
         unfold_statistics(vae)
     else:
@@ -132,7 +132,7 @@ def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool, resumed: b
             stage.replay()
             log(loss=stage.loss, error=stage.error)
             if log.calls % 20 == 0:
-                # the clock is the CPU's: do not let it run ahead of the device
+                # the clock is the CPU's, which must not run ahead of the device
                 stage.error.item()
     vae.eval()
 
@@ -148,7 +148,7 @@ def fold_statistics(vae: WanVAE, device, rounds: int = 16, frames: int = 29) -> 
     gain = wan_std / std
     vae.conv1.weight[:CHANNELS] *= gain.view(-1, 1, 1, 1, 1)
     vae.conv1.bias[:CHANNELS] = (vae.conv1.bias[:CHANNELS] - mean) * gain + wan_mean
-    # the log variance half was never trained: say "certain"
+    # the log variance half was never trained: set it to "certain"
     vae.conv1.weight[CHANNELS:] = 0
     vae.conv1.bias[CHANNELS:] = -10
     vae.conv2.weight /= wan_std.view(1, -1, 1, 1, 1)

@@ -61,7 +61,7 @@ class TeacherForcing:
 
 
 class Trainer:
-    """A network under training, the pools that it sees, and its running average."""
+    """A network in training, its pools of clips, and its running average."""
 
     def __init__(self, network: CausalWan, pools: dict[str, Pool], device, fast: bool):
         self.network, self.pools, self.device = network, pools, device
@@ -78,7 +78,7 @@ class Trainer:
         return flow[:, :, clean.shape[2]:].float()
 
     def _sigmas(self, batch: int, attend: TeacherForcing) -> Tensor:
-        """[B, F], one level a chunk."""
+        """Noise levels [B, F], one per chunk."""
         chunks = int(attend.chunk_of_frame[-1]) + 1
         levels = torch.tensor(SIGMAS, device=self.device)
         sigma = levels[torch.randint(len(SIGMAS), (batch, chunks), device=self.device)]
@@ -89,11 +89,11 @@ class Trainer:
 
     @torch.no_grad()
     def _own_context(self, clip: Tensor, prompt: Tensor, attend: TeacherForcing, depth: int) -> Tensor:
-        """What the network makes of the clip: each round predicts all chunks from the round before, in two steps."""
+        """The network's own version of the clip: each round predicts all chunks from those of the previous round, in two steps."""
         context = clip
         for _ in range(depth):
             sigma = self._sigmas(clip.shape[0], attend).clamp(max=1.0)
-            # the first chunk has nothing to be predicted from but its own noisy self: keep it near the clip
+            # the first chunk can only be predicted from its own noisy version: keep it near the clip
             sigma = torch.where(attend.chunk_of_frame == 0, sigma.clamp(max=SIGMAS[2]), sigma)
             guess = clip
             for level in (sigma, sigma.clamp(max=SIGMAS[-1])):
@@ -108,7 +108,7 @@ class Trainer:
         # what steps take turns with: clips, how many, of how many frames, and whether on the network's own context
         turns = [("text", batch, frames, own_context), ("image", batch, frames, own_context)]
         if own_context:
-            # to begin from text alone is the hardest thing to learn, so it keeps half of the steps, on beginnings only
+            # starting from text alone is the hardest to learn, so it gets half of the steps, on beginnings only
             short = self.pools["short"][0].shape[2]
             turns = [turns[0], ("short", 8 * batch, short, False), turns[1], ("short", 8 * batch, short, False)]
         layouts = {turn[0]: TeacherForcing(turn[2], turn[0] == "image", self.device) for turn in turns}

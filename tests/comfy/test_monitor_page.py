@@ -176,7 +176,7 @@ def test_settings_and_badge(page, tmp_path_factory):
     assert page.evaluate("['Rate', 'Toasts'].map(name => app.extensionManager.setting.get(`QVG.Monitor.${name}`))") == [4, True]
     page.evaluate("app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
     page.get_by_text("QuantVideoGen", exact=True).last.click()
-    for words in ("Updates a second", "Units of memory", "Warn when the cache may not fit"):
+    for words in ("Updates per second", "Units of memory", "Warn when the cache may not fit"):
         page.get_by_text(words, exact=True).wait_for(timeout=15_000)
     page.screenshot(path=shots / "settings.png")
     page.get_by_text("About", exact=True).last.click()

@@ -5,7 +5,7 @@ import { bytes, isDecimal, say } from "./strings.js"
 const SVG = "http://www.w3.org/2000/svg"
 const LEFT = 64, RIGHT = 12, TOP = 10, BOTTOM = 24
 
-// The parts of a codec have the codec's own names where no language has another.
+// A name without a key, such as that of a codec's own part, is shown as it is.
 export const nameOf = ({ name, key, values }) => (key ? say(key, values) : name)
 
 export const legendOf = (chart) => [...chart.areas, ...chart.lines].filter(({ name }) => name)
@@ -38,14 +38,16 @@ export function drawChart(chart, now, width, height) {
   const x = (frame) => LEFT + (width - LEFT - RIGHT) * across(chart.frames, frame)
   const y = (count) => height - BOTTOM - (height - TOP - BOTTOM) * across(chart.bytes, count)
   // of thousands of points as many as there are pixels
-  const visible = (points) => points.filter(([frame], i) => !i || i === points.length - 1 || Math.floor(x(frame)) !== Math.floor(x(points[i + 1][0])))
+  const column = (point) => Math.floor(x(point[0]))
+  const visible = (points) => points.filter((point, i) => !i || i === points.length - 1 || column(point) !== column(points[i + 1]))
   const path = (points) => points.map(([frame, count], i) => `${i ? "L" : "M"}${x(frame).toFixed(1)} ${y(count).toFixed(1)}`).join("")
 
   for (const [count, text] of chart.bytes.ticks[isDecimal() ? "decimal" : "binary"]) {
     element("line", { x1: LEFT, x2: width - RIGHT, y1: y(count), y2: y(count), class: "qvg-grid" }, svg)
     element("text", { x: LEFT - 6, y: y(count) + 4, "text-anchor": "end" }, svg, text)
   }
-  const label = element("text", { x: width - RIGHT, y: height - 6, "text-anchor": "end" }, svg, `${chart.frames.end} ${say("latentFrames")}`)
+  const end = { x: width - RIGHT, y: height - 6, "text-anchor": "end" }
+  const label = element("text", end, svg, `${chart.frames.end} ${say("latentFrames")}`)
   const free = width - RIGHT - 7.5 * label.textContent.length - 24
   for (const [frame, text] of chart.frames.ticks)
     if (x(frame) < free) element("text", { x: x(frame), y: height - 6, "text-anchor": "middle" }, svg, text)

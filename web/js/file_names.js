@@ -1,5 +1,5 @@
-// File names of this pack's nodes take the tokens of core's save nodes, such as %date:yyyy-MM-dd% and %KSampler.seed%: the page fills them in
-// when a graph is sent. What is left of them the server refuses (nodes/outputs.py).
+// File names of this pack's nodes may have the tokens of ComfyUI's save nodes, such as %date:yyyy-MM-dd% and %KSampler.seed%. The page
+// replaces them when a graph is sent; the server refuses those that remain (nodes/outputs.py).
 
 import { app } from "../../../scripts/app.js"
 import { chain } from "./nodes.js"

@@ -1,5 +1,5 @@
-// KV Memory Monitor (QVG): the node's widget. A sampling run sends what its cache holds ("qvg.memory", nodes/live.py); after a refresh the
-// page asks once for what was sent before. Nothing is polled.
+// KV Memory Monitor (QVG): the node's widget. A sampling run sends the state of its cache ("qvg.memory", nodes/live.py); after a refresh the
+// page requests the earlier messages once. Nothing is polled.
 
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"
@@ -43,7 +43,7 @@ function pair(list, name, text) {
 }
 
 class Monitor {
-  // parts are made once and filled again, so that focus, an open list and the place scrolled to stay while a model samples
+  // elements are made once and updated, so that focus, an open list and the scroll position stay while a model samples
   constructor(node) {
     this.root = make("div", "qvg-monitor")
     this.root.setAttribute("role", "group")
@@ -56,7 +56,7 @@ class Monitor {
     })
     this.instead = make("p", "", this.root)
     this.status = make("p", "qvg-faint qvg-status", this.root)
-    // read aloud when a run begins and when it ends, not at every chunk
+    // announced by screen readers when a run begins and ends, not at every chunk
     this.spoken = make("p", "qvg-spoken", this.root)
     this.spoken.setAttribute("role", "status")
     this.plot = make("div", "qvg-plot", this.root)
@@ -118,7 +118,7 @@ class Monitor {
 
   drawPlot() {
     const { clientWidth, clientHeight } = this.plot
-    // a node out of sight has no size
+    // a node that is not visible has no size
     if (!this.state) return this.plot.replaceChildren()
     this.plot.replaceChildren(drawChart(this.state.chart, this.state.now, clientWidth || 520, clientHeight || 200))
   }
@@ -182,7 +182,7 @@ app.registerExtension({
   name: "QuantVideoGen.Monitor",
   settings: [
     {
-      id: "QVG.Monitor.Rate", name: "Updates a second", category: ["QuantVideoGen", "KV Memory Monitor", "Rate"], type: "slider",
+      id: "QVG.Monitor.Rate", name: "Updates per second", category: ["QuantVideoGen", "KV Memory Monitor", "Rate"], type: "slider",
       defaultValue: 4, attrs: { min: 1, max: 4, step: 1 }, tooltip: "How often the monitor redraws while a model samples.",
     },
     {

@@ -1,4 +1,4 @@
-// Nodes as the server names them, and the two widgets of the pack that show something: how they come onto a node.
+// Nodes by the ids that the server uses, and helpers for the widgets of the pack.
 
 import { app } from "../../../scripts/app.js"
 
@@ -12,7 +12,7 @@ export function make(name, className, parent, text) {
 
 export const workflowOnScreen = () => (app.rootGraph ?? app.graph)?.id
 
-// the same id means another node in the workflow of another tab
+// in the workflow of another tab, the same id is another node
 export function isOnScreen(message) {
   const open = workflowOnScreen()
   return !message.workflow || !open || message.workflow === open
@@ -27,7 +27,7 @@ export function nodeByExecutionId(id) {
   return graph?.getNodeById(last) ?? graph?.getNodeById(Number(last))
 }
 
-// A widget that shows `root` and has no value. The panel beside the graph would take it off its node, and name it by its type.
+// A widget that shows `root` and has no value. It is hidden in the side panel, which would move it away from its node.
 export function addShown(node, name, root, getMinHeight) {
   const widget = node.addDOMWidget(name, name, root, {
     serialize: false, hideOnZoom: false, hideInPanel: true, getMinHeight, getValue: () => "", setValue: () => {},
@@ -37,7 +37,7 @@ export function addShown(node, name, root, getMinHeight) {
   return widget
 }
 
-// after: called with what the node's method of this name was called with
+// after: called after the node's method of this name, with the same arguments
 export function chain(node, method, after) {
   const before = node[method]
   node[method] = function (...args) {

@@ -1,6 +1,5 @@
-// QVG Settings: its knobs show the preset's own numbers, which change with it, instead of "preset" and -1. Where Nodes 2.0
-// folds them, a text says what they are.
-// Graphs and prompts keep "preset" and -1 for every knob that a person has not set, so that nothing about them changes.
+// QVG Settings: its widgets show the preset's values, which change with it, instead of "preset" and -1. Where Nodes 2.0 folds them, a text
+// shows them. Saved graphs and prompts keep "preset" and -1 for every widget that the user has not set.
 
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"
@@ -20,7 +19,7 @@ class Knobs {
     this.node = node
     this.preset = node.widgets.find((widget) => widget.name === "preset")
     this.knobs = node.widgets.filter((widget) => COUNTS.includes(widget.name) || CHOICES.includes(widget.name))
-    // names of the knobs that a person set
+    // names of the widgets that the user set
     this.own = new Set()
     for (const widget of this.knobs) {
       chain(widget, "callback", () => {
@@ -38,7 +37,7 @@ class Knobs {
     this.show()
   }
 
-  // loaded: from a graph, where a number was set even if it is the preset's
+  // loaded: from a graph, where a value was set even if it equals the preset's
   adopt(widget, loaded = false) {
     const preset = presets[this.preset.value]?.[widget.name]
     if (widget.value === unset(widget.name) || (!loaded && widget.value === preset)) this.own.delete(widget.name)
@@ -78,7 +77,7 @@ class Knobs {
   }
 }
 
-// the classic canvas shows all of them, and graphs leave no room below
+// the classic canvas shows all of them, and saved graphs have no space below
 const foldsKnobs = () => Boolean(app.extensionManager.setting.get(NODES_2))
 
 const refresh = () => allNodes(app.rootGraph ?? app.graph).forEach((node) => node.qvgKnobs?.show())

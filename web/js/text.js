@@ -1,5 +1,5 @@
-// What a node says: while something else runs as an event ("qvg.text", nodes/live.py), at its own end in its UI output. The frontend's
-// own line for progress goes when a run ends, so the pack draws its text itself, on the classic canvas and in Nodes 2.0.
+// Text on a node: from an event while another node runs ("qvg.text", nodes/live.py), and from the UI output at its own end. The frontend's
+// progress text disappears when a run ends, so the pack draws its own, on the classic canvas and in Nodes 2.0.
 
 import { app } from "../../../scripts/app.js"
 import { api } from "../../../scripts/api.js"
@@ -11,10 +11,10 @@ const STYLE = `
   user-select: text; cursor: text; }
 .qvg-text > p { margin: 0; padding: 4px 6px; white-space: pre-wrap; overflow-wrap: break-word; word-break: normal; hyphens: none; }
 `
-// in pixels; the frontend keeps the margin above and below a widget of the page
+// in pixels; MARGIN is what the frontend leaves above and below a DOM widget
 const LINE = 18, MARGIN = 10
 
-// Nodes 2.0 makes a node as high as what is in it
+// in Nodes 2.0 the height of a node follows its content
 const laysOutItself = () => Boolean(globalThis.LiteGraph?.vueNodesMode)
 
 export class Text {
@@ -29,7 +29,7 @@ export class Text {
     if (!this.root) this.build()
     this.shown.textContent = text
     this.shown.hidden = !text
-    // until it is laid out
+    // an estimate until it is laid out
     this.height = text ? Math.max(this.height, 8 + LINE * text.split("\n").length) : 0
     this.fit()
   }
@@ -44,9 +44,9 @@ export class Text {
     chain(this.node, "onRemoved", () => this.sizes.disconnect())
   }
 
-  // A node grows with its text, and stays as large as a person made it.
+  // A node grows with its text, and keeps a larger size that the user gave it.
   fit() {
-    // out of sight it has no size
+    // an invisible element has no size
     if (this.shown.offsetHeight) this.height = this.shown.offsetHeight
     const { node } = this
     node.setDirtyCanvas?.(true, true)
