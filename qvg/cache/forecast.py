@@ -47,7 +47,7 @@ class PlannedSpan:
         self.key_bits, self.value_bits = key_bits, value_bits
         if self.layer is not None:
             if encoded:
-                self.book = len(self.layer.books) - 1
+                self.book = self.layer.newest_book
             self.layer.count(self, 1)
 
 
@@ -98,6 +98,11 @@ class PlannedLayer:
             self.count(span, -1)
         del self.spans[start:stop]
 
+    @property
+    def newest_book(self) -> int | None:
+        """None of a codec that trains none."""
+        return len(self.books) - 1 if self.books else None
+
     def book_bytes(self) -> int:
         return self._books_bytes
 
@@ -119,7 +124,7 @@ class PlannedLayer:
         lifetime.store(self, first, frames, newest, self._train, self._keep)
 
     def _keep(self, first: int, frames: int, sink: bool, bits: tuple[int, int]) -> None:
-        book = None if set(bits) <= set(PLAIN_BITS) else len(self.books) - 1
+        book = None if set(bits) <= set(PLAIN_BITS) else self.newest_book
         span = PlannedSpan(first, frames, sink, *bits, book, layer=self)
         self.spans.append(span)
         self.count(span, 1)
