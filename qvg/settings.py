@@ -1,7 +1,7 @@
-"""What a person may choose about a KV cache, in one frozen object.
+"""The settings of a KV cache, in one frozen object.
 
-`QVGSettings.preset("balanced")` is the whole interface for most people; `dataclasses.replace` changes one choice.
-Every value is checked when the object is made, and the error is a sentence that can be shown as it is.
+`QVGSettings.preset("balanced")` is all that most people need; `dataclasses.replace` changes single fields.
+Every value is checked when the object is made, and errors are sentences that can be shown to the user.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ def _refuse_unknown(fields: dict, kind: type) -> None:
 class QVGSettings:
     """Everything that decides what a cache keeps and in how many bits.
 
-    codec: "qvg" (codebooks and bit planes), "paper" (QVG as released) or "plain" (every number in the model's own type).
+    codec: "qvg" (codebooks and bit planes), "paper" (QVG as released) or "plain" (elements as the model made
+        them, or int8); or any other in `registry.CODECS`.
     key, value: how the two tensors are stored once they are old.
-    sink_frames, sink_bits: the first latent frames, kept for good, and the least bits they hold (1 to 4 planes, 8 or 16).
+    sink_frames, sink_bits: the first latent frames, which are never evicted, and the least bits they hold (1 to 4 planes, 8 or 16).
     recent_frames, recent_bits: the newest latent frames hold at least this much until they age.
-    window_frames: latent frames kept besides the sink; older ones leave. 0 keeps all.
-    budget_gib: bytes that the cache may hold, workspace included, in GiB. 0 sets no limit. Over it, the oldest spans lose
-        planes, then leave.
-    offload: spans wait in host memory (pinned, where the device is a GPU) and visit the device a layer at a time. The budget then is of
-        what stays on the device: codebooks, the workspace and two layers.
-    host_gib: bytes that offloaded spans may take in host memory, in GiB, under the same rule. 0 sets no limit.
-    codebook_frames: latent frames that share one codebook at most; one that no longer fits is replaced earlier (see `lifetime`).
-    iterations: k-means steps a codebook.
+    window_frames: latent frames kept besides the sink; older ones are evicted. 0 keeps all.
+    budget_gib: most GiB that the cache may take, workspace included. 0 sets no limit. Above it, the oldest spans lose planes and are then
+        evicted.
+    offload: keep spans in host memory (pinned, for a GPU) and copy them to the device one layer at a time. The budget then covers what
+        stays on the device: codebooks, the workspace and two layers.
+    host_gib: most GiB of host memory that offloaded spans may take, by the same rule. 0 sets no limit.
+    codebook_frames: most latent frames that share a codebook; one that no longer fits is replaced earlier (see `cache.lifetime`).
+    iterations: k-means iterations per codebook.
     seed: of the private generator that k-means draws from.
     """
 
@@ -72,7 +73,7 @@ class QVGSettings:
         require(isinstance(self.name, str), f"name is {self.name!r}; it must be a text.")
         for name in ("key", "value"):
             value = getattr(self, name)
-            require(isinstance(value, TensorSettings), f"{name} is {value!r}; it must be settings of a tensor.")
+            require(isinstance(value, TensorSettings), f"{name} is {value!r}; it must be a TensorSettings.")
         if not isinstance(self.codec, str) or self.codec not in CODECS:
             raise ValueError(f"codec is {self.codec!r}; choose one of {', '.join(CODECS)}.")
         for name in ("sink_bits", "recent_bits"):
@@ -92,18 +93,18 @@ class QVGSettings:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether all keys and values stay as the model made them, for good and on the device: what a cache without settings does."""
+        """Whether all keys and values stay as the model made them, on the device and without eviction, as in an ordinary cache."""
         forgets = self.window_frames or self.budget_gib or self.offload
         return self.codec == "plain" and self.key.bits == self.value.bits == 16 and not forgets
 
     @staticmethod
     def preset(name: str) -> QVGSettings:
-        """One of `PRESETS` by name. Raises ValueError with the names there are."""
+        """One of `PRESETS` by name. Raises ValueError that lists the names."""
         require(name in PRESETS, f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
         return PRESETS[name]
 
     def both(self, **changes) -> QVGSettings:
-        """These settings with the same changes made to K and to V."""
+        """These settings with the same changes to K and V."""
         return replace(self, key=replace(self.key, **changes), value=replace(self.value, **changes))
 
     def to_json(self) -> str:
@@ -117,7 +118,7 @@ class QVGSettings:
     def from_json(text: str) -> QVGSettings:
         """The inverse of `to_json`. Raises ValueError for another version or an unknown field."""
         fields = json.loads(text)
-        require(isinstance(fields, dict), "These settings are no object of fields.")
+        require(isinstance(fields, dict), "These settings are not a JSON object.")
         version = fields.pop("version", None)
         require(version == VERSION, f"These settings have version {version!r}; this release reads version {VERSION}.")
         for old, new in RENAMED.items():
@@ -128,7 +129,7 @@ class QVGSettings:
         for name in ("key", "value"):
             if name in fields:
                 tensors[name] = fields.pop(name)
-                require(isinstance(tensors[name], dict), f"The settings of {name} are no object of fields.")
+                require(isinstance(tensors[name], dict), f"The settings of {name} are not a JSON object.")
                 _refuse_unknown(tensors[name], TensorSettings)
                 if "options" in tensors[name]:
                     tensors[name]["options"] = tuple(map(tuple, tensors[name]["options"]))

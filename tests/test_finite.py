@@ -14,7 +14,7 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.codec import e4m3, kmeans
 from comfyui_qvg.qvg.codec.base import Tables
-from comfyui_qvg.qvg.codec.finite import LARGEST, saturated, tame
+from comfyui_qvg.qvg.codec.finite import LARGEST, saturated, zero_nonfinite
 from comfyui_qvg.qvg.codec.pair import TensorCodec
 from comfyui_qvg.qvg.codec.qvg import PlaneSpan
 from comfyui_qvg.qvg.settings import PRESETS, TensorSettings
@@ -182,8 +182,8 @@ def test_scales_keep_nan(native):
 def test_tame_keeps_numbers():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.tensor([1.5, -60000.0, float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)
-        assert torch.equal(tame(x), torch.tensor([1.5, -60000.0, 0, 0, 0, 0], dtype=dtype))
-    assert tame(torch.tensor([LARGEST, 2 * LARGEST])).tolist() == [LARGEST, 0]
+        assert torch.equal(zero_nonfinite(x), torch.tensor([1.5, -60000.0, 0, 0, 0, 0], dtype=dtype))
+    assert zero_nonfinite(torch.tensor([LARGEST, 2 * LARGEST])).tolist() == [LARGEST, 0]
 
 
 @pytest.mark.parametrize("name", ["balanced", "off"])

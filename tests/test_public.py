@@ -46,7 +46,7 @@ def test_attend_is_a_pass_of_cached_attention():
 
 
 @pytest.mark.parametrize(("dtypes", "sentence"), [
-    ((torch.float32, torch.float32, torch.float32), r"computes in torch\.float32, but this cache returns .* in torch\.bfloat16.*dtype=torch"),
+    ((torch.float32,) * 3, r"computes in torch\.float32, but this cache returns .* in torch\.bfloat16.*dtype=torch"),
     ((torch.bfloat16, torch.float32, torch.bfloat16), r"Queries are torch\.bfloat16, keys torch\.float32")])
 def test_another_dtype_is_refused_at_the_first_call(dtypes, sentence):
     """Before it was attention that failed, at the second chunk."""

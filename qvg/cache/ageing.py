@@ -1,6 +1,6 @@
-"""Which frames hold how many bits at what age, and what goes first where memory does not suffice: a pure policy in whole numbers.
+"""Which frames hold how many bits at what age, and what is given up first when memory runs short: a policy in integers, without tensors.
 
-The real cache and the forecast hold spans of different kinds and call the same functions. No tensors here.
+The real cache and the forecast hold spans of different kinds and call the same functions.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ def first_bits(settings: QVGSettings, sink: bool) -> tuple[int, int]:
 
 
 def needs_codebooks(settings: QVGSettings, sink: bool) -> tuple[bool, bool]:
-    """Whether a new span's K and V are or will be held in planes (or paper codes)."""
+    """Whether a new span's K and V are or will be encoded with a codebook."""
     codec, plain = CODECS[settings.codec], sink and settings.sink_bits in PLAIN_BITS
     return codec.needs_codebook(settings.key.bits) and not plain, codec.needs_codebook(settings.value.bits) and not plain
 
 
 def holds_to_encode(settings: QVGSettings, key_bits: int, value_bits: int) -> bool:
-    """Whether a span holds K or V plainly that is to become planes."""
+    """Whether a span holds K or V in 8 or 16 bits that will be encoded to fewer."""
     pairs = (key_bits, settings.key.bits), (value_bits, settings.value.bits)
     return any(held in PLAIN_BITS and chosen not in PLAIN_BITS for held, chosen in pairs)
 
 
 def enforce_limits(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int],
           evict: Callable[[int, int], None]) -> None:
-    """Make room in a layer, whose spans are listed oldest first, before `new` bytes of frames up to `newest` are stored.
+    """Free space in a layer, whose spans are listed oldest first, before `new` bytes of frames up to `newest` are stored.
 
-    Spans that lie behind the window (or behind what a budget can hold at all) leave; spans that are no longer recent fall to their
-    settled bits; then, while what is `held()` and the new bytes exceed the layer's share, the widest old span loses a plane (the
-    oldest of equals), then recent ones do, and at last the oldest leaves. Sinks stay as they are. `evict(start, stop)` deletes those
-    places of the list. Works on `forecast.PlannedSpan` and `cache.Entry` alike.
+    Spans beyond the window (or beyond what a budget can hold at all) are evicted; spans that are no longer recent drop to their settled
+    bits; then, while `held()` plus the new bytes exceed the layer's share, the widest old span loses a plane (the oldest of equals), then
+    recent ones do, and finally the oldest is evicted. Sinks are untouched. `evict(start, stop)` deletes `spans[start:stop]`. Works on
+    `forecast.PlannedSpan` and `entry.Entry` alike.
 
-    A long video has thousands of spans, so they are searched and not walked: sinks come first, and no later span holds fewer bits than
-    an earlier one, because all begin alike and each step above takes from the oldest first.
+    A long video has thousands of spans, so they are searched by bisection: sinks come first, and no later span holds fewer bits than an
+    earlier one, because all start alike and each step above takes from the oldest first.
     """
     begin = sinks_in(spans, settings)
     if (window := window_of(settings, share)) is not None:
@@ -83,24 +83,24 @@ def enforce_limits(spans: list, newest: int, settings: QVGSettings, share: Limit
 
 
 def window_of(settings: QVGSettings, share: Limits) -> int | None:
-    """Latent frames that are kept besides the sink; None where all are."""
+    """Latent frames that are kept besides the sink; None if all are."""
     if settings.window_frames and share.cap_frames:
         return min(settings.window_frames, share.cap_frames)
     return settings.window_frames or share.cap_frames or None
 
 
 def end_of(spans: list, frame: int, begin: int) -> int:
-    """The place behind the spans that end at `frame` or before."""
+    """Index after the spans that end at `frame` or before."""
     return bisect_right(spans, frame, begin, key=LAST)
 
 
 def sinks_in(spans: list, settings: QVGSettings) -> int:
-    """How many of the spans, which begin with them, are sinks."""
+    """Number of sinks, which come first."""
     return bisect_left(spans, settings.sink_frames, key=FIRST)
 
 
 def settling(spans: list, newest: int, settings: QVGSettings, begin: int) -> list:
-    """Spans from place `begin` on that are no longer recent once latent frame `newest` is stored, and still hold bits to spare."""
+    """Spans from index `begin` on that are no longer recent once latent frame `newest` is stored, and still hold spare bits."""
     start = old = end_of(spans, newest - settings.recent_frames, begin)
     while start > begin and settled(spans[start - 1], settings) is not None:
         start -= 1
@@ -108,7 +108,7 @@ def settling(spans: list, newest: int, settings: QVGSettings, begin: int) -> lis
 
 
 def settled(span, settings: QVGSettings) -> tuple[int, int] | None:
-    """The bits that a span is to fall to with age; None where it holds no more than those."""
+    """The bits that a span drops to with age; None if it holds no more than those."""
     key, value = settings.key.bits, settings.value.bits
     if span.key_bits <= key and span.value_bits <= value:
         return None
@@ -116,7 +116,7 @@ def settled(span, settings: QVGSettings) -> tuple[int, int] | None:
 
 
 def _planes(span, settings: QVGSettings) -> int:
-    """Planes that the span could lose one of; 1 where there is nothing to lose."""
+    """Planes of which the span can lose one; 1 if there is nothing to lose."""
     if not CODECS[settings.codec].nested:
         return 1
     chosen = (span.key_bits, settings.key.bits), (span.value_bits, settings.value.bits)
@@ -135,12 +135,12 @@ def _drop_plane(span, settings: QVGSettings) -> None:
 
 
 def most_planes(spans: list, settings: QVGSettings) -> int:
-    """Of the widest span, sinks excepted; 1 where none has one to lose."""
+    """Planes of the widest span, sinks excepted; 1 if none has one to lose."""
     return max((_planes(span, settings) for span in spans if not span.sink), default=1)
 
 
 def drop_plane_of_widest(spans: list, settings: QVGSettings, most: int) -> None:
-    """Take a plane from every span that holds `most` of them, more than one, sinks excepted."""
+    """Drop a plane of every span that holds `most` of them, more than one, sinks excepted."""
     for span in spans:
         if not span.sink and _planes(span, settings) == most:
             _drop_plane(span, settings)

@@ -1,9 +1,9 @@
-"""A context that is rebuilt for every segment: given frames that one pass stores and every denoising step of the segment reads.
+"""A context that is rebuilt for every segment: one pass stores the given frames, and every denoising step of the segment reads them.
 
-Models such as LongCat-Video and HY-WorldPlay keep no history from chunk to chunk. They pass the frames that a segment continues through
-the network once, and the segment's new frames read what that pass stored. Such a context arrives whole and never ages: sinks and windows
-have no meaning in it, since its first frame is none of the video's. Its newest frames are those that the new ones join, so they hold one
-plane more than the others, as far as the settings let recent frames hold more; codebooks are trained on all of it at once.
+Models such as LongCat-Video and HY-WorldPlay keep no history from chunk to chunk. They pass the frames that a segment continues through the
+network once, and the segment's new frames attend to what that pass stored. Such a context is stored in one call and does not age: sinks and
+windows have no meaning in it, since its first frame is not the video's. Its newest frames are those that the new ones join, so they hold
+one plane more than the others, if the settings let recent frames hold more; codebooks are trained on all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .limits import staging_bytes
 
 def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> Forecast:
     """The bytes of a context of `given` latent frames that passes over `new` latent frames read. Settings as `context_settings` gives
-    them; itemsize: bytes of the model's own number type."""
+    them; itemsize: bytes of the model's dtype."""
     layer = PlannedLayer(settings, geometry, Limits(), itemsize)
     layer.append(0, given, settings.recent_frames)
     workspace = workspace_bytes(geometry, given + new, itemsize)
@@ -56,7 +56,7 @@ def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new:
 
 
 def _with_recent(whole: QVGSettings, chosen: QVGSettings) -> QVGSettings:
-    """`whole` with recent frames as far as `chosen` has them and one plane more is something that its codec can hold."""
+    """`whole` with recent frames of one plane more, if `chosen` has recent frames and its codec can hold that."""
     bits = min(chosen.recent_bits, min(whole.key.bits, whole.value.bits) + 1)
     if not CODECS[whole.codec].nested or bits not in PLANE_BITS or bits <= min(whole.key.bits, whole.value.bits):
         return whole

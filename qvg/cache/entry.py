@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Side:
-    """K or V of one layer: its codec and the codebook of the present epoch."""
+    """K or V of one layer: its codec and its current codebook."""
 
     def __init__(self, codec: TensorCodec):
         self.codec = codec
@@ -41,13 +41,13 @@ class Entry:
 
     @property
     def misfit(self) -> bool:
-        """Whether its codebooks fit it poorly; of a span that is held plainly nobody knows. See `lifetime`."""
+        """Whether its codebooks fit it poorly; assumed of a span that waits for one. See `lifetime`."""
         waits = ageing.holds_to_encode(self._owner.settings, self.key_bits, self.value_bits)
         return waits or self._misfit.value > lifetime.LARGEST_MISFIT
 
     @property
     def broken(self) -> bool:
-        """Whether it is known to hold what is no number."""
+        """Whether it is known to hold values that are not finite."""
         return bool(self._misfit.broken)
 
     def present(self) -> list[Span]:
@@ -75,7 +75,7 @@ class Entry:
         return self.spans[1].bits
 
     def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
-        """Hold fewer bits from now on. What is held plainly, or all with `refit`, is encoded with the layer's present codebooks."""
+        """Hold fewer bits from now on. A plain span, or with `refit` any, is encoded again with the layer's current codebooks."""
         spans = list(self.present())
         for number, bits in enumerate((key_bits, value_bits)):
             span, side = spans[number], self._sides[number]

@@ -1,6 +1,6 @@
-"""What a run will need before its first step: `lifetime`'s rules on spans without tensors, counted by `budget`'s formulas.
+"""What a run will need before its first step: the policy of `lifetime` on spans without tensors, with the bytes of `sizes`.
 
-Codebooks that fit serve for `codebook_frames`; those that do not are trained more often. Which it will be depends on the video, so a
+A codebook that fits serves for `codebook_frames`; one that does not is replaced earlier. Which it will be depends on the video, so a
 forecast is of the usual case, or with `misfit` of the worst.
 """
 
@@ -21,7 +21,7 @@ from .stats import Ratios
 
 @dataclass
 class PlannedSpan:
-    """A span of one layer as integers; `cache.Entry` is the same thing with tensors. book counts codebooks from 0; None has none."""
+    """A span of one layer as integers; `entry.Entry` is the same with tensors. book: index of its codebook, None without one."""
 
     first: int
     frames: int
@@ -36,7 +36,7 @@ class PlannedSpan:
 
     @property
     def misfit(self) -> bool:
-        """Whether its codebooks fit it poorly; of a span that is held plainly nobody knows."""
+        """Whether its codebooks fit it poorly; assumed of a span that waits for one."""
         return self.layer.misfit or holds_to_encode(self.layer.settings, self.key_bits, self.value_bits)
 
     def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
@@ -53,8 +53,8 @@ class PlannedSpan:
 
 @dataclass(frozen=True)
 class Forecast(Ratios):
-    """A run in bytes. stored_bytes is what is held when the last chunk has been stored, wherever it lies; peak_bytes, on the device, counts
-    the workspace; host_bytes is the most that offloaded spans take."""
+    """A run in bytes. stored_bytes: held after the last chunk, on device and host. peak_bytes: on the device, workspace included.
+    host_bytes: the most that offloaded spans take. elements: of K and V that are held at the end."""
 
     frames: int
     held_frames: int
@@ -67,21 +67,21 @@ class Forecast(Ratios):
 
 
 class PlannedLayer:
-    """One layer of a run in integers: a `lifetime.Layer` without tensors. misfit: whether codebooks fit all that comes poorly."""
+    """One layer of a run in integers: a `lifetime.Layer` without tensors. misfit: whether codebooks fit every chunk poorly."""
 
     def __init__(self, settings: QVGSettings, geometry: Geometry, share: Limits, itemsize: int = 2, misfit: bool = False):
         self.settings, self.geometry, self.share, self.itemsize, self.misfit = settings, geometry, share, itemsize, misfit
         self.spans: list[PlannedSpan] = []
         self.books: list[int] = []
         self.life, self.rules = Lifetime(), Rules(settings, geometry)
-        self.largest = 0  # of the blocks that went to the host
+        self.largest = 0  # block copied to the host
         self._sizes: dict[tuple, int] = {}
-        # kept up to date, because a sum over all spans after every chunk takes time with the square of a video's length
+        # kept up to date, because summing over all spans after every chunk takes time quadratic in a video's length
         self._spans_bytes = self._books_bytes = 0
         self._users: Counter[int] = Counter()
 
     def count(self, span: PlannedSpan, times: int) -> None:
-        """Add a span to what is held (times 1), or take it from there (-1)."""
+        """Add a span to the bytes held (times 1), or subtract it (-1)."""
         self._spans_bytes += times * self._span_bytes(span)
         self._use(span.book, times)
 
@@ -93,7 +93,7 @@ class PlannedLayer:
                 self._books_bytes += times * self.books[book]
 
     def evict(self, start: int, stop: int) -> None:
-        """Delete the spans at those places."""
+        """Delete `spans[start:stop]`."""
         for span in self.spans[start:stop]:
             self.count(span, -1)
         del self.spans[start:stop]
@@ -116,7 +116,7 @@ class PlannedLayer:
         return self.book_bytes() if self.settings.offload else self.held()
 
     def held(self) -> int:
-        """What `Limits.layer_bytes` is of."""
+        """The bytes that `Limits.layer_bytes` limits."""
         return self._spans_bytes + (0 if self.settings.offload else self._books_bytes)
 
     def append(self, first: int, frames: int, newest: int = 0) -> None:
@@ -132,7 +132,7 @@ class PlannedLayer:
             self.largest = max(self.largest, self._span_bytes(span))
 
     def _train(self, sink: bool, helpers: list[PlannedSpan], tokens: int) -> None:
-        # the layer itself holds its present codebooks
+        # the layer itself holds its current codebooks
         if self.books:
             self._use(len(self.books) - 1, -1)
         self.books.append(sum(codebook_bytes(self.geometry, self.settings.codec, tensor, tokens) for tensor, needed in zip(
@@ -149,10 +149,10 @@ class PlannedLayer:
 
 def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frames: int = 3, first_frames: int = 0,
              itemsize: int = 2, misfit: bool = False) -> Forecast:
-    """The bytes of a run of `frames` latent frames in chunks of `chunk_frames`; with `misfit`, the most that it can come to.
+    """The bytes of a run of `frames` latent frames in chunks of `chunk_frames`; with `misfit`, in the worst case.
 
     first_frames: latent frames of a start image or video that are stored in one pass before the chunks.
-    itemsize: bytes of the model's own number type, in which the workspace and 16-bit spans are held.
+    itemsize: bytes of the model's dtype, in which the workspace and 16-bit spans are held.
     Raises ValueError where the budget is too small, or the settings do not fit the heads.
     """
     share = limits(settings, geometry, chunk_frames, frames, itemsize)

@@ -1,13 +1,13 @@
-"""Spans that wait in host memory and visit the device a layer at a time.
+"""Spans in host memory that are copied to the device one layer at a time.
 
-A layer is read once a pass, so between two reads its spans need not be on the device. With `QVGSettings.offload` a span of K and of V is
-encoded there as ever, copied into one block of host memory, and let go. `HostStore.fetch` gives a layer's spans on the device: their blocks
-come with one copy each into one of two staging buffers, which layers of even and of odd number take in turn, and while a layer is read and
-computed, the blocks of the next one are on their way. Bits do not change on the way, so a video is the same with and without.
+A layer is read once per pass, so between two reads its spans need not be on the device. With `QVGSettings.offload` a span of K and of V is
+encoded there, copied into one block of host memory, and freed. `HostStore.fetch` returns a layer's spans on the device: their blocks are
+copied one by one into one of two staging buffers, which even and odd layers alternate, and while a layer is read and computed, the blocks
+of the next one are copied. The bits are the same, so a video is the same with and without offloading.
 
-On a GPU the host memory is pinned and all copies, to and fro, go through one stream of their own. That they follow each other there is what
-makes it safe to give a block to another span: what is still being read is read before anything new is written. On a CPU the same happens
-with plain tensors, where it saves nothing.
+On a GPU the host memory is pinned and all copies, in both directions, go through one stream of their own. Their order on that stream makes
+it safe to reuse a block for another span: it is read before anything new is written. On a CPU the same happens with plain tensors, which
+saves nothing.
 
 Codebooks stay on the device, since every new span is encoded with them.
 """

@@ -1,8 +1,8 @@
 """The KV cache of one run: encoded as it comes, read a few heads at a time, forgotten plane by plane.
 
 A `KVCache` holds one `LayerCache` per layer and one workspace that all of them share. `append` encodes a finished chunk at once, so the
-bf16 cache never exists. `read` decodes some heads of the whole history into the workspace, K with RoPE applied. Precision goes by age:
-sinks and recent frames hold more, old spans settle to fewer planes, and under a memory budget the oldest lose planes and then leave.
+bf16 cache never exists. `read` decodes some heads of the whole history into the workspace, K with RoPE applied. Precision depends on age:
+sinks and recent frames hold more bits, old spans settle to fewer, and under a memory budget the oldest lose planes and are then evicted.
 
 Every byte that is reported is counted from tensors that are held. A cache belongs to one run; nothing is stored at module level.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,31 +28,32 @@ from .lifetime import Rules
 from .stats import KINDS, CacheStats
 from .workspace import Workspace
 
-# newest spans of a layer that are looked at for tokens that are no numbers: those of two chunks, which a sink may cut
+# newest spans of a layer that are checked for tokens that are not finite: those of two chunks, which a sink may split
 WATCHED = 4
-BROKEN = ("QVG: keys or values of the model were no numbers (NaN or infinite), or beyond all bounds, when latent frame %d was stored. They "
-          "read back as NaN and spoil no others in the cache. A model that overflows in float16 is the usual cause; use bf16 or fp32.")
+BROKEN = ("QVG: keys or values of the model were not finite (NaN or infinite), or far too large, when latent frame %d was stored. They read "
+          "back as NaN; no others in the cache are affected. A model that overflows in float16 is the usual cause; use bf16 or fp32.")
 
 
 class KVCache:
     """All layers of one run.
 
-    grid: tokens (height, width) of a latent frame. rope: makes the model's positions of head dim and grid, such as
-    `attention.rope.Rope`. max_frames: latent frames of the whole video where known; the workspace is then
-    allocated once. chunk_frames: latent frames of a chunk, which a memory budget must leave room for. stored_frames: latent frames that are
-    stored at most, where that is less than what those two say.
-    Raises ValueError when the settings cannot serve this shape, or the budget is too small for it.
+    shape: layers, heads, head_dim, grid (tokens of a latent frame, height and width) and optionally batch, as in `Geometry`. rope: makes
+    the model's positions from head_dim and grid, such as `attention.Rope`. dtype: of the keys and values that `read` returns and that
+    16-bit spans hold. max_frames: latent frames of the whole video if known; the workspace is then allocated once. chunk_frames: latent
+    frames of a chunk, for which a memory budget keeps space. stored_frames: most latent frames that are stored, if fewer than those two
+    imply. Raises ValueError when the settings do not fit this shape, or the budget is too small for it.
     """
 
-    def __init__(self, settings: QVGSettings, *, layers: int, heads: int, head_dim: int, grid: tuple[int, int], batch: int = 1,
-                 rope: Callable[[int, tuple[int, int]], Any], device="cpu", dtype: torch.dtype = torch.bfloat16,
-                 max_frames: int | None = None, chunk_frames: int = 3, stored_frames: int | None = None):
+    def __init__(self, settings: QVGSettings, *, rope: Callable[[int, tuple[int, int]], Any], device="cpu",
+                 dtype: torch.dtype = torch.bfloat16, max_frames: int | None = None, chunk_frames: int = 3,
+                 stored_frames: int | None = None, **shape):
         self.settings = settings
-        self.geometry = Geometry(layers, heads, head_dim, grid, batch, buffers_on(torch.device(device).type, heads))
+        geometry = Geometry(**shape)
+        self.geometry = replace(geometry, buffers=buffers_on(torch.device(device).type, geometry.heads))
         self.itemsize = dtype.itemsize
         self.limits: Limits = limits.limits(settings, self.geometry, chunk_frames, max_frames, self.itemsize)
         self.rules = Rules(settings, self.geometry)
-        self.rope = rope(head_dim, grid)
+        self.rope = rope(geometry.head_dim, geometry.grid)
         self.tables = Tables(device)
         self.memo: dict = {}  # what backends keep from one read to the next, for all layers
         self.workspace = Workspace(self.geometry, dtype, device, limits.capacity_frames(
@@ -60,7 +62,7 @@ class KVCache:
             stored_frames = limits.history_frames(settings, chunk_frames, max_frames, self.limits.cap_frames)
         self._staging = limits.staging_bytes(settings, self.geometry, chunk_frames, stored_frames, self.limits, self.itemsize)
         self.host = HostStore(device, self._staging) if settings.offload else None
-        self.layers = [LayerCache(self, number) for number in range(layers)]
+        self.layers = [LayerCache(self, number) for number in range(geometry.layers)]
         self.peak_bytes = 0
         self.calls: backends.Calls = {}
         self.said: set[str] = set()  # warnings of this run
@@ -76,21 +78,21 @@ class KVCache:
         return [slice(start, start + group) for start in range(0, self.geometry.heads, group)]
 
     def _note_peak(self, changed: LayerCache | None = None) -> None:
-        """Count again what every layer holds, or only the one that changed, and the peak with it."""
+        """Update the bytes of every layer, or of the one that changed, and the peak."""
         if changed is None:
             self._held.clear()
         for layer in self.layers:
             if layer is changed or layer.number not in self._held:
                 self._held[layer.number] = layer.device_bytes
-        visiting = 0 if self.host is None else self.host.device_bytes
-        self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + self.workspace.nbytes + visiting)
+        staged = 0 if self.host is None else self.host.device_bytes
+        self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + self.workspace.nbytes + staged)
 
     def recount(self) -> None:
-        """Count all layers when next asked what they hold."""
+        """Count all layers again when bytes are next asked for."""
         self._held.clear()
 
     def rewind(self, first: int) -> None:
-        """Forget what was stored from latent frame `first` on. What older spans lost meanwhile does not come back."""
+        """Forget what was stored from latent frame `first` on. Bits that older spans have lost since do not come back."""
         self.recount()
         for layer in self.layers:
             layer.rewind(first)
@@ -100,7 +102,7 @@ class KVCache:
         return shrink([self])
 
     def _warn_of_broken(self) -> None:
-        """Once a run, as soon as a device has told of the newest spans, for which nobody waits: mostly a chunk later."""
+        """Once a run, as soon as the device has reported on the newest spans: usually a chunk later, since nothing waits for it."""
         if BROKEN not in self.said:
             found = [entry.first for layer in self.layers for entry in layer.entries[-WATCHED:] if entry.broken]
             if found:
@@ -130,7 +132,7 @@ class KVCache:
             host_bytes=sum(layer.host_bytes for layer in self.layers), backends=backends.summary(self.calls))
 
     def free(self) -> None:
-        """Give all memory back; the cache is empty and can be used again."""
+        """Free all memory; the cache is empty and can be used again."""
         self.workspace.free()
         self._held.clear()
         self.calls.clear()
@@ -142,10 +144,10 @@ class KVCache:
 
 
 def shrink(caches: Sequence[KVCache]) -> str | None:
-    """Give up the next cheapest thing to need less memory and say what it was: half of the heads that are decoded at a time, then a plane
-    of the widest spans, then the older half of the history. None when nothing is left to give.
+    """Free memory by the cheapest means left and say which: half of the heads that are decoded at a time, then a plane of the widest spans,
+    then the older half of the history. None when nothing is left to free.
 
-    All caches of a run, such as those of its conditions, give up the same, because guidance compares what they predict.
+    All caches of a run, such as those of its conditions, shrink alike, because guidance compares what they predict.
     """
     layers = [layer for cache in caches for layer in cache.layers]
     for cache in caches:
@@ -164,4 +166,4 @@ def shrink(caches: Sequence[KVCache]) -> str | None:
         return None
     for layer in layers:
         layer.forget_before(movable[len(movable) // 2].first)
-    return "Memory did not suffice: the older half of the history left the KV cache."
+    return "Memory did not suffice: the older half of the history was evicted from the KV cache."

@@ -24,12 +24,13 @@ from .stats import KINDS
 if TYPE_CHECKING:
     from .kv_cache import KVCache
 
-# torch's generators know so many
+# torch's generators have this many seeds
 SEEDS = 2**64
 
 
 class Before:
-    """The codebooks of a layer before a chunk was stored, for a pass that fails. It does not keep them: what no span uses is gone."""
+    """The codebooks of a layer before a chunk was stored, for a pass that fails. They are not kept alive: those that no span uses are
+    gone."""
 
     def __init__(self, layer: LayerCache):
         self.frame, self._life, self._random = layer.next_frame, replace(layer.life), layer.generator.get_state()
@@ -48,7 +49,7 @@ class Before:
 
 
 class LayerCache:
-    """The history of one layer. K comes after its norm and before RoPE, V as it is; both [B, T, H, D]."""
+    """The history of one layer. K comes after its norm and before RoPE, V unchanged; both [B, T, H, D]."""
 
     def __init__(self, owner: KVCache, number: int):
         settings = owner.settings
@@ -59,7 +60,7 @@ class LayerCache:
         self.sides = tuple(
             Side(TensorCodec(settings.codec, tensor, owner.geometry.head_dim, settings.iterations))
             for tensor in (settings.key, settings.value))
-        # a stream of random numbers a layer: the order in which layers append does not matter
+        # a generator per layer, so that the order in which layers append does not matter
         self.generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % SEEDS)
         self.life, self.rules = Lifetime(), owner.rules
         self.next_frame = 0
@@ -85,7 +86,7 @@ class LayerCache:
     def append(self, key: Tensor, value: Tensor, frames: int, newest: int = 0) -> None:
         """Encode and keep a finished chunk of `frames` latent frames; key and value [B, T, H, D].
 
-        newest: the last of them that age apart from the rest, under a codebook of all; for a history that arrives whole.
+        newest: the last of them that age apart from the rest, under a codebook of all; for a history that is stored in one call.
         Raises ValueError when the shapes are not those that the cache was made for.
         """
         geometry = self.geometry
@@ -117,7 +118,7 @@ class LayerCache:
             side.book = book
 
     def evict(self, start: int, stop: int) -> None:
-        """Delete the entries at those places."""
+        """Delete the entries in `spans[start:stop]`."""
         del self.spans[start:stop]
 
     def rewind(self, first: int) -> None:
@@ -129,7 +130,7 @@ class LayerCache:
         self.life.frames, self.life.until = max(0, self.life.frames - gone), min(self.life.until, first)
         if any(own is book for entry in kept for own, book in zip(entry.books, books) if book is not None):
             return
-        # what was trained for the chunk that is gone is trained again when it comes again, from where it was begun
+        # a codebook that was trained for the chunk that is gone is trained again when that comes again, from the same start
         before, self._before = self._before, None
         if before is None or before.frame != first or not before.restore(self):
             last = next((entry for entry in reversed(kept) if any(book is not None for book in entry.books)), None)
@@ -145,18 +146,18 @@ class LayerCache:
         return ageing.most_planes(self.spans, self.settings) if self.life.trained or not any(self.rules.needs[False]) else 1
 
     def drop_plane(self, most: int = 0) -> bool:
-        """Take a plane from every span that holds `most` of them, or as many as the widest; False where none has one to lose."""
+        """Drop a plane of every span that holds `most` of them, or as many as the widest; False where none has one to lose."""
         most = most or self.most_planes
         if most > 1:
             ageing.drop_plane_of_widest(self.spans, self.settings, most)
         return most > 1
 
     def forget_before(self, frame: int) -> None:
-        """Let the spans before a latent frame leave, sinks excepted."""
+        """Evict the spans before a latent frame, sinks excepted."""
         self.spans = [entry for entry in self.spans if entry.sink or entry.first >= frame]
 
     def present(self) -> list:
-        """The entries with their tensors on the device, where offloaded ones stay until the layer after the next is read."""
+        """The entries with their tensors on the device; offloaded ones stay there until the layer after the next is read."""
         host = self.owner.host
         return self.entries if host is None else host.fetch(self.owner.layers, self.number)
 
@@ -182,11 +183,11 @@ class LayerCache:
 
     @property
     def device_bytes(self) -> int:
-        """Without what visits."""
+        """Without staged spans."""
         return self.nbytes if self.owner.host is None else self._codebook_bytes()
 
     def held(self) -> int:
-        """What `ageing.Limits.layer_bytes` is of."""
+        """The bytes that `ageing.Limits.layer_bytes` limits."""
         return self.nbytes if self.owner.host is None else self.host_bytes
 
     def bytes_by_kind(self) -> dict[str, int]:

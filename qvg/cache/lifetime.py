@@ -1,23 +1,22 @@
-"""How long a codebook serves: until it no longer fits what it is asked to code.
+"""How long a codebook serves: until it no longer fits the tokens that it encodes.
 
-Centroids fit the tokens that they were trained on. Those of a start image, of the shot before a cut or of a single frame fit what follows
-poorly, and so do those of a small codebook that learned its tokens by heart. What a codebook leaves of a span is known without further
-work: a span's token scales are the root mean square of the residual, in units of what the training left, so their mean square is the
-**misfit**, 1 on the tokens of the training.
+Centroids fit the tokens that they were trained on. Codebooks of a start image, of the shot before a cut or of a single frame fit what
+follows poorly, and so does a small codebook that memorized its tokens. How well one fits is known without further work: a span's token
+scales are the root mean square of the residual, relative to the residual in training, so their mean square is the **misfit**, which is 1 on
+the tokens of the training.
 
-A span is encoded when it comes, with the codebook at hand, and while it is recent it holds bits to spare. When it settles, two things are
-known that were not known before: how well the codebook fitted it, and the tokens that came after it. If it fitted poorly, a new codebook
-is trained on all that is still recent together with the chunk that arrives, and the span that settles is encoded with that one. So a
-settled span lies under a codebook that fits it, at most one codebook is trained every `recent_frames` plus one chunk, and a misfit is read
-on the host a whole chunk after it was computed: nothing waits for the device. It is a function of stored bytes, so a resumed run decides
-alike.
+A span is encoded when it arrives, with the current codebook, and holds spare bits while it is recent. When it settles, two more things are
+known: how well the codebook fitted it, and the tokens that came after it. If the fit was poor, a new codebook is trained on all recent
+spans and the arriving chunk, and the settling span is encoded again with it. So a settled span has a codebook that fits, at most one
+codebook is trained every `recent_frames` plus one chunk, and a misfit reaches the host a whole chunk after it was computed: nothing waits
+for the device. It is a function of stored bytes, so a resumed run makes the same decisions.
 
-Before there is a codebook, spans of too few tokens to train one wait as int8, a start image for instance, until the sink is complete or the
-first of them settles. Settings without bits to spare (no recent frames, or as many bits as when settled) train for the chunk that follows
-one that fitted poorly.
+Before the first codebook, spans with too few tokens to train one wait as int8, a start image for instance, until the sink is complete or
+the first of them settles. Settings without spare bits (no recent frames, or as many bits as when settled) train a new codebook for the
+chunk after one with a poor fit.
 
-The rules are whole numbers and one truth value a span. The real cache and the forecast call `arrive` alike. Source of shared codebooks and
-their warm start: QVG (arXiv 2602.02958), centroid caching; the released code trains one for every span.
+The rules are integers and one boolean per span. The real cache and the forecast both call `store`. Source of shared codebooks and of their
+warm start: QVG (arXiv 2602.02958), centroid caching; the released code trains one for every span.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from .codebooks import WAITING_BITS, keeps_spare_bits, may_wait
 from .geometry import Geometry
 from .sizes import entry_bytes
 
-# mean square of what is left, in units of the training's, from which a codebook no longer serves
+# misfit above which a codebook no longer serves
 LARGEST_MISFIT = 1.5
-# times as many centroids as the present codebook has, from which more tokens are worth a new one
+# a new codebook is worth training once it would have this many times the centroids of the current one
 GROWTH = 2
 
 
 @dataclass
 class Lifetime:
-    """The present codebook of a layer. frames: latent frames encoded with it; since, until: the latent frames that it was trained on;
-    size: centroids of a stage."""
+    """The current codebook of a layer. frames: latent frames encoded with it; since, until: the latent frames that it was trained on;
+    size: centroids per stage."""
 
     trained: bool = False
     frames: int = 0
@@ -58,7 +57,7 @@ class Lifetime:
 
 
 class Rules:
-    """What of the settings and the shape of a cache decides, worked out once. needs, bits: by whether a span is a sink."""
+    """What the settings and the shape of a cache imply, computed once. needs, trains, bits: indexed by whether a span is a sink."""
 
     def __init__(self, settings: QVGSettings, geometry: Geometry):
         self.adaptive = CODECS[settings.codec].adaptive
@@ -74,7 +73,7 @@ class Rules:
         self._settings = settings
 
     def size(self, tokens: int, sink: bool) -> int:
-        """Centroids of a codebook that is trained on so many tokens."""
+        """Centroids of a codebook trained on `tokens` tokens."""
         if (tokens, sink) not in self._sizes:
             tensors = zip((self._settings.key, self._settings.value), self.needs[sink])
             self._sizes[tokens, sink] = max(CODECS[self._settings.codec].book_size(tensor, tokens) for tensor, needed in tensors if needed)
@@ -82,7 +81,7 @@ class Rules:
 
 
 class Span(Protocol):
-    """misfit: whether its codebooks fit it poorly."""
+    """A span of K and of V as the policy sees it. misfit: whether its codebooks fit it poorly."""
 
     first: int
     frames: int
@@ -93,11 +92,11 @@ class Span(Protocol):
     misfit: bool
 
     def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
-        """Hold fewer bits from now on; with `refit`, under the layer's present codebooks."""
+        """Hold fewer bits from now on; with `refit`, encoded again with the layer's current codebooks."""
 
 
 class Layer(Protocol):
-    """spans: oldest first, sinks before all others. held: bytes that `Limits.layer_bytes` is of."""
+    """A layer as the policy sees it. spans: oldest first, sinks before all others. held: the bytes that `Limits.layer_bytes` limits."""
 
     settings: QVGSettings
     geometry: Geometry
@@ -110,15 +109,15 @@ class Layer(Protocol):
     def held(self) -> int: ...
 
     def evict(self, start: int, stop: int) -> None:
-        """Delete the spans at those places."""
+        """Delete `spans[start:stop]`."""
 
 
 def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train: Callable[[list[Span], int], None],
            waiting: bool = True) -> tuple[int, int]:
-    """Everything that happens in a layer before a span of latent frames is encoded; returns the bits that its K and V are encoded with.
+    """Age the layer before a span of latent frames is encoded; returns the bits to encode its K and V with.
 
-    whole: first latent frame of the chunk that the span is a part of, and its frames. train(helpers, tokens): from now on the layer's
-    codebooks are those of the helpers' tokens and the chunk's, so many together. waiting: whether a span may wait for a codebook.
+    whole: first latent frame of the span's chunk, and its frames. train(helpers, tokens): replace the layer's codebooks by ones trained on
+    the helpers' tokens and the chunk's, `tokens` in total. waiting: whether the span may wait for a codebook.
     """
     settings, life, rules = layer.settings, layer.life, layer.rules
     sink, newest = first < settings.sink_frames, first + frames - 1
@@ -144,7 +143,7 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
                 less = ageing.settled(span, settings)
                 if less is not None and span.misfit and life.covers(span):
                     span.set_bits(*less, refit=True)
-    # what waits for a codebook has no planes to lose, and `limits.limits` leaves room for it
+    # spans that wait for a codebook have no planes to lose, and `limits.limits` keeps space for them
     share = layer.share if life.trained or not needs else Limits(cap_frames=layer.share.cap_frames)
     new = 0 if share.layer_bytes is None else entry_bytes(layer.geometry, settings, frames, bits, layer.itemsize)
     ageing.enforce_limits(layer.spans, newest, settings, share, new, layer.held, layer.evict)
@@ -153,9 +152,9 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
 
 def store(layer: Layer, first: int, frames: int, newest: int, train: Callable[[bool, list[Span], int], None],
           keep: Callable[[int, int, bool, tuple[int, int]], None]) -> None:
-    """Everything that happens in a layer when a chunk of `frames` latent frames from `first` on is stored, span by span.
+    """Store a chunk of `frames` latent frames from `first` on, span by span, and age the layer meanwhile.
 
-    newest: the last of them that age apart from the rest, under a codebook of all. train(sink, helpers, tokens): see `arrive`.
+    newest: the last of them that age apart from the rest, with a codebook of all. train(sink, helpers, tokens): see `arrive`.
     keep(first, frames, sink, bits): encode and keep a span.
     """
     for start, count in ageing.split(first, frames, layer.settings.sink_frames, newest):
@@ -165,8 +164,8 @@ def store(layer: Layer, first: int, frames: int, newest: int, train: Callable[[b
 
 
 def _helpers(layer: Layer, first: int) -> list[Span]:
-    """Held spans whose tokens help to train a codebook for a chunk that begins at latent frame `first`: recent ones, and those that settle
-    as it comes. Before there is a codebook, all that wait for one."""
+    """Held spans whose tokens help to train a codebook for a chunk that begins at latent frame `first`: recent ones and those that settle
+    now. Before the first codebook, all that wait for one."""
     if not layer.rules.adaptive:
         return []
     oldest = first - layer.settings.recent_frames if layer.life.trained else 0
@@ -194,12 +193,12 @@ def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
         return True
     if any(span.misfit and not life.covers(span) for span in leaving):
         return True
-    # without bits to spare nothing is encoded anew, so that the span that comes is served better than the one before
+    # without spare bits no span is encoded again; the arriving span is then better served than the one before
     return not layer.rules.keeps and bool(spans) and not spans[-1].sink and spans[-1].misfit
 
 
 def _end_waiting(layer: Layer) -> None:
-    """Encode what waited for the first codebook."""
+    """Encode the spans that waited for the first codebook."""
     for span in layer.spans:
         chosen, needs, held = layer.rules.bits[span.sink], layer.rules.needs[span.sink], (span.key_bits, span.value_bits)
         bits = tuple(min(a, b) if needed and b not in PLAIN_BITS else a for a, b, needed in zip(held, chosen, needs))

@@ -36,10 +36,11 @@ class Ratios:
 class CacheStats(Ratios):
     """What a cache holds at one moment, in bytes counted from its tensors.
 
-    stored_bytes: spans and codebooks; peak_bytes: the most that stored bytes and workspace were together so far; bf16_bytes: what all
-    frames seen so far take at two bytes a number. held_frames: latent frames still in the cache. by_bits: stored bytes without codebooks,
-    by the bits in which their numbers are held. host_bytes: what offloaded spans take in host memory; they are part of stored_bytes, while
-    peak_bytes is of the device. backends: what did each op so far, and why not something faster; see `backends.summary`.
+    stored_bytes: spans and codebooks. peak_bytes: the highest sum of stored bytes and workspace so far, on the device. bf16_bytes: all
+    frames so far at two bytes per element. frames, held_frames: latent frames stored so far, and those still held. elements: of K and V
+    that are held. by_kind: stored bytes by what the codec counts them as. by_layer: stored bytes of each layer. by_bits: stored bytes
+    without codebooks, by bits per element. host_bytes: the part of stored_bytes that lies in host memory. backends: which backend ran each
+    op, and why a faster one did not; see `backends.summary`.
     """
 
     frames: int

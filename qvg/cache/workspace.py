@@ -1,4 +1,4 @@
-"""Where keys and values are decoded to: room for a group of heads, or for two where there are streams."""
+"""The buffers that keys and values are decoded to: one for a group of heads, or two where the device has streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .geometry import Geometry, head_group
 
 
 class Workspace:
-    """Decoded K and V of a group of heads, reused by every layer and step; two of them where one is filled while the other is read.
+    """Decoded K and V of a group of heads, reused by every layer and step; two buffers where one is filled while the other is read.
 
     side: the stream that every second group is decoded and attends on, where the device has streams.
     """
@@ -26,17 +26,17 @@ class Workspace:
         return 0 if self._storage is None else self._storage.nbytes
 
     def views(self, tokens: int, buffer: int = 0) -> tuple[Tensor, Tensor]:
-        """K and V [B, tokens, group, D], uninitialized. What an earlier call returned of this buffer is overwritten."""
+        """K and V [B, tokens, group, D], uninitialized. They share memory with what an earlier call returned for this buffer."""
         size = self.geometry.batch * tokens * self.group * self.geometry.head_dim
         if self._storage is None or self._storage.shape[1] < size:
             # a quarter more where the length is unknown, so that a growing video does not reallocate at every chunk
-            room = max(tokens, self.capacity if self.capacity is not None else tokens + tokens // 4)
+            reserved = max(tokens, self.capacity if self.capacity is not None else tokens + tokens // 4)
             self._storage = None
-            self._storage = torch.empty(2 * self.geometry.buffers, self.geometry.batch * room * self.group * self.geometry.head_dim,
+            self._storage = torch.empty(2 * self.geometry.buffers, self.geometry.batch * reserved * self.group * self.geometry.head_dim,
                                         dtype=self.dtype, device=self.device)
             if self.side is not None:
-                # what the present stream still does with that memory comes first; and a run that is broken off leaves work on the
-                # second stream, which must be done before the memory is given away
+                # the current stream may still use that memory, and an interrupted run leaves work on the second stream that must finish
+                # before the memory is reused
                 self.side.wait_stream(torch.cuda.current_stream(self.device))
                 self._storage.record_stream(self.side)
         shape = (self.geometry.batch, tokens, self.group, self.geometry.head_dim)

@@ -1,7 +1,7 @@
 """FP8 E4M3 as bytes.
 
 Codes are kept as uint8 and read through a table of 256 float32 values, because MPS has no float8 type and because indexing works
-the same everywhere. E4M3FN: 1 sign, 4 exponent, 3 mantissa bits, largest 448, no infinity; 0x7F and 0xFF are NaN, which only scales are.
+the same everywhere. E4M3FN: 1 sign, 4 exponent, 3 mantissa bits, largest 448, no infinity; 0x7F and 0xFF are NaN, which only scales use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 MAX = 448.0
 NAN = 0x7F
-# codes from which on a CPU converts faster by way of float16, which it has instructions for
+# from this many codes on, a CPU converts faster by way of float16, for which it has instructions
 MANY = 16384
 
 
@@ -21,7 +21,7 @@ def table(device=None) -> Tensor:
 
 
 def encode(x: Tensor) -> Tensor:
-    """x -> uint8 codes of the same shape, nearest value, ties to even; what lies beyond +-448 becomes +-448."""
+    """x -> uint8 codes of the same shape, nearest value, ties to even; values beyond +-448 become +-448."""
     x = x.float().clamp(-MAX, MAX)
     if x.device.type == "mps":
         return encode(x.cpu()).to(x.device)
@@ -29,7 +29,7 @@ def encode(x: Tensor) -> Tensor:
 
 
 def encode_scales(x: Tensor) -> Tensor:
-    """x, not negative -> uint8 codes; NaN of what is no number or infinite."""
+    """x, not negative -> uint8 codes; NaN where x is not finite."""
     return encode(x).masked_fill_(~x.isfinite(), NAN)
 
 

@@ -13,8 +13,8 @@ from .. import backends
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Of equals the reference takes the
-    lower id, and a kernel any."""
+    """Nearest centroid of each token: x [R, T, D], centroids [R, C, D], both float32 -> int64 [R, T]. Of equally near ones the reference
+    takes the lower id, and a kernel any."""
     return backends.run("assign", _assign, x, centroids)
 
 
@@ -25,8 +25,8 @@ def _assign(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def draw(tokens: int, count: int, times: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Numbers of distinct tokens for k-means to start from, int64 [times, count]. A CPU generator, so that every device draws the same."""
-    # from pinned memory the copy waits for nothing that the device still has to do
+    """Indices of distinct tokens for k-means to start from, int64 [times, count]. A CPU generator, so that every device draws the same."""
+    # a copy from pinned memory does not block the host
     drawn = torch.empty(times, count, dtype=torch.int64, pin_memory=device.type == "cuda")
     for numbers in drawn:
         numbers.copy_(torch.randperm(tokens, generator=generator)[:count])
@@ -34,10 +34,10 @@ def draw(tokens: int, count: int, times: int, generator: torch.Generator, device
 
 
 def kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
-    """Centroids of x [R, T, D] that are found from `start` [R, C, D] float32, of the same shape; T >= C.
+    """k-means centroids of x [R, T, D] from `start` [R, C, D] float32, of the same shape; T >= C.
 
-    A step takes the mean of the tokens that are nearest to a centroid. One without tokens moves to a token: of T / C neighbours, a share
-    for each centroid, the one that lies farthest from what it chose.
+    An iteration moves each centroid to the mean of its nearest tokens. A centroid without tokens moves to a token: of its share of T / C
+    neighbouring tokens, the one farthest from its own centroid.
     """
     return backends.run("kmeans", _kmeans, x, start, iterations)
 
@@ -50,7 +50,7 @@ def _kmeans(x: Tensor, start: Tensor, iterations: int) -> Tensor:
 
 
 def update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
-    """The centroids after a step [R, C, D], where x [R, T, D] chose `ids` [R, T] among `centroids`; see `kmeans`.
+    """The centroids after an iteration [R, C, D], where x [R, T, D] is assigned to `ids` [R, T] of `centroids`; see `kmeans`.
 
     Sums are matrix products with the one-hot assignment: no float atomics, so two runs give the same bits.
     """
@@ -63,7 +63,7 @@ def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
     sizes = one_hot.sum(1)
     means = torch.bmm(one_hot.transpose(1, 2), x) / sizes.clamp(min=1)[..., None]
     empty = sizes == 0
-    if x.device.type == "cpu" and not empty.any():  # elsewhere to ask would be to wait
+    if x.device.type == "cpu" and not empty.any():  # elsewhere the check would block the host
         return means
     share = x.shape[1] // count
     error = (x - gather_centroids(centroids, ids)).square().sum(-1)
@@ -73,6 +73,6 @@ def _update(x: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
 
 
 def gather_centroids(values: Tensor, ids: Tensor) -> Tensor:
-    """What tokens chose: values [R, C, D], ids int64 [R, T] -> [R, T, D]. On a CPU four times as fast as `gather`."""
+    """The centroid of each token: values [R, C, D], ids int64 [R, T] -> [R, T, D]. On a CPU four times as fast as `gather`."""
     rows, count = values.shape[:2]
     return F.embedding(ids + torch.arange(0, rows * count, count, device=ids.device)[:, None], values.flatten(0, 1))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..registry import CODECS
 from . import e4m3, kmeans, paper_codes
 from .base import Part, Span, SpanShape, Tables
-from .finite import tame
+from .finite import zero_nonfinite
 from .plain import PlainCodec
 from .qvg import check_ids
 from .tensor_settings import PLAIN_BITS, TensorSettings, require
@@ -126,7 +126,7 @@ class PaperCodec(PlainCodec):
     def train_one(self, x: Tensor, tensor: TensorSettings, iterations: int, generator: torch.Generator, previous) -> PaperCodebook:
         """The residual between stages is rounded to bf16, as the released package does."""
         x, stages, count = x.bfloat16(), tensor.stages, self.book_size(tensor, x.shape[0])
-        residual, found = tame(x).transpose(0, 1), []
+        residual, found = zero_nonfinite(x).transpose(0, 1), []
         for start in kmeans.draw(x.shape[0], count, stages, generator, x.device):
             values = kmeans.kmeans(residual, residual[:, start].float(), iterations).bfloat16()
             found.append(values)

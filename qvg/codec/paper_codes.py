@@ -1,4 +1,4 @@
-"""QVG as released (arXiv 2602.02958, package quant-videogen 0.1.0), bit for bit: the yardstick of every comparison.
+"""QVG as released (arXiv 2602.02958, package quant-videogen 0.1.0), bit for bit: for comparison.
 
 Each stage subtracts the centroid that its id names, and the last residual is cut into blocks of neighbouring channels.
 A symmetric block keeps one scale, absmax / (2^(bits-1) - 1), so that "two bits" are the three levels -1, 0 and 1 and
@@ -14,11 +14,11 @@ Equal bytes ask for equal rounding, and the released kernels round in places tha
 - a quotient that falls half way rounds away from zero, not to even;
 - a scale that underflows to zero turns an all-zero block into 0 / 0, which the clamp makes its upper limit in the
   recorded data (the decoded value is zero whatever the code);
-- a block that holds what is no number, or infinite, reads back as NaN (of this the released package says nothing);
+- a block with a non-finite value reads back as NaN (the released package does not define this);
 - decoding adds the centroids to the residual in fp32, first stage first, and rounds once.
 
-The clustering is not here: the released k-means starts from the global random state and sums with float atomics, so
-its centroids cannot be repeated. Centroids and ids are arguments.
+Clustering is left out: the released k-means starts from the global random state and sums with float atomics, so
+its centroids cannot be reproduced. Centroids and ids are arguments.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PaperCodes:
 def encode(
     x: Tensor, centroids: Tensor, ids: Tensor, *, bits: int, block: int, symmetric: bool = True
 ) -> PaperCodes:
-    """Quantize what S stages of centroids leave of x.
+    """Quantize the residual of x after S stages of centroids.
 
     x: [T, R, D] bf16 or fp32, a row being one head of one batch entry.
     centroids: [S, R, C, D], ids: uint8 [S, T, R]; S may be 0.

@@ -1,14 +1,14 @@
-"""Semantic-Aware Smoothing: what tokens share is taken out before they are quantized.
+"""Semantic-Aware Smoothing: what tokens share is subtracted before they are quantized.
 
 k-means over the tokens of each head finds centroids; each token keeps the id of its nearest one and only the difference is
 quantized (QVG, arXiv 2602.02958, section 4.1). A second codebook over what the first one leaves is the next stage of Progressive
 Residual Quantization (section 4.2).
 
-A codebook is trained on one span and then serves every span of its **epoch**: later spans only look up their nearest centroids,
-so that the table is paid for once. Centroids are stored as E4M3 with a scale per channel; the residual is taken against the
-stored values, so their rounding is not lost but quantized with the rest.
+A codebook is trained once and then serves many spans: later spans only look up their nearest centroids, so the table is paid for once.
+Centroids are stored as E4M3 with a scale per channel; the residual is taken against the stored values, so their rounding error is quantized
+with the rest instead of being lost.
 
-Axes: T tokens, R rows (batch x heads; each row has a codebook of its own), C centroids, D channels, S stages.
+Axes: T tokens, R rows (batch x heads; each row has its own codebook), C centroids, D channels, S stages.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from torch import Tensor
 
 from .. import backends
 from . import e4m3
-from .finite import tame
+from .finite import zero_nonfinite
 from .kmeans import assign, draw, gather_centroids, kmeans
 
-# a codebook with fewer tokens a centroid memorizes its tokens instead of finding what they share
+# with fewer tokens per centroid a codebook memorizes its tokens instead of finding what they share
 TOKENS_PER_CENTROID = 36
-# float32 residuals, and distances where the reference makes them, of a slice of rows stay below this
+# limit of the float32 residuals of a slice of rows, and of their distances to centroids where those are materialized
 SCRATCH_BYTES = 64 << 20
 KERNEL_SCRATCH_BYTES = 128 << 20
-# how many times fewer k-means steps a codebook takes that starts from one of the epoch before
+# a codebook that starts from the previous one takes this many times fewer k-means iterations
 WARM = 4
-# tokens a centroid that a codebook is trained on; a context that arrives whole has several times as many, which would find the same
+# most tokens per centroid to train on; a context that is stored in one call has several times as many, which would find the same
 SEEN = 64
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Centroids of every stage and the channel scales of what they leave, shared by the spans of an epoch.
+    """Centroids of every stage and the channel scales of the residual, shared by the spans encoded with it.
 
     centroids: uint8 (E4M3) [S, R, C, D]
-    centroid_scale: bfloat16 [S, R, 1, D], multiplies the E4M3 values; powers of two, but in caches written before they were
+    centroid_scale: bfloat16 [S, R, 1, D], multiplies the E4M3 values; powers of two, except in older session files
     channel_scale: bfloat16 [R, D], root mean square of the residual in each channel
     """
 
@@ -67,9 +67,9 @@ class Codebook:
 
 
 def restore_(books: list[Codebook], residual: Tensor, ids: Tensor, rows: slice) -> Tensor:
-    """What `subtract` and the channel scales took away is put back, for tensors that lie one behind the other and have a codebook each.
+    """Undo `subtract` and the channel scales, for N tensors with a codebook each, all of one shape.
 
-    residual float32 [r, N, T, D] for N books alike in shape, which is overwritten; ids uint8 [S, r, N, T] -> float32 [r, N, T, D].
+    residual float32 [r, N, T, D], which is overwritten; ids uint8 [S, r, N, T] -> float32 [r, N, T, D].
     """
     channel = torch.stack([book.channel_scale[rows] for book in books], dim=1).float()[:, :, None]
     if not books[0].stages:
@@ -96,7 +96,7 @@ def row_slices(rows: int, bytes_per_row: int, limit: int = SCRATCH_BYTES) -> lis
 
 
 def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What k-means found in x [R, T, D], float32 [R, C, D], as a codebook holds it, and what that leaves of x.
+    """Centroids float32 [R, C, D] of x [R, T, D] in stored form, and the residual of x against them.
 
     -> (centroids uint8 (E4M3) [R, C, D], their scale bfloat16 [R, 1, D], residual float32 [R, T, D])
     """
@@ -104,7 +104,7 @@ def store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # the power of two above, with which centroids are numbers of bf16: E4M3 is a float, of which that takes no digit
+    # the next power of two, so that scaled centroids are exact in bf16; E4M3 is a float, so that costs no precision
     scale = (found.abs().amax(1, keepdim=True) / e4m3.MAX).view(torch.int32).add_(0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
     scale = scale.bfloat16()
     scale[scale == 0] = 1
@@ -115,10 +115,10 @@ def _store(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator: torch.Generator,
           previous: list[Codebook | None]) -> list[Codebook]:
-    """A codebook of each of the tensors [T, R, D], which are alike; `previous` are those of the epoch before, to start from where all fit.
+    """A codebook of each of the tensors [T, R, D], which have one shape. previous: the codebooks before, to start from if all shapes match.
 
-    `stages` may be 0: then there are no centroids, only channel scales. Of more than `SEEN` tokens a centroid every second, third and so
-    on is looked at. All tensors together take as many launches as one, and draw as one after the other does.
+    `stages` may be 0: then there are no centroids, only channel scales. With more than `SEEN` tokens per centroid only every second, third
+    and so on is used. All tensors together take as many launches as one, and draw the same random numbers as one after the other.
     """
     if stages:
         xs = [x[::max(1, x.shape[0] // (SEEN * count))] for x in xs]
@@ -132,7 +132,7 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
         return x.unflatten(0, (sides, -1))
 
     if warm:
-        # what an epoch before has found is near: the paper's centroid caching
+        # the previous centroids are close: the paper's centroid caching
         iterations = max(1, iterations // WARM)
     else:
         # every slice of rows starts from the same tokens, whatever the slices are
@@ -142,7 +142,7 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
     scratch = (2 * dim, KERNEL_SCRATCH_BYTES) if kernels else (2 * count + 3 * dim, SCRATCH_BYTES)
 
     def train_rows(part: slice) -> None:
-        residual = tame(torch.cat([x[:, part].transpose(0, 1) for x in xs]))
+        residual = zero_nonfinite(torch.cat([x[:, part].transpose(0, 1) for x in xs]))
         if warm:
             starts = torch.cat([book.values(slice(None), part) for book in previous], 1)
         for stage in range(stages):
@@ -157,18 +157,18 @@ def train(xs: list[Tensor], stages: int, count: int, iterations: int, generator:
         try:
             train_rows(part)
         except torch.OutOfMemoryError:
-            # fewer rows at a time give the same and take less
+            # fewer rows at a time give the same result and need less memory
             middle = (part.start + part.stop) // 2
             if middle == part.start:
                 raise
             waiting += [slice(middle, part.stop), slice(part.start, middle)]
-    # few tokens say little of a channel, and a centroid may have learned them by heart: those that are missing count as the row's mean
+    # few tokens say little about a channel, and a centroid may have memorized them: missing tokens count as the row's mean
     missing = max(0, TOKENS_PER_CENTROID - tokens)
     power = rms.square()
     mean = power.mean(-1, keepdim=True)
     if missing:
         rms = ((tokens * power + missing * mean) / (tokens + missing)).sqrt()
-    # a channel that is silent here may speak later: it gets a thousandth of the row's scale, not zero
+    # a channel that is zero here may not be later: it gets a thousandth of the row's scale
     rms = rms.clamp(min=1e-3 * mean.sqrt())
     rms[rms == 0] = 1
     return [Codebook(*parts) for parts in zip(codes, scales, rms.bfloat16())]
