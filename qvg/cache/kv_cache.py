@@ -30,8 +30,9 @@ from .workspace import Workspace
 
 # newest spans of a layer that are checked for tokens that are not finite: those of two chunks, which a sink may split
 WATCHED = 4
-BROKEN = ("QVG: keys or values of the model were not finite (NaN or infinite), or far too large, when latent frame %d was stored. They read "
-          "back as NaN; no others in the cache are affected. A model that overflows in float16 is the usual cause; use bf16 or fp32.")
+BROKEN = ("QVG: keys or values of the model were not finite (NaN or infinite), or far too large, when latent frame %d was stored. They "
+          "read back as NaN; no others in the cache are affected. A model that overflows in float16 is the usual cause; use bf16 or "
+          "fp32.")
 
 
 class KVCache:
