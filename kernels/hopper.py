@@ -47,47 +47,13 @@ START = 1.2
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
-@gluon.jit(do_not_specialize=["tokens", "rows", "count", "share", "upper"])
-def encode_kernel(
-    x, other_x, codes, other_codes, units, other_units, channel_scale, other_channel_scale, ids, other_ids, roots, arrived,
-    b0, b1, b2, b3, b4, b5, b6, plane0, other_plane0, plane1, other_plane1, plane2, other_plane2, plane3, other_plane3,
-    scales, other_scales, exponents, other_exponents, words,
-    tokens, rows, count, share, upper, x_token, x_row,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, C: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
-    AT_ONCE: gl.constexpr, CLAMPS: gl.constexpr,
-):
-    """A span of K and V: ids, planes and scales of `share` tokens of a row, T at a time; b0 to b6 are the cells' borders.
-
-    ids [STAGES, rows, tokens], planes [rows, tokens, D / 8] and scales [rows, tokens, GROUPS] lie as `PlaneSpan.empty` made them.
-    roots float32 [tensors, rows, tokens, GROUPS]: scales before they are bytes, which requires the row's largest. The program that finishes
-    a row last does that; arrived int32 [tensors, rows], zeros before and after, tells it. words int32 [tensors, rows, STAGES, C, D / 2]:
-    scratch for the centroids as pairs of bf16, to which all programs of a row write the same. upper: -256, the bits of a score except the
-    lowest eight; not a constant, because an instruction can hold only one, which is better spent on a column's index.
-    Grid: (shares of tokens, rows, tensors).
-    """
-    OCTETS: gl.constexpr = D // 8
+@gluon.jit
+def _prepare_row(x, x_token, codes, units, channel_scale, words, rows, row, count, local, last, word, STAGES: gl.constexpr,
+                 BITS: gl.constexpr, D: gl.constexpr, C: gl.constexpr, N: gl.constexpr, T: gl.constexpr):
+    """What a program prepares for all tokens of its share: the centroids of every stage (`prepare_centroids`) and, in `words`, as pairs of
+    bf16; `channel_factors`; ones that sum the parts of norms. Also loads the first tile of tokens."""
     WARPS: gl.constexpr = T // 16
-    L: gl.constexpr = word_layout(T, D)
     B: gl.constexpr = codebook_layout(WARPS, N, D)
-    row, side = gl.program_id(1).to(gl.int64), gl.program_id(2)
-    begin = gl.program_id(0).to(gl.int64) * share
-    last = gl.minimum(tokens - gl.program_id(0) * share, share) - 1
-    x, ids = gl.where(side == 0, x, other_x), gl.where(side == 0, ids, other_ids)
-    codes, units = gl.where(side == 0, codes, other_codes), gl.where(side == 0, units, other_units)
-    channel_scale = gl.where(side == 0, channel_scale, other_channel_scale)
-    planes = (gl.where(side == 0, plane0, other_plane0), gl.where(side == 0, plane1, other_plane1),
-              gl.where(side == 0, plane2, other_plane2), gl.where(side == 0, plane3, other_plane3))
-    x += row * x_row + begin * x_token
-    ids += row * tokens + begin
-    at = (row * tokens + begin) * OCTETS
-    planes = (planes[0] + at, planes[1] + at, planes[2] + at, planes[3] + at)
-    roots += (side * gl.num_programs(1) + row) * tokens * GROUPS
-    words += (side * gl.num_programs(1) + row) * (STAGES * C * (D // 2))
-    local = gl.arange(0, T, layout=gl.SliceLayout(1, L))
-    word = gl.arange(0, D // 2, layout=gl.SliceLayout(0, L))
-    x = x.to(gl.pointer_type(gl.int32))
-    x_token //= 2
-
     # where registers suffice, the centroids of all stages are loaded before the first are processed
     AHEAD: gl.constexpr = C == N and STAGES * C * D <= 4096 * WARPS
     loaded, tables, parts, pairs = (), (), (), ()
@@ -118,6 +84,51 @@ def encode_kernel(
         # after the fence, which would wait for these stores
         for stage in gl.static_range(STAGES):
             store_centroids(words + stage * C * (D // 2), pairs[stage])
+    return tables, parts, factor, ones, following
+
+
+@gluon.jit(do_not_specialize=["tokens", "rows", "count", "share", "upper"])
+def encode_kernel(
+    x, other_x, codes, other_codes, units, other_units, channel_scale, other_channel_scale, ids, other_ids, roots, arrived,
+    b0, b1, b2, b3, b4, b5, b6, plane0, other_plane0, plane1, other_plane1, plane2, other_plane2, plane3, other_plane3,
+    scales, other_scales, exponents, other_exponents, words,
+    tokens, rows, count, share, upper, x_token, x_row,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, BITS: gl.constexpr, D: gl.constexpr, C: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
+    AT_ONCE: gl.constexpr, CLAMPS: gl.constexpr,
+):
+    """A span of K and V: ids, planes and scales of `share` tokens of a row, T at a time; b0 to b6 are the cells' borders.
+
+    ids [STAGES, rows, tokens], planes [rows, tokens, D / 8] and scales [rows, tokens, GROUPS] lie as `PlaneSpan.empty` made them.
+    roots float32 [tensors, rows, tokens, GROUPS]: scales before they are bytes, which requires the row's largest. The program that finishes
+    a row last does that; arrived int32 [tensors, rows], zeros before and after, tells it. words int32 [tensors, rows, STAGES, C, D / 2]:
+    scratch for the centroids as pairs of bf16, to which all programs of a row write the same. upper: -256, the bits of a score except the
+    lowest eight; not a constant, because an instruction can hold only one, which is better spent on a column's index.
+    Grid: (shares of tokens, rows, tensors).
+    """
+    OCTETS: gl.constexpr = D // 8
+    WARPS: gl.constexpr = T // 16
+    L: gl.constexpr = word_layout(T, D)
+    row, side = gl.program_id(1).to(gl.int64), gl.program_id(2)
+    begin = gl.program_id(0).to(gl.int64) * share
+    last = gl.minimum(tokens - gl.program_id(0) * share, share) - 1
+    x, ids = gl.where(side == 0, x, other_x), gl.where(side == 0, ids, other_ids)
+    codes, units = gl.where(side == 0, codes, other_codes), gl.where(side == 0, units, other_units)
+    channel_scale = gl.where(side == 0, channel_scale, other_channel_scale)
+    planes = (gl.where(side == 0, plane0, other_plane0), gl.where(side == 0, plane1, other_plane1),
+              gl.where(side == 0, plane2, other_plane2), gl.where(side == 0, plane3, other_plane3))
+    x += row * x_row + begin * x_token
+    ids += row * tokens + begin
+    at = (row * tokens + begin) * OCTETS
+    planes = (planes[0] + at, planes[1] + at, planes[2] + at, planes[3] + at)
+    roots += (side * gl.num_programs(1) + row) * tokens * GROUPS
+    words += (side * gl.num_programs(1) + row) * (STAGES * C * (D // 2))
+    local = gl.arange(0, T, layout=gl.SliceLayout(1, L))
+    word = gl.arange(0, D // 2, layout=gl.SliceLayout(0, L))
+    x = x.to(gl.pointer_type(gl.int32))
+    x_token //= 2
+
+    tables, parts, factor, ones, following = _prepare_row(
+        x, x_token, codes, units, channel_scale, words, rows, row, count, local, last, word, STAGES, BITS, D, C, N, T)
     _barrier()
     prefetch_tokens(x, x_token, T + local, last, T, D)
     start_turns(WARPS)
