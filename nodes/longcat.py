@@ -161,7 +161,7 @@ class Continuation:
         inputs.check()
         self.inputs = inputs
         self.video = LongVideo(inputs.vae, inputs.width, inputs.height, inputs.length, inputs.given_frames, inputs.segments, inputs.carry)
-        self.sampler, self.save = take_apart(inputs.sampler)
+        self.sampler, self.save = unwrap_sampler(inputs.sampler)
         self.start = None if inputs.start is None else self.video.resized(inputs.start)
         self.levels = [inputs.levels(segment) for segment in range(inputs.segments)]
         self.progress = Progress(inputs.model, sum(map(len, self.levels)) - inputs.segments)
@@ -231,12 +231,12 @@ class Continuation:
         return samples.to(device)
 
 
-def take_apart(sampler) -> tuple:
+def unwrap_sampler(sampler) -> tuple:
     """The sampler that makes a segment, and where to save a session, or None. Raises ValueError for a sampler of causal models."""
     if isinstance(sampler, ARSampler) or is_autoregressive(sampler):
         raise ValueError("This SAMPLER makes video with causal models. For LongCat-Video connect one of KSamplerSelect, or none.")
     if isinstance(sampler, SavingSampler):
-        return take_apart(sampler.sampler)[0], sampler.save
+        return unwrap_sampler(sampler.sampler)[0], sampler.save
     return sampler or comfy.samplers.sampler_object("euler"), None
 
 

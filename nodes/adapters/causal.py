@@ -20,7 +20,7 @@ from ...qvg.cache.kv_cache import KVCache, shrink
 from ...qvg.cache.stats import CacheStats
 from .attention import core_attention
 from .checks import evaluated
-from .compiled import bare, between, outside
+from .compiled import eager, eager_shell, original
 from .patches import check_pass
 from .wan_core import compute_dtype
 
@@ -57,7 +57,7 @@ class CausalWan:
 
     def __init__(self, guider, extra_args: dict, make_cache: Callable[[], KVCache], position_limit: int):
         self.guider, self.extra_args, self.position_limit = guider, extra_args, position_limit
-        self.network = bare(guider.inner_model.diffusion_model)
+        self.network = original(guider.inner_model.diffusion_model)
         self.slots = {cond["uuid"]: Slot(make_cache(), cond.get(SCHEDULE) or []) for cond in evaluated(guider)}
         self.caches = [slot.cache for slot in self.slots.values()]
         for cache in self.caches:
@@ -68,8 +68,8 @@ class CausalWan:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The network uses these caches inside the block and is restored afterwards, also after an error."""
-        layers = [bare(block).self_attn for block in self.network.blocks]
-        self._forwards = [(self.network, between(self._forward)), *((layer, self._self_attention(layer)) for layer in layers)]
+        layers = [original(block).self_attn for block in self.network.blocks]
+        self._forwards = [(self.network, eager_shell(self._forward)), *((layer, self._self_attention(layer)) for layer in layers)]
         try:
             yield
         finally:
@@ -133,13 +133,13 @@ class CausalWan:
         first, _, store = self._now
         return store and slot.cache.frames > first
 
-    @between
+    @eager_shell
     def _pass(self, slot: Slot, x, timestep, context, clip_fea, transformer_options):
         context, first, handles = self._begin(slot, x, context, transformer_options)
         return type(self.network).forward_block(
             self.network, x, timestep.reshape(-1, 1).expand(-1, x.shape[2]), context, first, handles, slot.cross, clip_fea)
 
-    @outside
+    @eager
     def _begin(self, slot: Slot, x, context, transformer_options: dict) -> tuple[torch.Tensor, int, list[Handle]]:
         """The current prompt's embedding, the first frame, and the handles through which the layers attend."""
         check_pass(transformer_options)
@@ -155,7 +155,7 @@ class CausalWan:
 
     @staticmethod
     def _self_attention(module):
-        @outside
+        @eager
         def forward(x, freqs, kv_cache=None, transformer_options={}):  # noqa: B006 (core's signature)
             if not isinstance(kv_cache, Handle):
                 return type(module).forward(module, x, freqs, kv_cache, transformer_options)

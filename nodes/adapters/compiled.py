@@ -2,7 +2,7 @@
 
 A node may compile the whole network (TorchCompileModel) or each block, before or after a node of this pack. Compiled code reads the state
 of a run once, when it is traced: core's node even drops the guards of `transformer_options`, where core keeps that state. So functions
-that read or change the state of a run are `outside` of compiled code. Functions that pass it to the network are `between`: they are not
+that read or change the state of a run are `eager`. Functions that pass it to the network are an `eager_shell`: they are not
 compiled, but what they call may be. Attention is a graph break in both cases, and the code on both sides of it is still compiled.
 """
 
@@ -18,30 +18,30 @@ from torch._dynamo import OptimizedModule
 COMPILE_ARGUMENTS = "torch_compile_kwargs"
 
 
-def outside(function: Callable) -> Callable:
-    """The function, with everything it calls, is never compiled."""
+def eager(function: Callable) -> Callable:
+    """A decorator: the function and everything it calls run uncompiled."""
     return torch.compiler.disable(function, reason="reads and writes the KV cache")
 
 
-def between(function: Callable) -> Callable:
-    """The function is not compiled; what it calls may be."""
+def eager_shell(function: Callable) -> Callable:
+    """A decorator: the function itself runs uncompiled; what it calls may be compiled."""
     return torch.compiler.disable(function, recursive=False, reason="reads the state of a run")
 
 
-def bare(module: nn.Module) -> nn.Module:
+def original(module: nn.Module) -> nn.Module:
     """The original of a compiled module, or the module itself."""
     while isinstance(module, OptimizedModule):
         module = module._orig_mod
     return module
 
 
-class Outside:
+class EagerCall:
     """A callable that compiled code calls. The code is compiled for this class, so it is valid for all its instances."""
 
     def __init__(self, called: Callable[..., Tensor]):
         self.called = called
 
-    @outside
+    @eager
     def __call__(self, *args) -> Tensor:
         return self.called(*args)
 

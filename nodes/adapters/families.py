@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...qvg.models import FAMILIES, Family
 from ...qvg.settings import QVGSettings
-from .compiled import bare
+from .compiled import original
 
 PACK = __package__.rpartition(".nodes.")[0]
 
@@ -43,4 +43,4 @@ def adapter_of(family: Family) -> Adapter:
 
 def family_of(network: nn.Module) -> Family | None:
     """The family of a MODEL's network, compiled or not; None for a network without a KV cache."""
-    return next((family for family in FAMILIES.values() if family.adapter and adapter_of(family).owns(bare(network))), None)
+    return next((family for family in FAMILIES.values() if family.adapter and adapter_of(family).owns(original(network))), None)

@@ -12,7 +12,7 @@ from ...qvg.cache.kv_cache import KVCache
 from ...qvg.models.longcat import LONGCAT, LongCat
 from ...qvg.settings import QVGSettings
 from ..run_log import ATTACHMENT, RunLog
-from .compiled import bare
+from .compiled import original
 from .longcat_given import Hook
 from .longcat_model import load as load
 
@@ -36,7 +36,7 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
 
 def check(model) -> None:
     """Raises ValueError when the model is not LongCat-Video."""
-    if not owns(bare(model.get_model_object("diffusion_model"))):
+    if not owns(original(model.get_model_object("diffusion_model"))):
         raise ValueError(f"{type(model.get_model_object('diffusion_model')).__name__} cannot continue a video this way. Load LongCat-Video "
                          "with Load AR Video Model (QVG).")
 

@@ -22,7 +22,7 @@ from ...qvg.settings import PRESETS, QVGSettings
 from ...qvg.units import format_bytes
 from ..run_log import RunLog
 from .attention import core_attention
-from .compiled import Outside
+from .compiled import EagerCall
 
 KEY = "quantvideogen"
 # in transformer_options: the `Given` of the run
@@ -86,7 +86,7 @@ class Hook:
             latents = model.process_latent_in(self.latents).to(noise.device, model.get_dtype_inference())
             store = CachedAttention(cache, start_frame=0, frames=frames, store=True, newest=cache.settings.recent_frames,
                                     attention=partial(core_attention, transformer_options=options))
-            model.diffusion_model.encode(latents, Outside(store))
+            model.diffusion_model.encode(latents, EagerCall(store))
             self.log.note(cache.stats())
             options[GIVEN] = Given(cache, frames)
             result = executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)

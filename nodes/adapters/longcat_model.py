@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from ...qvg.models.longcat import LongCat, LongCatSizes
 from ...qvg.models.longcat_schedule import SHIFT, cfg_zero
 from .attention import core_attention
-from .compiled import Outside, between, outside
+from .compiled import EagerCall, eager, eager_shell
 from .longcat_given import GIVEN, Given
 from .patches import LONGCAT, OVERRIDE, check_pass, check_patches
 
@@ -37,7 +37,7 @@ class Network(LongCat):
             # if a file stores such a layer in scaled FP8, core would round its input to FP8, too
             layer._full_precision_mm = True
 
-    @between
+    @eager_shell
     def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006 (core's signature)
         wrappers = transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL)
         if not wrappers:
@@ -45,12 +45,12 @@ class Network(LongCat):
         return WrapperExecutor.new_class_executor(self._forward, self, [one for some in wrappers.values() for one in some]).execute(
             x, timestep, context, transformer_options, **kwargs)
 
-    @between
+    @eager_shell
     def _forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006
         attend, attention = self._attentions(x, transformer_options)
         return super().forward(x, timestep, context, attend=attend, attention=attention).neg_()
 
-    @outside
+    @eager
     def _attentions(self, x, transformer_options: dict):
         """Attention to given and new frames, and attention to the text."""
         check_pass(transformer_options)
@@ -58,7 +58,7 @@ class Network(LongCat):
         given: Given | None = transformer_options.get(GIVEN)
         attend = self._attend_all(x.shape, 0, attention) if given is None else given.attend(x.shape[2], attention)
         # without an override compiled code needs no options
-        return Outside(attend), Outside(attention) if OVERRIDE in transformer_options else core_attention
+        return EagerCall(attend), EagerCall(attention) if OVERRIDE in transformer_options else core_attention
 
 
 class Model(comfy.model_base.BaseModel):

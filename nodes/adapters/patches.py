@@ -15,7 +15,7 @@ from functools import partial
 
 from torch import nn
 
-from .compiled import bare, check_compiled
+from .compiled import check_compiled, original
 
 CAUSAL, LONGCAT = "causal", "longcat"
 OVERRIDE = "optimized_attention_override"
@@ -169,7 +169,7 @@ def _found(patcher, options: dict, conds: dict) -> Iterator[tuple[str, str, obje
                 yield "wrapper", f"{kind}/{key} {home(thing)}", thing
     for name, thing in patcher.object_patches.items():
         # a compiled module is the module
-        if not _own(thing) and not (isinstance(thing, nn.Module) and bare(thing) is not thing):
+        if not _own(thing) and not (isinstance(thing, nn.Module) and original(thing) is not thing):
             yield "object", name, thing
     for name in patcher.additional_models:
         yield "models", name, None

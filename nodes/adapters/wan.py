@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from ...qvg.models.wan import WanSizes, causal_metadata
 from ...qvg.settings import QVGSettings
 from ..run_log import ATTACHMENT, RunLog
-from .compiled import bare
+from .compiled import original
 from .patches import check_taken
 from .wan_core import ATTENTION_PATCH, KEY, PATCHES
 from .wan_hook import Hook
@@ -51,7 +51,7 @@ def quantize(model, settings: QVGSettings, node_id: str | None = None):
     node_id: the node that shows the run's bytes.
     Raises ValueError when the settings do not fit the heads, or another node's patch is in the way.
     """
-    network = bare(model.get_model_object("diffusion_model"))
+    network = original(model.get_model_object("diffusion_model"))
     for tensor in (settings.key, settings.value):
         tensor.groups(network.head_dim)
     patched = model.clone()

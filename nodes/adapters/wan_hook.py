@@ -26,7 +26,7 @@ from ...qvg.units import format_bytes
 from ..run_log import RunLog
 from .attention import core_attention
 from .checks import check_run, evaluated, is_autoregressive
-from .compiled import bare, between, outside
+from .compiled import eager, eager_shell, original
 from .passes import Passes
 from .patches import CAUSAL, check_pass, check_patches
 from .wan_core import ATTENTION_PATCH, KEY, PATCHES, CacheStub, block_state, compute_dtype
@@ -57,7 +57,7 @@ class Hook:
 
     @property
     def network(self):
-        return bare(self.model.diffusion_model)
+        return original(self.model.diffusion_model)
 
     # patches of the model
 
@@ -68,7 +68,7 @@ class Hook:
         self.free()
         return [CacheStub() for _ in range(self.network.num_layers)]
 
-    @between
+    @eager_shell
     def forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # noqa: B006
         network, state, again = self._begin(x, timestep, transformer_options)
         if state is None:
@@ -81,7 +81,7 @@ class Hook:
         finally:
             self._end()
 
-    @outside
+    @eager
     def _begin(self, x, timestep, transformer_options: dict):
         """The network, `block_state` of the pass, and whether its chunk is already stored: guidance that evaluates the network twice does
         so in the storing pass, too, where the result is not used."""
@@ -93,7 +93,7 @@ class Hook:
         self.options = transformer_options
         return self.network, state, self.block[2] and self.cache is not None and self.cache.frames > state[0]
 
-    @outside
+    @eager
     def _end(self) -> None:
         self.attend = self.options = None
         if self.block[2] and self.cache is not None:
@@ -102,7 +102,7 @@ class Hook:
             self.log.tick()
 
     def self_attention(self, layer: int):
-        @outside
+        @eager
         def forward(x, freqs, kv_cache=None, transformer_options={}):  # noqa: B006 (core's signature)
             module = self.network.blocks[layer].self_attn
             if kv_cache is None:

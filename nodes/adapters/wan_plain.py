@@ -6,7 +6,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..run_log import RunLog, plain_stats
 from .checks import check_run, is_autoregressive
-from .compiled import bare, between, check_compiled, outside
+from .compiled import check_compiled, eager, eager_shell, original
 from .wan_core import KEY, PATCHES, block_state, compute_dtype
 
 
@@ -19,12 +19,12 @@ class PlainHook:
 
     @property
     def network(self):
-        return bare(self.model.diffusion_model)
+        return original(self.model.diffusion_model)
 
     def get_dtype(self):
         return compute_dtype(self.model)
 
-    @between
+    @eager_shell
     def forward(self, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options={}, **kwargs):  # noqa: B006
         network, state = self._begin(transformer_options)
         if state is None:
@@ -32,7 +32,7 @@ class PlainHook:
                                          transformer_options=transformer_options, **kwargs)
         return type(network).forward_block(network, x, timestep[:, None].expand(-1, x.shape[2]), context, *state, clip_fea)
 
-    @outside
+    @eager
     def _begin(self, transformer_options: dict):
         return self.network, block_state(transformer_options)
 

@@ -10,7 +10,7 @@
 | `family`, `shape` | what the pack knows about a family; sizes of a model for a memory plan |
 | `wan`, `longcat`, `worldplay` | one family each; `wan_vae` and `longcat_schedule` belong to two of them |
 | `catalogue`, `weights` | the shapes of all families by model name; bits of weight types |
-| `checkpoint`, `names`, `layout`, `sound`, `strangers` | reading a checkpoint: unwrapping, renaming, checking, refusing |
+| `checkpoint`, `names`, `layout`, `validate`, `refusals` | reading a checkpoint: unwrapping, renaming, checking, refusing |
 | `lora`, `lora_fields` | LoRA files as changes of a network's parameters |
 | `fingerprint` | a hash of a network's weights |
 

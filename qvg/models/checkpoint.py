@@ -22,8 +22,8 @@ import torch
 from ..files import tensor_files
 from .family import FAMILIES, Family, Sizes
 from .names import find_network
-from .sound import check_layers, check_sizing, check_weights
-from .strangers import LORA, check_strangers, unknown
+from .refusals import LORA, refuse_other_models, unknown_file
+from .validate import check_layers, check_sizing, check_weights
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
@@ -93,9 +93,9 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Descript
         raise ValueError(f"{path.name} cannot be opened. {error}") from error
     if "lora" in found.container:
         raise ValueError(f"{path.name} {LORA}.")
-    check_strangers(path.name, state, family)
+    refuse_other_models(path.name, state, family)
     if family is None:
-        raise ValueError(unknown(path.name, state))
+        raise ValueError(unknown_file(path.name, state))
     return state, Description(
         file=path.name, container=found.container, family=family.name, sizes=_checked_sizes(path.name, state, family),
         parameters=sum(tensor.numel() for tensor in state.values()), dtype=_dtype(state), config=config, left=len(found.left))

@@ -57,7 +57,7 @@ class Family:
     recognizes: whether a state dict belongs to this family, in any of its layouts. None: its checkpoints cannot be opened.
     blocks: name of the list of layers. embeddings: names of the first layer. Both find the network inside a training checkpoint.
     convert: published layout -> the network's own parameter names. fragments: parts of keys that only a published, incomplete file has.
-    own: fragments listed in `strangers.STRANGERS` that are normal for this family.
+    own: fragments listed in `refusals.OTHER_MODELS` that are normal for this family.
     sizing: weights that sizes are read from -> number of axes. refuse: what is wrong with a recognized state dict, as the rest of a
     sentence that begins with the file's name; "" if nothing is.
 

@@ -261,7 +261,7 @@ def bidirectional(grid: tuple[int, int], frames: int) -> Attend:
 
 
 def is_wan(state: Mapping[str, Tensor]) -> bool:
-    """Whether this is a Wan 2.1 state dict. Variants with other inputs pass, too; `refuse` and `strangers` name them."""
+    """Whether this is a Wan 2.1 state dict. Variants with other inputs pass, too; `refuse` and `refusals` name them."""
     return "patch_embedding.weight" in state and "head.modulation" in state
 
 

@@ -9,7 +9,7 @@ from .family import FAMILIES, Family
 LORA = "is a LoRA, not a model. Load the base model here and add the LoRA with LoraLoaderModelOnly"
 NO_NETWORK = "which needs network code that ComfyUI's autoregressive sampler does not have"
 # (fragments of keys, what a file with one of them is); the first match wins
-STRANGERS = (
+OTHER_MODELS = (
     (("lora_A", "lora_B", "lora_up", "lora_down", ".lora.", ".hada_w", ".lokr_w"), LORA),
     (("vace_blocks.",), "is a Wan VACE model, which is not autoregressive"),
     (("img_emb.", "k_img."), "is an image-to-video Wan (it has an image encoder, img_emb), which core's autoregressive "
@@ -25,12 +25,12 @@ STRANGERS = (
 )
 
 
-def check_strangers(name: str, keys: Collection[str], family: Family | None) -> None:
+def refuse_other_models(name: str, keys: Collection[str], family: Family | None) -> None:
     """Raises ValueError where keys of a file, recognized as `family` or not at all, say that it is something else."""
     def found(fragments: Collection[str]) -> bool:
         return any(fragment in key for key in keys for fragment in fragments)
 
-    for fragments, sentence in STRANGERS:
+    for fragments, sentence in OTHER_MODELS:
         if found([fragment for fragment in fragments if family is None or fragment not in family.own]):
             raise ValueError(f"{name} {sentence}.")
     for other in FAMILIES.values() if family is None else ():
@@ -39,7 +39,7 @@ def check_strangers(name: str, keys: Collection[str], family: Family | None) -> 
                              "into one folder under the names they were published with.")
 
 
-def unknown(name: str, keys: Collection[str]) -> str:
+def unknown_file(name: str, keys: Collection[str]) -> str:
     """A sentence about a file of which nothing is known."""
     families = [f"{family.title}{f' ({family.examples})' if family.examples else ''}"
                 for family in FAMILIES.values() if family.recognizes is not None]
