@@ -126,7 +126,7 @@ def test_stop_says_that_the_finished_part_goes_on(comfy):
     done = outputs["monitor"]["qvg_memory"][0]["now"]["frames"]
     assert partial["done"] == done < partial["total"] == 256
     text = comfy.of_type("qvg.text")[-2:]
-    assert any(f"Stopped. The {done} latent frames" in data["text"] and data["node"] == "sampler" for data in text)
+    assert any(f"Stopped. The {done} finished latent frames" in data["text"] and data["node"] == "sampler" for data in text)
 
 
 def test_the_second_stop_ends_it(comfy):
