@@ -226,7 +226,7 @@ HOSTILE = {
                               "iterations is 800"),
     "settings of another type": (lambda f: f.update(settings=[f["settings"][0].replace('"sink_bits": 4', '"sink_bits": 4.0')]), None,
                                  "sink_bits is 4.0"),
-    "a key of settings that is a list": (lambda f: f.update(settings=['{"version": 1, "key": []}']), None, "no object"),
+    "a key of settings that is a list": (lambda f: f.update(settings=['{"version": 1, "key": []}']), None, "not a JSON object"),
     "unknown run field": (lambda f: f["run"].update(shell="rm"), None, "header.run has a field 'shell'"),
     "a run field missing": (lambda f: f["run"].pop("noise"), None, "header.run lacks its field noise"),
     "fewer layers": (lambda f: f["layers"][0].pop(), None, "a list of 2 layers"),
