@@ -1,12 +1,11 @@
 """Decode spans into the workspace in one pass: planes, scales, the centroids of every stage, and RoPE for K.
 
-Reference: `qvg.cache.kv_cache.LayerCache.read`. One launch reads all spans of one kind, K and V together (`jobs`).
+Reference: `qvg.cache.read.read`. One launch reads all spans of one kind, K and V together (`jobs`).
 
 A place is the position of a token within its frame. A program decodes one head at the same places of all frames of a span, a tile of TOKENS
-at a time, so it loads the rotation angles of few
-places. A thread holds one octet of channels of one token (`octets`), or two that lie half a head apart: a byte of each plane, eight bytes
-of each centroid, sixteen bytes of output, and nothing moves between threads. For a bf16 workspace on an NVIDIA GPU an octet is computed as
-four float16 pairs (`halves`), otherwise in float32.
+at a time, so it loads the rotation angles of few places. A thread holds one octet of channels of one token (`octets`), or two that lie half
+a head apart: a byte of each plane, eight bytes of each centroid, sixteen bytes of output, and nothing moves between threads. For a bf16
+workspace on an NVIDIA GPU an octet is computed as four float16 pairs (`octet_pairs`), otherwise in float32.
 
 The kernel is bound by memory. Planes, scales and ids are prefetched into the L2 cache when a program starts, and the output is stored with
 a streaming hint, because a workspace is larger than that cache.
@@ -258,7 +257,11 @@ def decode_kernel(
     D: tl.constexpr, TIME: tl.constexpr, TOKENS: tl.constexpr, HALVES: tl.constexpr, NVIDIA: tl.constexpr, NATIVE_E4M3: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """One head at `share` tiles of places of every frame of one span. Grid: (blocks of places, heads, spans * batches)."""
+    """One head at `share` tiles of places of every frame of one span, to keys or values [batches, T, h, D]; h heads from first_head on.
+
+    jobs, levels: rows of spans from first_job on. angles: `reader.Angles`, of which row `origin` is frame 0 and row `frames` place 0; the
+    first TIME channel pairs rotate with time. Grid: (blocks of places, heads, spans * batches).
+    """
     index = first_job + tl.program_id(2) // batches
     job = jobs + index * COLUMNS
     span_frames = tl.load(job + FRAMES).to(tl.int32)
