@@ -2,6 +2,7 @@
 
 import json
 import re
+import uuid
 
 import pytest
 
@@ -102,7 +103,8 @@ def test_messages_and_settings_are_translated(language):
 
 
 def test_a_translated_page_shows_translated_labels(page, tiny_model, tmp_path_factory):
-    template = json.loads((REPOSITORY / "workflows" / "Tiny model - text to video.json").read_text())
+    # under an id of its own: the server remembers runs of the template
+    template = json.loads((REPOSITORY / "workflows" / "Tiny model - text to video.json").read_text()) | {"id": str(uuid.uuid4())}
     page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'ja')")
     page.wait_for_timeout(1000)
     page.reload(wait_until="domcontentloaded")
