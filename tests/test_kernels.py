@@ -21,6 +21,7 @@ from comfyui_qvg.qvg.cache.layer import LayerCache
 from comfyui_qvg.qvg.codec import e4m3, kmeans, smoothing
 from comfyui_qvg.qvg.codec import pair as codec
 from comfyui_qvg.qvg.codec.base import Tables
+from comfyui_qvg.qvg.codec.qvg import PlaneSpan
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
@@ -508,6 +509,6 @@ def test_addresses_beyond_32_bits():
         coder = codec.TensorCodec("qvg", TensorSettings(bits=4, stages=1, centroids=4), dim, 1)
         book = coder.train(x[0, -2000:], torch.Generator().manual_seed(0))
         span = coder.encode(x[0], 4, book)
-    last = codec.PlaneSpan([plane[-99:] for plane in span.planes], span.scales[-99:], span.exponents, span.ids[:, -99:], book, "mse")
+    last = PlaneSpan([plane[-99:] for plane in span.planes], span.scales[-99:], span.exponents, span.ids[:, -99:], book, "mse")
     error = last.decode(slice(8, 9), Tables(DEVICE)) - x[0, -99:, 8:].float()
     assert error.square().mean() < 0.03
