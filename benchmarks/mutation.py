@@ -34,18 +34,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # modules, and the tests of each, most effective first; survivors also run the slower tests of `SLOWER`
 PARTS = {
-    "qvg/codec/qvg.py": ["test_precision", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper", "test_finite"],
-    "qvg/codec/smoothing.py": ["test_precision", "test_attention", "test_codec", "test_finite"],
+    "qvg/codec/qvg.py": ["test_precision", "test_centroids", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper",
+                         "test_finite"],
+    "qvg/codec/smoothing.py": ["test_precision", "test_centroids", "test_attention", "test_codec", "test_finite"],
     "qvg/codec/planes.py": ["test_precision", "test_codec"],
-    "qvg/cache/kv_cache.py": ["test_policy", "test_bytes", "test_attention", "test_loop", "test_lifetime", "test_codec"],
-    "qvg/cache/lifetime.py": ["test_policy", "test_lifetime", "test_codec", "test_forecast"],
-    "qvg/cache/ageing.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast", "test_lifetime"],
-    "qvg/cache/forecast.py": ["test_bytes", "test_policy", "test_context", "test_codec", "test_plan", "test_forecast", "test_lifetime"],
-    "qvg/attention/cached.py": ["test_attention", "test_loop", "test_sampler"],
-    "qvg/video/run.py": ["test_loop", "test_sampler"],
-    "qvg/video/noise.py": ["test_loop", "test_sampler"],
-    "qvg/video/network.py": ["test_loop", "test_sampler"],
-    "qvg/video/sampler.py": ["test_loop", "test_sampler"],
+    "qvg/cache/kv_cache.py": ["test_policy", "test_policy_changes", "test_bytes", "test_bytes_forecast", "test_attention", "test_loop",
+                              "test_lifetime", "test_codec"],
+    "qvg/cache/lifetime.py": ["test_policy", "test_policy_changes", "test_lifetime", "test_codec", "test_forecast"],
+    "qvg/cache/ageing.py": ["test_bytes", "test_bytes_forecast", "test_policy", "test_policy_changes", "test_context", "test_codec",
+                            "test_plan", "test_forecast", "test_lifetime"],
+    "qvg/cache/forecast.py": ["test_bytes", "test_bytes_forecast", "test_policy", "test_policy_changes", "test_context", "test_codec",
+                              "test_plan", "test_forecast", "test_lifetime"],
+    "qvg/attention/cached.py": ["test_attention", "test_loop", "test_network", "test_sampler"],
+    "qvg/video/run.py": ["test_loop", "test_network", "test_sampler"],
+    "qvg/video/noise.py": ["test_loop", "test_network", "test_sampler"],
+    "qvg/video/network.py": ["test_loop", "test_network", "test_sampler"],
+    "qvg/video/sampler.py": ["test_loop", "test_network", "test_sampler"],
 }
 SLOWER = {
     "qvg/codec/qvg.py": ["test_codec", "test_offload"],
