@@ -1,4 +1,4 @@
-"""What is held after every chunk, and in how many bits: tables written by hand from what `settings.QVGSettings` and `budget.enforce_limits`
+"""What is held after every chunk, and in how many bits: tables written by hand from what `settings.QVGSettings` and `ageing.enforce_limits`
 promise.
 
 The cache and its forecast share one rule, so that each agrees with the other even where both are wrong. Here both are held against what a
