@@ -5,8 +5,8 @@
 
 cosmic-ray (the `dev` extra) finds and makes the changes. A site is a place in the code; `--count` sites are sampled by a hash of the seed
 and of the line, and each gets one of its changes, so an edit elsewhere does not change the sample. Excluded are annotations, which are not
-evaluated, `is` in place of `==`, and `attention._Ahead`, which runs only on a GPU. Every worker has its own copy of the tree; no network is
-needed. Slow imports are done once, and every mutant runs in a process forked from there, so this does not run on Windows.
+evaluated, `is` in place of `==`, and `attention.streams`, which runs only on a GPU. Every worker has its own copy of the tree; no network
+is needed. Slow imports are done once, and every mutant runs in a process forked from there, so this does not run on Windows.
 
 A mutant is killed when a test fails, or when its tests take `SECONDS` of processor time, several times what they need. Mutants run in the
 order of their hashes, so an interrupted run is also a sample; `--again` continues it.
@@ -32,31 +32,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# modules, and the tests of each, most effective first; survivors also run the slower tests of `SLOWER`
+# tests of one part, most effective first
+CODEC = ["test_precision", "test_centroids", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper", "test_finite"]
+KMEANS = ["test_precision", "test_centroids", "test_attention", "test_codec", "test_finite"]
+CACHE = ["test_policy", "test_policy_changes", "test_bytes", "test_bytes_forecast", "test_attention", "test_loop", "test_network",
+         "test_lifetime", "test_codec"]
+POLICY = ["test_bytes", "test_bytes_forecast", "test_policy", "test_policy_changes", "test_context", "test_codec", "test_plan",
+          "test_forecast", "test_lifetime"]
+LIFETIME = ["test_policy", "test_policy_changes", "test_lifetime", "test_codec", "test_forecast"]
+LOOP = ["test_loop", "test_network", "test_sampler"]
+# modules and their tests; survivors also run the slower tests of `SLOWER`
 PARTS = {
-    "qvg/codec/qvg.py": ["test_precision", "test_centroids", "test_attention", "test_bytes", "test_codec", "test_policy", "test_paper",
-                         "test_finite"],
-    "qvg/codec/smoothing.py": ["test_precision", "test_centroids", "test_attention", "test_codec", "test_finite"],
+    **{f"qvg/codec/{name}.py": CODEC for name in ("qvg", "pair", "base", "plain", "misfit")},
+    **{f"qvg/codec/{name}.py": KMEANS for name in ("smoothing", "kmeans")},
     "qvg/codec/planes.py": ["test_precision", "test_codec"],
-    "qvg/cache/kv_cache.py": ["test_policy", "test_policy_changes", "test_bytes", "test_bytes_forecast", "test_attention", "test_loop",
-                              "test_lifetime", "test_codec"],
-    "qvg/cache/lifetime.py": ["test_policy", "test_policy_changes", "test_lifetime", "test_codec", "test_forecast"],
-    "qvg/cache/ageing.py": ["test_bytes", "test_bytes_forecast", "test_policy", "test_policy_changes", "test_context", "test_codec",
-                            "test_plan", "test_forecast", "test_lifetime"],
-    "qvg/cache/forecast.py": ["test_bytes", "test_bytes_forecast", "test_policy", "test_policy_changes", "test_context", "test_codec",
-                              "test_plan", "test_forecast", "test_lifetime"],
-    "qvg/attention/cached.py": ["test_attention", "test_loop", "test_network", "test_sampler"],
-    "qvg/video/run.py": ["test_loop", "test_network", "test_sampler"],
-    "qvg/video/noise.py": ["test_loop", "test_network", "test_sampler"],
-    "qvg/video/network.py": ["test_loop", "test_network", "test_sampler"],
-    "qvg/video/sampler.py": ["test_loop", "test_network", "test_sampler"],
+    **{f"qvg/cache/{name}.py": CACHE for name in ("kv_cache", "layer", "entry", "read", "stats")},
+    "qvg/cache/lifetime.py": LIFETIME,
+    **{f"qvg/cache/{name}.py": POLICY for name in ("ageing", "codebooks", "geometry", "limits", "sizes", "forecast")},
+    "qvg/attention/cached.py": ["test_attention", *LOOP],
+    **{f"qvg/video/{name}.py": LOOP for name in ("run", "noise", "network", "sampler")},
 }
 SLOWER = {
-    "qvg/codec/qvg.py": ["test_codec", "test_offload"],
-    "qvg/codec/smoothing.py": ["test_codec"],
-    "qvg/cache/kv_cache.py": ["test_offload", "test_pressure", "test_storage"],
+    **{f"qvg/codec/{name}.py": ["test_codec", "test_offload"] for name in ("qvg", "pair", "base", "plain", "misfit")},
+    **{f"qvg/codec/{name}.py": ["test_codec"] for name in ("smoothing", "kmeans")},
+    **{f"qvg/cache/{name}.py": ["test_offload", "test_pressure", "test_storage"]
+       for name in ("kv_cache", "layer", "entry", "read", "stats")},
     "qvg/cache/lifetime.py": ["test_offload"],
-    "qvg/cache/ageing.py": ["test_offload", "test_pressure"],
+    **{f"qvg/cache/{name}.py": ["test_offload", "test_pressure"] for name in ("ageing", "codebooks", "geometry", "limits", "sizes")},
     "qvg/cache/forecast.py": ["test_offload"],
     "qvg/attention/cached.py": ["test_offload"],
     "qvg/video/sampler.py": ["test_segments", "test_storage"],
@@ -64,7 +66,6 @@ SLOWER = {
 # tests in Triton's interpreter run only among the slower ones
 SKIPPED = "not triton and not kernel"
 PRELOADED = ["torch", "numpy", "pytest", "hypothesis", "safetensors.torch"]
-ONLY_ON_GPU = "_Ahead"
 SECONDS = 120
 SIGNATURE = ("parameters", "typedargslist", "varargslist", "param", "lambdef")
 LEFT_BEHIND = shutil.ignore_patterns(".git", ".*_cache", ".venv", ".hypothesis", "shared")
@@ -84,12 +85,10 @@ class Mutant:
 
 
 def unused(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """((line, column), (line, column)) of every annotation, and of classes that only a GPU runs."""
+    """((line, column), (line, column)) of every annotation."""
     found = []
     for node in ast.walk(ast.parse(source)):
         parts = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-        if isinstance(node, ast.ClassDef) and node.name == ONLY_ON_GPU:
-            parts.append(node)
         found += [((part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)) for part in parts if part is not None]
     return found
 
