@@ -67,6 +67,13 @@ def test_parts_with_names_of_their_own():
     assert {area["colour"] for area in chart["areas"][:2]} <= set(PALETTE) and has(draw_chart(chart), chart["areas"][0]["colour"])
 
 
+def test_codebooks_keep_their_name():
+    """Also where scales have as many bytes by coincidence."""
+    part = stats(3)
+    part.by_kind = {"planes": 2800, "scales": 500, "codebooks": 500}
+    assert [area["id"] for area in describe([part])["areas"]] == ["codebooks", "2", "4", "workspace"]
+
+
 @pytest.mark.parametrize("step", [1, 2, 5])
 def test_a_chart_in_pieces_is_the_whole_chart(step):
     """As the browser joins them: web/js/chart.js, continued()."""

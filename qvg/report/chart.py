@@ -49,8 +49,9 @@ def round_steps(most: float, count: int, base: int = 1) -> list[float]:
 def parts_of(stats) -> dict[str, int]:
     """Bytes of each part of a `CacheStats`: what spans share, the spans by bits per element, the workspace."""
     shared = stats.stored_bytes - sum(stats.by_bits.values())
-    # the codec's own name for it
-    name = next((kind for kind, count in stats.by_kind.items() if count == shared), "codebooks")
+    # the codec's own name for it; another kind may have as many bytes by coincidence
+    names = [kind for kind, count in stats.by_kind.items() if count == shared]
+    name = "codebooks" if "codebooks" in names or not names else names[0]
     parts = {name: shared, **{str(bits): count for bits, count in stats.by_bits.items()}, "workspace": stats.workspace_bytes}
     return {name: count for name, count in parts.items() if count}
 
