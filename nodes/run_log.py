@@ -215,9 +215,11 @@ class Run:
         return self.state() | now | {"chart": chart.describe(0, *self._available())}
 
     def _available(self) -> tuple[int, str]:
-        """The bytes that the cache could take on the device (what it holds and what is free), and the device's name."""
-        now = self.history[-1] if self.history else None
-        return self.free_bytes + (now.stored_bytes + now.workspace_bytes if now else 0), str(comfy.model_management.get_torch_device())
+        """The bytes that the cache could take on the device (what it holds there and what is free), and the device's name."""
+        # a run that has ended has freed its cache
+        now = self.history[-1] if self.history and not self.ended else None
+        held = now.stored_bytes - now.host_bytes + now.workspace_bytes if now else 0
+        return self.free_bytes + held, str(comfy.model_management.get_torch_device())
 
 
 def point(stats: CacheStats) -> dict:

@@ -1,6 +1,7 @@
 """KV Memory Monitor (QVG) in the real ComfyUI: live text while sampling, chart and report after it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from comfy_client import ComfyError
+from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.demo import METADATA, PROMPTS, TEXT_DIM
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from comfyui_qvg.qvg.settings import QVGSettings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,3 +102,19 @@ def test_off_counts_cores_own_cache(comfy):
 def test_an_unpatched_model_is_refused(comfy):
     with pytest.raises(ComfyError, match="is not watched"):
         comfy.run(graph("Balanced", seed=9, watched="load"), timeout=120)
+
+
+def test_available_memory(comfy_modules):
+    """What the cache holds on the device and what is free there: offloaded bytes are not on it, and after the run the cache is freed."""
+    from comfyui_qvg.nodes.run_log import Run
+
+    settings = QVGSettings.preset("balanced")
+    run, empty = Run(settings), KVCache(settings, layers=1, heads=1, head_dim=8, grid=(1, 1), rope=Rope).stats()
+    run.free_bytes, run.ended = 1000, False
+    assert run._available() == (1000, "cpu")
+    run.history.append(replace(empty, stored_bytes=500, workspace_bytes=30))
+    assert run._available() == (1530, "cpu")
+    run.history.append(replace(empty, stored_bytes=500, workspace_bytes=30, host_bytes=480))
+    assert run._available() == (1050, "cpu")
+    run.ended = True
+    assert run._available() == (1000, "cpu")
