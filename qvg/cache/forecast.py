@@ -120,7 +120,7 @@ class PlannedLayer:
         return self._spans_bytes + (0 if self.settings.offload else self._books_bytes)
 
     def append(self, first: int, frames: int, newest: int = 0) -> None:
-        """See `cache.LayerCache.append`."""
+        """See `cache.layer.LayerCache.append`."""
         lifetime.store(self, first, frames, newest, self._train, self._keep)
 
     def _keep(self, first: int, frames: int, sink: bool, bits: tuple[int, int]) -> None:

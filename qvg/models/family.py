@@ -66,8 +66,8 @@ class Family:
     (latents [B, C, F, H, W], timestep [B, F], context, attend) -> flow [B, C, F, H, W], see `models.wan`.
     rope: (head_dim, grid of tokens) -> positions of its keys and queries; `KVCache(..., rope=family.rope)`.
     lora_name: a parameter's name -> (its other name in LoRA files, which of how many equal parts, how many parts).
-    adapter: module with the functions of `nodes.adapters.Adapter`, for ComfyUI. A leading dot means a module of this pack. Only nodes/
-    imports it.
+    adapter: module with the functions of `nodes.adapters.families.Adapter`, for ComfyUI. A leading dot means a module of this pack. Only
+    nodes/ imports it.
     layout: what a loaded file is said to be, `title` by default.
     """
 
