@@ -229,6 +229,14 @@ def test_a_kernel_that_fails_at_every_shape_is_given_up_for_its_variant_alone(mo
     assert "misaligned address" in backends.summary(calls)["assign"]
 
 
+def test_other_launches_do_not_pay_for_a_failed_one(monkeypatch):
+    """The shapes of a call are only collected for a launch that has failed somewhere."""
+    install(monkeypatch, Kernel(lambda x: x.shape[-1] == 64))
+    assigned(30)
+    monkeypatch.setattr(launches, "shapes_of", lambda arguments: pytest.fail("shapes were collected"))
+    assigned(30, dim=32)
+
+
 def test_a_launch_without_memory_is_no_failure_of_the_kernel(monkeypatch):
     """The caller frees memory and retries, as when torch's own allocator fails."""
     def full(x, centroids):

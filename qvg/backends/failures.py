@@ -43,8 +43,9 @@ class Failures:
         """(launch, reason) of every failure."""
         return ((launch, reason) for launch, reasons in self._reasons.items() for reason in reasons.values())
 
-    def __bool__(self) -> bool:
-        return bool(self._reasons)
+    def __contains__(self, launch: object) -> bool:
+        """Whether `launch` has failed at any shapes."""
+        return launch in self._reasons
 
 
 def sentence_of(error: BaseException) -> str:

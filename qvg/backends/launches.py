@@ -32,7 +32,8 @@ class Call:
     @property
     def known_failure(self) -> str:
         """Why this launch is not to be tried again at these shapes; empty when it is."""
-        return FAILURES.reason(self.launch, shapes_of(self.arguments)) if FAILURES else ""
+        # other launches must not pay for this one's failure: shapes are only collected if it has failed somewhere
+        return FAILURES.reason(self.launch, shapes_of(self.arguments)) if self.launch in FAILURES else ""
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("qvg_call", default=None)
