@@ -131,8 +131,6 @@ class QVGSettings:
                 tensors[name] = fields.pop(name)
                 require(isinstance(tensors[name], dict), f"The settings of {name} are not a JSON object.")
                 _refuse_unknown(tensors[name], TensorSettings)
-                if "options" in tensors[name]:
-                    tensors[name]["options"] = tuple(map(tuple, tensors[name]["options"]))
                 tensors[name] = TensorSettings(**tensors[name])
         return QVGSettings(**fields, **tensors)
 
