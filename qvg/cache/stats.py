@@ -60,10 +60,10 @@ class CacheStats(Ratios):
     @staticmethod
     def total(parts: list[CacheStats]) -> CacheStats:
         """Of several caches that hold the same frames, such as those of the conditions of a run."""
-        first = parts[0]
+        first, kinds = parts[0], dict.fromkeys(kind for part in parts for kind in part.by_kind)
         counts = {name: sum(getattr(part, name) for part in parts)
                   for name in ("elements", "stored_bytes", "workspace_bytes", "peak_bytes", "bf16_bytes", "host_bytes")}
-        return replace(first, **counts, by_kind={kind: sum(part.by_kind[kind] for part in parts) for kind in first.by_kind},
+        return replace(first, **counts, by_kind={kind: sum(part.by_kind.get(kind, 0) for part in parts) for kind in kinds},
                        by_layer=tuple(map(sum, zip(*(part.by_layer for part in parts)))),
                        by_bits=dict(sum((Counter(part.by_bits) for part in parts), Counter())),
                        backends={op: said for part in parts for op, said in part.backends.items()})
