@@ -244,9 +244,9 @@ def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
                 raise FieldError(f"{name}.random is no state of a generator") from None
             for index, (_, _, *bits_and_books) in enumerate(layer["entries"]):
                 for side, tensor, bits, book in zip(SIDES, (chosen.key, chosen.value), bits_and_books[:2], bits_and_books[2:]):
-                    if CODECS[chosen.codec].needs_codebook(bits):
+                    if bits not in PLAIN_BITS:
                         where = f"{name}.{index}.{side}"
-                        codebook = book_of(f"{name}.book{book}", chosen.codec, tensor, geometry, stored)
+                        codebook = None if book is None else book_of(f"{name}.book{book}", chosen.codec, tensor, geometry, stored)
                         parts = span_tensors(where, chosen.codec, tensor, bits, geometry, stored)
                         CODECS[chosen.codec].check_stored(parts, codebook, where)
 
