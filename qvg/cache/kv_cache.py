@@ -135,6 +135,7 @@ class KVCache:
     def free(self) -> None:
         """Free all memory; the cache is empty and can be used again."""
         self.workspace.free()
+        self.memo.clear()
         self._held.clear()
         self.calls.clear()
         self.said.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,12 +33,12 @@ class Before:
 
     def __init__(self, layer: LayerCache):
         self.frame, self._life, self._random = layer.next_frame, replace(layer.life), layer.generator.get_state()
-        self._books = [side.book and weakref.ref(side.book) for side in layer.sides]
+        self._books = [None if side.book is None else weakref.ref(side.book) for side in layer.sides]
 
     def restore(self, layer: LayerCache) -> bool:
         """Whether the codebooks are still there, and are the layer's again."""
-        books = [book and book() for book in self._books]
-        if any(reference and book is None for reference, book in zip(self._books, books)):
+        books = [None if reference is None else reference() for reference in self._books]
+        if any(reference is not None and book is None for reference, book in zip(self._books, books)):
             return False
         for side, book in zip(layer.sides, books):
             side.book = book
@@ -191,11 +190,12 @@ class LayerCache:
         return self.nbytes if self.owner.host is None else self.host_bytes
 
     def bytes_by_kind(self) -> dict[str, int]:
-        total = Counter(dict.fromkeys(KINDS, 0))
+        total = dict.fromkeys(KINDS, 0)
         for entry in self.entries:
-            total.update(entry.counts[0])
+            for kind, count in entry.counts[0].items():
+                total[kind] = total.get(kind, 0) + count
         total["codebooks"] += self._codebook_bytes()
-        return dict(total)
+        return total
 
     def bytes_by_bits(self) -> dict[int, int]:
         total = {}
