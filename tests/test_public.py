@@ -1,13 +1,15 @@
 """The public interface of the library: its names, what it refuses, and that nothing in it is differentiated."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from comfyui_qvg import qvg
-from comfyui_qvg.qvg import CachedAttention, KVCache, NoRope, QVGSettings, Rope, attend, sdpa, widened
+from comfyui_qvg.qvg import CachedAttention, CacheStats, KVCache, NoRope, QVGSettings, Rope, attend, sdpa, widened
 
 
 def cache_of(dtype=torch.float32, rope=Rope, preset="balanced"):
@@ -68,6 +70,38 @@ def test_another_device_is_refused():
     q, k, v = chunk().to("meta")
     with pytest.raises(ValueError, match=r"computes on meta, but this cache lies on cpu.*device='meta'"):
         attend(cache_of(), 0, q, k, v, frames=3)
+
+
+def test_tokens_of_other_frames_are_refused():
+    cache, (q, k, v) = cache_of(), chunk(frames=2)
+    for store in (False, True):
+        with pytest.raises(ValueError, match="48 tokens, keys 48 and values 48, but 3 latent frames of this cache have 72"):
+            attend(cache, 0, q, k, v, frames=3, store=store)
+    with pytest.raises(ValueError, match="keys 24 and values 48"):
+        attend(cache, 0, q, k[:, :24], v, frames=2)
+    assert cache.frames == 0
+
+
+def test_a_freed_cache_holds_no_tables_of_backends():
+    cache = cache_of()
+    cache.memo["angles"] = torch.ones(1)
+    cache.free()
+    assert not cache.memo and cache.stats().stored_bytes == 0
+
+
+@pytest.mark.parametrize("options", [5, [5], [["a", 1, 2]], [["a", [1]]], [[1, 1]], None])
+def test_settings_with_false_options_are_refused_with_a_sentence(options):
+    """They may come from a file."""
+    fields = json.loads(QVGSettings.preset("balanced").to_json())
+    fields["key"]["options"] = options
+    with pytest.raises(ValueError, match=r"options is .*; give pairs of a name and"):
+        QVGSettings.from_json(json.dumps(fields))
+
+
+def test_stats_of_several_caches_add_up_kinds_that_only_one_has():
+    stats = cache_of().stats()
+    codes = replace(stats, by_kind={"codes": 3, "plain": 1})
+    assert CacheStats.total([stats, codes]).by_kind == CacheStats.total([codes, stats]).by_kind == stats.by_kind | {"codes": 3, "plain": 1}
 
 
 @pytest.mark.parametrize("preset", ["off", "balanced"])

@@ -39,6 +39,7 @@ class CachedAttention:
         self.cache, self.frames, self.store, self.attention = cache, frames, store, attention
         self.start_frame, self.newest = start_frame, newest
         self._ahead = None if cache.workspace.side is None else DecodeAhead(cache)
+        self._whole_pass = True  # whether the same object is called for the next layer
         self.shift = max(0, start_frame + frames - position_limit) if position_limit else 0
 
     @cached_property
@@ -50,7 +51,8 @@ class CachedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of layer `layer` from q, k and v [B, T, H, D], k after its norm and before RoPE, to [B, T, H, D].
 
-        Raises ValueError when dtypes or devices differ from each other or from the cache's.
+        Raises ValueError when dtypes or devices differ from each other or from the cache's, or when the tokens are not those of `frames`
+        latent frames.
         """
         self._check(q, k, v)
         with torch.no_grad(), backends.recording(self.cache.calls):
@@ -69,6 +71,10 @@ class CachedAttention:
         if q.device.type != torch.device(workspace.device).type:
             raise ValueError(f"The network computes on {q.device}, but this cache lies on {workspace.device}. Make the cache with "
                              f"device={str(q.device)!r}.")
+        tokens = self.frames * self.cache.geometry.frame_tokens
+        if not q.shape[1] == k.shape[1] == v.shape[1] == tokens:
+            raise ValueError(f"Queries have {q.shape[1]} tokens, keys {k.shape[1]} and values {v.shape[1]}, but {self.frames} latent "
+                             f"frames of this cache have {tokens}.")
 
     def _attend(self, history: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past, workspace = history.tokens, self.cache.workspace
@@ -105,7 +111,7 @@ class CachedAttention:
                     append(heads, keys, values)
                 yield heads, (keys, values), nullcontext()
             return
-        following = next(iter(self.cache.layers[history.number + 1:history.number + 2]), None)
+        following = next(iter(self.cache.layers[history.number + 1:history.number + 2]), None) if self._whole_pass else None
         for heads, buffer, stream in self._ahead.groups(history, slices, buffers, self.shift, append, following):
             yield heads, buffer, torch.cuda.stream(stream)
 
@@ -125,9 +131,11 @@ def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, *, frame
     """Attention of one layer over what `cache` holds and the chunk's own tokens, [B, T, H, D] in and out.
 
     q, k, v: of `frames` latent frames that follow what the cache holds, k after its norm and before RoPE. store: keep k and v, once per
-    chunk. Call it for every layer in order; `CachedAttention` is the same for a whole pass and saves the angles between layers.
+    chunk. Call it for every layer in order. `CachedAttention` is the same for a whole pass, and faster: it computes the chunk's angles once
+    and on a GPU decodes the next layer ahead.
     Raises ValueError as `CachedAttention` does.
     """
     one = CachedAttention(cache, start_frame=cache.layers[layer].next_frame, frames=frames, store=False, attention=attention)
-    one.store = store
+    # the next layer gets an object of its own, which would decode again what this one has decoded for it
+    one.store, one._whole_pass = store, False
     return one(layer, q, k, v)
