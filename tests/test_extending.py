@@ -4,14 +4,27 @@ import ast
 import importlib.util
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_qvg.qvg import CODECS, FAMILIES, KVCache, QVGSettings, Rope, TensorSettings, attend, backends, forecast
+from comfyui_qvg.qvg import (
+    CODECS,
+    FAMILIES,
+    KVCache,
+    Part,
+    PlainCodec,
+    QVGSettings,
+    Rope,
+    Span,
+    TensorSettings,
+    attend,
+    backends,
+    forecast,
+)
 from comfyui_qvg.qvg.backends import remove
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.limits import limits
@@ -126,6 +139,112 @@ def test_a_codec_runs_in_the_demo(four_bit, monkeypatch):
     exact, made = demo.make("off", Run(frames=6)), demo.make("four-bit", Run(frames=6))
     assert torch.equal(made.latents[:, :, :3], exact.latents[:, :, :3])
     assert 0 < (made.latents - exact.latents).square().mean() < 0.05 * exact.latents.square().mean()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"key": TensorSettings(bits=2)}, "key is to hold 2 bits, but the four-bit codec holds 4, 8, 16"),
+    ({"key": TensorSettings(bits=8), "sink_bits": 4, "value": TensorSettings(bits=3)}, "value is to hold 3 bits"),
+    ({"options": {"a": 1}}, "does not know the option 'a' of key; it has none of its own")])
+def test_a_codec_refuses_bits_that_it_does_not_hold(four_bit, changes, words):
+    """They would be encoded at others, and dropped in vain with age."""
+    if options := changes.pop("options", None):
+        changes["key"] = TensorSettings(bits=4, options=tuple(options.items()))
+    with pytest.raises(ValueError, match=words):
+        replace(four_bit, **changes)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A codebook: mean of every channel float32 [R, D]."""
+
+    mean: torch.Tensor
+
+    size = 1
+
+    @property
+    def nbytes(self):
+        return self.mean.nbytes
+
+
+class CentredSpan(Span):
+    """What is left of the mean in steps of 1 / 16, and what is left of those in steps of 1 / 2048 until bits are dropped. Each is int8, so
+    that the bits only name the two states."""
+
+    bits = property(lambda self: 2 if self.fine is None else 4)
+    shape = property(lambda self: tuple(self.coarse.shape))
+
+    def __init__(self, coarse, fine, codebook):
+        self.coarse, self.fine, self.codebook = coarse, fine, codebook
+
+    def tensors(self):
+        return {"coarse": self.coarse} | ({} if self.fine is None else {"fine": self.fine})
+
+    def with_tensors(self, tensors):
+        return CentredSpan(tensors["coarse"], tensors.get("fine"), self.codebook)
+
+    def decode(self, rows, tables):
+        x = self.coarse[:, rows].float() / 16 + self.codebook.mean[rows]
+        return x if self.fine is None else x + self.fine[:, rows].float() / 2048
+
+    def drop(self, bits):
+        self.fine = None
+
+
+class CentredCodec(PlainCodec):
+    name, widths, nested, adaptive = "centred", (16, 8, 4, 2), True, True
+
+    def coded_parts(self, tensor, bits, shape):
+        part = Part(torch.int8, tuple(shape), "steps")
+        return {"coarse": part} | ({"fine": part} if bits == 4 else {})
+
+    def make_coded(self, tensor, bits, tensors, codebook):
+        return CentredSpan(tensors["coarse"], tensors.get("fine"), codebook)
+
+    def book_size(self, tensor, tokens):
+        return 1
+
+    def book_parts(self, tensor, size, rows, dim):
+        return {"mean": Part(torch.float32, (rows, dim), "codebooks")}
+
+    def make_book(self, tensors):
+        return Mean(**tensors)
+
+    def check_stored(self, tensors, codebook, where):
+        if int(tensors["coarse"].min()) == -128:
+            raise ValueError(f"{where}.coarse holds -128")
+
+    def train_one(self, x, tensor, iterations, generator, previous):
+        return Mean(x.float().mean(0))
+
+    def encode_one(self, x, tensor, bits, codebook):
+        x = x.float() - codebook.mean
+        coarse = (16 * x).round().clamp(-127, 127)
+        fine = (2048 * (x - coarse / 16)).round().clamp(-127, 127)
+        return CentredSpan(coarse.to(torch.int8), fine.to(torch.int8) if bits == 4 else None, codebook)
+
+
+@pytest.fixture
+def centred():
+    CODECS.register(CentredCodec())
+    two = TensorSettings(bits=2)
+    yield QVGSettings(name="centred", codec="centred", key=two, value=two, codebook_frames=6)
+    CODECS.remove("centred")
+
+
+def test_a_codec_with_codebooks_and_nested_bits(centred):
+    """Forecast, budget, offload and a rewound chunk, with codebooks that know nothing of centroids."""
+    (cache, found), (_, exact) = filled(centred), filled(QVGSettings.preset("off"))
+    assert 0 < (found - exact).square().mean() < 0.02 * exact.square().mean()
+    stats, planned = cache.stats(), forecast(centred, cache.geometry, 12, itemsize=4)
+    assert (stats.stored_bytes, stats.peak_bytes) == (planned.stored_bytes, planned.peak_bytes)
+    assert stats.by_bits.keys() == {2, 4} and stats.by_kind["codebooks"] == 2 * 2 * 2 * 2 * 32 * 4
+    assert torch.equal(filled(replace(centred, offload=True))[1], found)
+    cache.rewind(9)
+    q, k, v = torch.randn(3, 1, 72, 2, 32, generator=torch.Generator().manual_seed(5))
+    assert all(attend(cache, layer, q, k, v, frames=3, store=True).isfinite().all() for layer in range(2)) and cache.frames == 12
+    budget = 0.9 * stats.peak_bytes / GIB
+    assert filled(replace(centred, budget_gib=budget))[0].stats().peak_bytes <= budget * GIB
+    assert "lost a bit plane" in [cache.shrink() for _ in range(2)][-1] and 4 in cache.stats().by_bits
 
 
 def test_a_family_is_recognized_planned_and_run(load, tmp_path):

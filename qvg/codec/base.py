@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tensor_settings import TensorSettings
+from .tensor_settings import PLAIN_BITS, TensorSettings, require
 
 # what values of a stored tensor may be at most: no key or value comes near, and a network can still add many of them in float32
 LARGEST = 2.0**40
@@ -101,7 +101,7 @@ class Span(ABC):
 
     def misfit(self) -> Tensor | None:
         """How badly the codebook fits, float32 [2] on the span's device: the mean square of what it leaves, in units of what it left of the
-        tokens it was trained on (1 where that is unknown), and any value that is finite only if all tokens are. None: nothing is known."""
+        tokens it was trained on (1 where that is unknown), and a value that is not finite if any token was not. None: nothing is known."""
         return None
 
     @property
@@ -110,7 +110,10 @@ class Span(ABC):
 
 
 class Codec(ABC):
-    """One way to keep keys and values. An instance has no state; it is registered in `registry.CODECS` under `name`.
+    """One way to keep keys and values. An instance is hashable and has no state; it is registered in `registry.CODECS` under `name`.
+
+    A codebook, if the codec has any, is an object of its own kind: a frozen dataclass whose fields are its tensors (or `book_tensors` is
+    overridden), with `nbytes`, and with `size`, which is what `book_size` returned when it was trained.
 
     nested: whether a span can drop bits without being encoded anew. adaptive: whether a codebook is replaced as soon as it no longer fits
     (see `cache.lifetime`); others serve for `codebook_frames`. widths: bits per element that a span can hold, widest first.
@@ -124,12 +127,24 @@ class Codec(ABC):
     options: Mapping[str, bool | int | float | str] = {}
 
     def check(self, settings) -> None:
-        """settings: `settings.QVGSettings`. Raises ValueError with a sentence when the codec cannot do what the settings ask for."""
+        """settings: `settings.QVGSettings`. Raises ValueError with a sentence when the codec cannot do what the settings ask for: options
+        that it does not know, bits that are not in `widths`, bits to drop that it cannot drop."""
         for name, tensor in (("key", settings.key), ("value", settings.value)):
             unknown = [option for option, _ in tensor.options if option not in self.options]
             if unknown:
                 known = f"it knows {', '.join(self.options)}" if self.options else "it has none of its own"
                 raise ValueError(f"The {self.name} codec does not know the option {unknown[0]!r} of {name}; {known}.")
+            self._check_widths(settings, name, tensor.bits)
+
+    def _check_widths(self, settings, name: str, settled: int) -> None:
+        known = ", ".join(map(str, sorted(self.widths)))
+        require(settled in self.widths, f"{name} is to hold {settled} bits, but the {self.name} codec holds {known}.")
+        for option, frames in (("sink_bits", settings.sink_frames), ("recent_bits", settings.recent_frames)):
+            bits = max(getattr(settings, option), settled)
+            require(not frames or bits in self.widths, f"{option} is {bits}, but the {self.name} codec holds {known} bits.")
+        recent = max(settings.recent_bits, settled) if settings.recent_frames else settled
+        require(self.nested or recent == settled or recent in PLAIN_BITS,
+                f"The {self.name} codec cannot drop bits of a span that holds {recent}; set recent_frames to 0, or recent_bits to 8 or 16.")
 
     def check_heads(self, tensor: TensorSettings, head_dim: int) -> None:
         """Raises ValueError with a sentence when the codec cannot keep heads of so many channels."""
@@ -193,6 +208,6 @@ class Codec(ABC):
 
 
 def owned(span: Span, decoded: Tensor) -> Tensor:
-    """What is decoded gets RoPE applied in place, so a codec that returns memory of the span must not be taken at its word."""
+    """A copy of `decoded` if it shares memory with the span, because RoPE is applied to it in place."""
     held = {tensor.untyped_storage().data_ptr() for tensor in span.tensors().values()}
     return decoded.clone() if decoded.untyped_storage().data_ptr() in held else decoded

@@ -85,7 +85,6 @@ class PaperCodec(PlainCodec):
     widths = (*reversed(PLAIN_BITS), *BITS)
 
     def check(self, settings) -> None:
-        super().check(settings)
         for tensor in (settings.key, settings.value):
             require(tensor.bits in BITS, f"The paper codec stores 2 or 4 bits, not {tensor.bits}; choose 2 or 4, or the qvg codec.")
             require(tensor.group in BLOCKS, f"The paper codec scales blocks of 16, 32, 64 or 128 channels, not {tensor.group}.")
@@ -94,6 +93,7 @@ class PaperCodec(PlainCodec):
                 "to 8 or 16.")
         require(not settings.sink_frames or settings.sink_bits in (*BITS, *PLAIN_BITS),
                 f"The paper codec cannot hold a sink in {settings.sink_bits} bits; choose 2, 4, 8 or 16.")
+        super().check(settings)
 
     def check_heads(self, tensor: TensorSettings, head_dim: int) -> None:
         if head_dim % 8:

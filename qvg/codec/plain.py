@@ -69,11 +69,11 @@ class PlainCodec(Codec):
     name = "plain"
 
     def check(self, settings) -> None:
-        super().check(settings)
         for name, tensor in (("key", settings.key), ("value", settings.value)) if self.name == PlainCodec.name else ():
             require(tensor.bits in PLAIN_BITS,
                     f"{name} is to hold {tensor.bits} bits, but the plain codec (the preset Off) has no planes; "
                     "choose 8 or 16 bits, or another preset.")
+        super().check(settings)
 
     def needs_codebook(self, bits: int) -> bool:
         return bits not in PLAIN_BITS
