@@ -25,9 +25,9 @@ def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new:
     layer = PlannedLayer(settings, geometry, Limits(), itemsize)
     layer.append(0, given, settings.recent_frames)
     workspace = workspace_bytes(geometry, given + new, itemsize)
-    visiting = geometry.staged_layers * (staging_bytes(settings, geometry, given, given, Limits(), itemsize) or 0)
+    staged = geometry.staged_layers * (staging_bytes(settings, geometry, given, given, Limits(), itemsize) or 0)
     return Forecast(frames=given, held_frames=given, bf16_bytes=geometry.bf16_bytes(given), stored_bytes=geometry.layers * layer.nbytes(),
-                    peak_bytes=geometry.layers * layer.device_bytes() + layer.largest + visiting + workspace, workspace_bytes=workspace,
+                    peak_bytes=geometry.layers * layer.device_bytes() + layer.largest + staged + workspace, workspace_bytes=workspace,
                     elements=geometry.bf16_bytes(given) // 2, host_bytes=geometry.layers * layer.host_bytes())
 
 

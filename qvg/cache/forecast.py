@@ -162,13 +162,13 @@ def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frame
     history = history_frames(settings, chunk_frames, frames, share.cap_frames)
     staging = staging_bytes(settings, geometry, chunk_frames, history, share, itemsize) or 0
     reading = workspace_bytes(geometry, capacity, itemsize), geometry.staged_layers * staging
-    workspace = visiting = peak = host = 0
+    workspace = staged = peak = host = 0
     for start, end in zip(starts, [*starts[1:], frames]):
         if layer.spans:
-            workspace, visiting = reading
-        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting)
+            workspace, staged = reading
+        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + staged)
         layer.append(start, end - start)
-        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + visiting + layer.largest)
+        peak = max(peak, geometry.layers * layer.device_bytes() + workspace + staged + layer.largest)
         host = max(host, geometry.layers * layer.host_bytes())
     held = sum(span.frames for span in layer.spans)
     return Forecast(

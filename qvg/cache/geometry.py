@@ -36,7 +36,7 @@ class Geometry:
         return min(2, self.layers)
 
     def bf16_bytes(self, frames: int) -> int:
-        """K and V of every layer at two bytes a number."""
+        """K and V of every layer at two bytes per element."""
         return 2 * 2 * self.layers * frames * self.frame_tokens * self.rows * self.head_dim
 
 
@@ -61,4 +61,5 @@ def workspace_bytes(geometry: Geometry, frames: int, itemsize: int = 2) -> int:
 
 
 def aligned(count: int) -> int:
+    """Bytes rounded up to a multiple of `ALIGN`."""
     return -(-count // ALIGN) * ALIGN

@@ -67,7 +67,7 @@ class StagingPlan:
 
 @dataclass
 class Stage:
-    """A staging buffer. here: the visit whose bytes it holds; ready: when they have arrived; plans: by number of the layer."""
+    """A staging buffer. here: the plan whose bytes it holds; ready: recorded when they have arrived; plans: by number of the layer."""
 
     buffer: Tensor | None = None
     here: StagingPlan | None = None
@@ -87,18 +87,18 @@ class HostStore:
         self._pinned: set[int] = set()
         self._largest = 0
         self._closed = False
-        # a cache that is dropped without being freed must not leave freed memory pinned; its blocks hold the store, so this comes last
-        weakref.finalize(self, _let_go, self._spare, self._pinned, self.stream).atexit = False
+        # a cache that is dropped without `free` must not leave freed memory pinned; its blocks hold the store, so this runs last
+        weakref.finalize(self, _unpin_all, self._spare, self._pinned, self.stream).atexit = False
 
     @property
     def device_bytes(self) -> int:
-        """The staging buffers, and one block on its way."""
+        """The staging buffers, and one block that is being copied."""
         return sum(stage.buffer.nbytes for stage in self._stages if stage.buffer is not None) + self._largest
 
     # spans to the host and back
 
     def take_in(self, spans: Sequence[Span]) -> tuple[list[Span], Block]:
-        """The same spans with their tensors in a block of host memory. They may still be on their way there; see `wait`."""
+        """The same spans with their tensors in a block of host memory. The copy may not have finished; see `wait`."""
         parts = [tensor for span in spans for tensor in span.tensors().values()]
         block = self._block(sum(aligned(part.nbytes) for part in parts))
         self._largest = max(self._largest, block.nbytes)
@@ -110,7 +110,7 @@ class HostStore:
         return stored, block
 
     def bring(self, block: Block, spans: Sequence[Span]) -> list[Span]:
-        """A copy of stored spans on the device, which later work on the present stream may read."""
+        """A copy of stored spans on the device, which later work on the current stream may read."""
         buffer = torch.empty(block.nbytes, dtype=torch.uint8, device=self.device)
         with self._copying():
             buffer.copy_(block.data, non_blocking=True)
@@ -120,7 +120,7 @@ class HostStore:
         return list(_placed(spans, buffer, 0))
 
     def fetch(self, layers: Sequence, number: int) -> list[StagedEntry]:
-        """The entries of layer `number` on the device, until the layer after the next is fetched; the next one's set out."""
+        """The entries of layer `number` on the device, valid until the layer after the next is fetched. Starts to copy the next layer."""
         stage = self._stage(layers[number])
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_event(stage.ready)
@@ -131,7 +131,7 @@ class HostStore:
         return stage.plans[number].entries
 
     def _stage(self, layer) -> Stage:
-        """See that a layer's spans are in its buffer, or on their way there."""
+        """A layer's staging buffer; starts to copy the layer's spans there unless it holds them."""
         stage = self._stages[layer.number % 2]
         blocks = [entry.block for entry in layer.entries]
         numbers = [block.number for block in blocks]
@@ -166,19 +166,19 @@ class HostStore:
     # streams
 
     def _copying(self) -> AbstractContextManager:
-        """Copies inside go through the stream of copies, behind what the present stream has to do until now."""
+        """Copies inside run on the copy stream, after everything that is queued on the current stream."""
         if self.stream is None:
             return nullcontext()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.stream)
 
     def _used(self, tensor: Tensor) -> None:
-        """Device memory that the stream of copies reads or writes must not be given away before that is done."""
+        """Keep the allocator from reusing device memory before the copy stream has finished with it."""
         if self.stream is not None:
             tensor.record_stream(self.stream)
 
     def wait(self) -> None:
-        """Let everything that is on its way arrive, so that the host can read it."""
+        """Block until all copies have finished, so that the host can read them."""
         if self.stream is not None:
             self.stream.synchronize()
 
@@ -215,22 +215,22 @@ class HostStore:
         return data
 
     def shrink(self) -> None:
-        """Give the staging buffers back, and make them no larger than needed from now on."""
+        """Free the staging buffers, and allocate them no larger than needed from now on."""
         self._stages, self.capacity = (Stage(), Stage()), None
 
     def close(self) -> None:
-        """Give everything back; blocks that are still held are unpinned when they are let go."""
+        """Free everything; blocks that are still held are unpinned when they are freed."""
         self.wait()
         self._closed, self._stages = True, (Stage(), Stage())
-        _let_go(self._spare, self._pinned, self.stream)
+        _unpin_all(self._spare, self._pinned, self.stream)
 
 
 def _placed(spans: Sequence[Span], buffer: Tensor, at: int) -> Iterator[Span]:
-    """The spans with tensors that lie one after the other in a buffer (uint8), from byte `at`. Nothing is copied."""
+    """The spans with their tensors as views of a uint8 buffer, one after the other from byte `at`. Nothing is copied."""
     for span in spans:
         parts = {}
         for name, tensor in span.tensors().items():
-            # in the order of the tensor's own memory, in which what belongs to a row lies together
+            # with the tensor's own strides, so that the bytes of a row stay contiguous
             parts[name] = buffer[at:at + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
             at += aligned(tensor.nbytes)
         yield span.with_tensors(parts)
@@ -243,13 +243,13 @@ def _unpin(data: Tensor, pinned: set[int], stream: torch.cuda.Stream | None) -> 
         torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
 
 
-def _let_go(spare: dict[int, Tensor], pinned: set[int], stream: torch.cuda.Stream | None) -> None:
+def _unpin_all(spare: dict[int, Tensor], pinned: set[int], stream: torch.cuda.Stream | None) -> None:
     while spare:
         _unpin(spare.popitem()[1], pinned, stream)
 
 
 def _forget_error(device: torch.device) -> None:
-    """A call of CUDA that failed is reported by the next operation, which had nothing to do with it."""
+    """Clear the error of a failed CUDA call, which the next operation would otherwise raise."""
     try:
         torch.zeros(1, device=device)
     except RuntimeError:

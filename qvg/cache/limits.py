@@ -59,8 +59,8 @@ class _Share:
         return max(bool(self.sink) * self._entry(self.sink, at_sink_bits) + older + self.newest, self.waiting)
 
     def _codebooks(self, frames: int) -> int:
-        """Codebooks of a layer. On the device they are limited together with the spans, which give way. Offloaded spans are limited
-        separately, so that all that their codebooks can come to is set apart: with the sink's and one that has just begun."""
+        """Codebooks of a layer. On the device they share a limit with the spans, which lose planes to make space. Offloaded spans have a
+        limit of their own, so space is reserved for the most codebooks there can be, with the sink's and one that was just trained."""
         if self.settings.offload:
             others = 0 if self.codec.adaptive else self.sink
             return self.codebook * (2 + -(-(others + frames + self.chunk) // shortest_life(self.settings, self.chunk)))
@@ -105,7 +105,7 @@ def capacity_frames(settings: QVGSettings, chunk_frames: int, total_frames: int 
     most = [total_frames] if total_frames else []
     for window in (settings.window_frames, cap_frames):
         if window:
-            # the oldest span leaves with its last frame, so it may overhang the window by a chunk less one
+            # a span is evicted with its last frame, so the oldest may overhang the window by a chunk less one
             most.append(settings.sink_frames + window + 2 * chunk_frames - 1)
     return min(most, default=None)
 
@@ -122,7 +122,8 @@ def history_frames(settings: QVGSettings, chunk_frames: int, total_frames: int |
 
 def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, history: int | None, share: Limits,
                   itemsize: int = 2) -> int | None:
-    """The most that the spans of a layer take while `history` frames of it are stored: what visits the device at once."""
+    """The most bytes that the spans of a layer take while `history` frames of it are stored: a staging buffer. None: not offloaded, or no
+    limit is known."""
     if not settings.offload or history is None:
         return None
     sink = min(history, settings.sink_frames)

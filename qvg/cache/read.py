@@ -1,5 +1,4 @@
-"""The op `decode`: the history of a layer to keys and values, RoPE applied. What it is given describes the history plainly; no kernel
-reaches into a cache.
+"""The op `decode`: the history of a layer to keys and values, RoPE applied. Backends get a plain description, `History`, and never a cache.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class History:
     """What is read of a layer.
 
     held: oldest first. heads: of a batch entry; a row is a head of a batch entry. rope: see `attention.rope.Rope`. tables: of the cache.
-    run_memo, memo: what a backend keeps from one read to the next, of the cache and of the layer; whoever owns the history clears it.
+    run_memo, memo: what a backend keeps from one read to the next, for the whole cache and for the layer; `KVCache.free` clears both.
     """
 
     __slots__ = ("codec", "heads", "held", "memo", "rope", "run_memo", "tables")

@@ -111,8 +111,8 @@ class LevelTable:
         self.factors = torch.tensor([0x01041040 >> shift for shift in (0, 2, 4, 6)], dtype=torch.int32, device=device)
 
     def __call__(self, planes: Tensor, widths: list[tuple[int, int]]) -> Tensor:
-        """planes uint8 [..., P, N, T, D / 8], of which tokens that hold fewer have zeros; widths: how many planes the next tokens hold,
-        and how many tokens they are, until all are told -> float32 [..., N, T, D]."""
+        """planes uint8 [..., P, N, T, D / 8], zero where a token holds fewer; widths: (planes, number of tokens) of consecutive runs of
+        tokens, T in all -> float32 [..., N, T, D]."""
         first, *others = planes.int().unbind(-4)
         for number, plane in enumerate(others, 1):
             first.add_(plane, alpha=1 << (8 * number))

@@ -1,16 +1,16 @@
-"""A session on disk: everything that a run needs to go on as if it had never stopped, in one safetensors file.
+"""A session on disk: everything that a run needs to continue as if it had never stopped, in one safetensors file.
 
     save(path, sampler, fingerprint=fingerprint(network), latents=made_so_far)
-    session = load(path)                        # checked whole before anything is believed
+    session = load(path)                        # every field and tensor is checked first
     sampler = Sampler(model, session.run, session.shape)
     session.restore(sampler, fingerprint(network))
 
-A file is put in its place whole (`files`): whoever is killed at any moment leaves the old file or the new one.
-Its header says what each tensor is, with a SHA-256 of it, and a SHA-256 of the header itself, so that a changed bit anywhere is noticed.
-A header that is whole can still be false; so every field and every tensor is compared with what they can be (`session_parts`) before the
-first one is used.
+A file is replaced atomically (`files`): a process that is killed at any moment leaves the old file or the new one.
+Its header has the dtype, shape and SHA-256 of each tensor, and the metadata a SHA-256 of the header, so a changed bit anywhere is noticed.
+A header with the right checksum can still hold false values, so every field and every tensor is checked against its limits
+(`session_parts`) before any is used.
 
-The random numbers of the sampler are a function of seed, chunk and step; the only random state kept is that of each layer's k-means.
+The sampler's noise is a function of seed, chunk and step; the only random state kept is that of each layer's k-means.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from .run import Run
 from .sampler import Sampler
 from .session_parts import KINDS, SIDES, Part, book_of, check_causal, geometry_of, parse, span_tensors
 
-# of a file with a tensor for each, and of one that joins them, see `packed`
+# versions of a file in which every tensor is stored separately, and of one that joins them, see `packed`
 VERSION, PACKED = 1, 2
-# safetensors refuses a longer header than 100 MB; a tensor takes about a line of it
+# safetensors refuses a header of more than 100 MB, in which a tensor takes about a line
 MOST_HEADER_BYTES, LINE_BYTES = 80_000_000, 200
 HEADER, DIGEST = "qvg_session", "qvg_session_sha256"
-# what reading a file of any content can raise
+# what reading a file raises, whatever its content
 DAMAGE = (SafetensorError, ValueError)
 
 
@@ -58,13 +58,13 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """On the CPU, with memory that no other tensor shares, which safetensors asks for."""
+    """On the CPU, in memory that no other tensor shares, as safetensors requires."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _layer_state(layer: LayerCache, prefix: str, tensors: dict[str, Tensor]) -> dict:
-    """A layer as plain values; its tensors go into `tensors` under names that begin with `prefix`."""
+    """A layer as JSON values; its tensors are added to `tensors` under names that begin with `prefix`."""
     books: dict[int, int] = {}
 
     def number(book) -> int | None:
@@ -89,12 +89,12 @@ def _layer_state(layer: LayerCache, prefix: str, tensors: dict[str, Tensor]) -> 
 
 def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tensor | None = None, extra: Mapping | None = None,
          tensors: Mapping[str, Tensor] | None = None) -> None:
-    """Write a session of a sampler that stands between two chunks.
+    """Write a session of a sampler between two chunks.
 
-    latents: [B, C, F, H, W] made so far, where the caller keeps them. extra: plain values, and tensors: named ones, that the caller
-    wants back as they are (`Session.extra`, `Session.tensors`).
+    latents: [B, C, F, H, W] made so far, if the caller keeps them. extra: JSON values of the caller's, and tensors: its tensors by name;
+    `Session.extra` and `Session.tensors` return both unchanged.
     Raises OSError when the disk is full or cannot be written, ValueError when the sampler is in the middle of storing a chunk; an older
-    session at `path` then is as it was.
+    session at `path` is then unchanged.
     """
     if not sampler.settled:
         raise ValueError("The run was broken off while a chunk was being stored, so this moment cannot be saved; an earlier checkpoint can "
@@ -118,20 +118,20 @@ def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tenso
 
 
 def write(path: str | Path, header: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    """A file of plain values and named tensors, with checksums of both, put in its place whole. Raises OSError as `write_atomically`."""
+    """Write JSON values and named tensors, with checksums of both, atomically. Raises OSError as `write_atomically` does."""
     stored = {name: _own(tensor) for name, tensor in tensors.items()}
     fields = {"version": VERSION, **header, "tensors": {
         name: [str(tensor.dtype), list(tensor.shape), hashlib.sha256(_bytes(tensor)).hexdigest()] for name, tensor in stored.items()}}
     text = json.dumps(fields)
-    # of which safetensors' own header has every quotation mark twice, and a line for each tensor
+    # safetensors' own header escapes every quotation mark of the text, and has a line for each tensor
     long = len(text) + text.count('"') + LINE_BYTES * len(stored) > MOST_HEADER_BYTES
     content, metadata = packed({**fields, "version": PACKED}, stored) if long else (stored, {HEADER: text, DIGEST: _digest(text)})
     write_atomically(Path(path), lambda place: save_file(content, place, metadata))
 
 
 def packed(fields: Mapping, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file whose safetensors header is short however long the video: the fields are a tensor of their text, and
-    all tensors of one type lie behind each other in one, in the order of `fields`."""
+    """Tensors and metadata of a file whose safetensors header is short however long the video is: the text of the fields is a tensor, and
+    all tensors of one dtype are concatenated, in the order of `fields`."""
     text, groups = json.dumps(fields), {}
     for tensor in stored.values():
         groups.setdefault(str(tensor.dtype), []).append(tensor.flatten())
@@ -145,12 +145,12 @@ def _digest(text: str) -> str:
 
 
 class SessionError(ValueError):
-    """A session file that cannot be used, as a sentence."""
+    """A session file that cannot be used; the text says why, as a sentence for the user."""
 
 
 @dataclass
 class Session:
-    """A checked session file. shape: (B, C, H, W) of a latent frame; latents [B, C, F, H, W] where they were kept."""
+    """A checked session file. shape: (B, C, H, W) of a latent frame; latents: [B, C, F, H, W] if they were saved."""
 
     path: Path
     fingerprint: str
@@ -171,9 +171,9 @@ class Session:
     stored: dict[str, Tensor] = field(repr=False)
 
     def restore(self, sampler: Sampler, fingerprint: str) -> None:
-        """Fill the sampler's empty caches and move it to where the session stands; either all of it or nothing.
+        """Fill the sampler's empty caches and move it to the session's position, or change nothing and raise.
 
-        The caches must have been made with this session's settings and geometry. Raises SessionError where anything differs.
+        The caches must have been made with this session's settings and geometry. Raises SessionError when anything differs.
         """
         caches = sampler.model.caches
         if fingerprint != self.fingerprint:
@@ -201,17 +201,17 @@ class Session:
 
 
 def _content(settings: QVGSettings, geometry: Geometry, dtype: str) -> tuple:
-    """What decides what is stored. Where it lies may differ from run to run."""
+    """What must be equal for stored spans to be valid. Whether they are offloaded may differ from run to run."""
     return replace(settings, offload=False, host_gib=0.0), _shape_of(geometry), dtype
 
 
 def _shape_of(geometry: Geometry) -> dict:
-    """What of a geometry decides the shapes of what is stored."""
+    """The fields of a geometry that stored shapes depend on."""
     return {name: getattr(geometry, name) for name in ("layers", "heads", "head_dim", "grid", "batch")}
 
 
 def _restore_layer(cache: KVCache, depth: int, state: dict, name: str, stored: Mapping[str, Tensor]) -> LayerCache:
-    """A layer of `cache` as `_layer_state` saw it; its tensors, whose names begin with `name`, have been checked."""
+    """The inverse of `_layer_state`: a layer of `cache`. Its tensors, whose names begin with `name`, have been checked."""
     layer = LayerCache(cache, depth)
     settings, geometry, device = cache.settings, cache.geometry, cache.workspace.device
     books: dict[int, Any] = {}
@@ -243,13 +243,13 @@ def _lifetime(state: dict, sides: tuple) -> Lifetime:
 
 
 def load(path: str | Path) -> Session:
-    """Read and check a session of a causal model. Raises SessionError for one that is damaged, of another kind or release, or no session
-    at all, and FileNotFoundError where there is none."""
+    """Read and check a session of a causal model. Raises SessionError for a file that is damaged, of another kind or release, or not a
+    session at all, and FileNotFoundError when there is none."""
     return session_of(Path(path), *read(path))
 
 
 def session_of(path: Path, header: dict, stored: dict[str, Tensor]) -> Session:
-    """The session that `read` found at `path`. Raises SessionError."""
+    """The session that `read` returned for `path`. Raises SessionError."""
     if "kind" in header:
         raise SessionError(f"{path.name} holds a video of another kind ({header['kind']}). Choose one that a causal model made.")
     with refused(path):
@@ -266,7 +266,7 @@ def session_of(path: Path, header: dict, stored: dict[str, Tensor]) -> Session:
 
 @contextmanager
 def refused(path: Path) -> Iterator[None]:
-    """Whatever a file's content raises inside becomes a SessionError."""
+    """Inside, errors that a file's content causes become SessionErrors."""
     try:
         yield
     except SessionError:
@@ -276,7 +276,7 @@ def refused(path: Path) -> Iterator[None]:
 
 
 def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Header and tensors of a file that `write` made, checked whole. Raises SessionError and FileNotFoundError as `load` does."""
+    """Checked header and tensors of a file that `write` made. Raises SessionError and FileNotFoundError as `load` does."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no session file {path}.")
@@ -303,7 +303,7 @@ def _header(path: Path, file) -> dict:
     text = metadata[HEADER]
     header = parse(text, "its header")
     require(isinstance(header, dict), "its header", header, "an object")
-    # another release may count its checksums in another way, so its version is looked at first
+    # another release may compute checksums differently, so the version is checked first
     if header.get("version") not in (VERSION, PACKED):
         raise SessionError(f"{path.name} has version {short_repr(header.get('version'))}; this release reads versions {VERSION} and "
                            f"{PACKED}. Use the release that wrote it.")
@@ -324,7 +324,7 @@ def _header(path: Path, file) -> dict:
 
 
 def _unpacked(file, listed: Mapping[str, list]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `packed` joined, as windows into the file. Raises FieldError where it holds more or fewer numbers."""
+    """The tensors that `packed` joined, as views of the file. Raises FieldError when it holds more or fewer elements."""
     joined, needed, places = {}, Counter(), {}
     for name, (dtype, shape, _) in listed.items():
         places[name] = needed[dtype]
@@ -337,7 +337,7 @@ def _unpacked(file, listed: Mapping[str, list]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _checked(tensor: Tensor, name: str, dtype: str, shape: list[int], digest: str, part: Part, path: Path) -> Tensor:
-    """A copy of a tensor of a file, since what the file gives may be a window into it, and it must be free to be replaced."""
+    """A copy of a tensor of a file, because the tensor may be a view of the mapped file, which must be free to be replaced."""
     whole = [str(tensor.dtype), list(tensor.shape)] == [dtype, shape]
     tensor = tensor.clone() if whole else tensor
     if not whole or hashlib.sha256(_bytes(tensor)).hexdigest() != digest:

@@ -1,12 +1,12 @@
-"""What a session file consists of, stated as data: the fields of its header, and from them every tensor with its type, shape and range.
+"""The schema of session files as data: the fields of the header, and from them the dtype, shape and range of every tensor.
 
-    header = CAUSAL(header, "header")           # of a causal model's session, or SEGMENTS, or STREAM; raises fields.FieldError
+    header = CAUSAL(header, "header")           # or SEGMENTS, or STREAM; raises fields.FieldError
     for name, part in causal_parts(header).items():
         part.check_listed(name, dtype, shape)   # before the tensor is read
         part.check_values(name, tensor)
 
-Whoever makes a file can make its checksums agree, so that they prove nothing about what it says. Nothing is allocated, counted or decoded
-by a number of a file before it has passed here.
+Anyone can write a file with correct checksums, so they prove nothing about its values. No number from a file sizes an allocation, a loop
+or a decode before it has been checked here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Axis = int | range
 
 
 def settings(value, where: str) -> QVGSettings:
-    """Of the field's JSON."""
+    """Settings from a field's JSON text."""
     try:
         return QVGSettings.from_json(text()(value, where))
     except FieldError:
@@ -74,7 +74,7 @@ RUN = record(
 GEOMETRY = record(
     layers=integer(1, 256), heads=integer(1, 1024), head_dim=integer(8, 1024), grid=tuple_of(SIZE, SIZE), batch=integer(1, 1024))
 # entries: first latent frame, frames, bits of K and V, numbers of their codebooks. Older sessions lack trained_on: the latent frames that
-# the present codebooks were trained on, the first and the one behind the last
+# the current codebooks were trained on, the first and one past the last
 LAYER = record(
     {"trained_on": [0, 0]}, entries=list_of(tuple_of(FRAMES, integer(1, MAX_FRAMES), BITS, BITS, BOOK, BOOK)), books=tuple_of(BOOK, BOOK),
     next_frame=FRAMES, epoch_frames=FRAMES, trained=boolean, trained_on=tuple_of(FRAMES, FRAMES))
@@ -93,8 +93,8 @@ STREAM = record(
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of a file. dtypes: which it may have; shape: the length of every axis, or a range of them; within: least and greatest
-    number; e4m3: bytes that are codes of E4M3, none of which may be NaN."""
+    """A tensor of a file. dtypes: those allowed. shape: the length of every axis, or a range of lengths. within: least and greatest value.
+    e4m3: whether it holds E4M3 codes, none of which may be NaN."""
 
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[Axis, ...]
@@ -127,14 +127,14 @@ def geometry_of(fields: Mapping) -> Geometry:
 
 
 def causal_parts(header: Mapping) -> dict[str, Part]:
-    """Every tensor of a causal model's session whose fields have been checked. Raises FieldError where its fields contradict each other."""
+    """Every tensor of a causal model's session whose fields have been checked. Raises FieldError when fields contradict each other."""
     batch, channels, height, width = header["shape"]
     frames, listed = header["frames_done"], header["tensors"]
     latents = (batch, channels, range(1, frames + 1), height, width)
     parts = {f"recent{number}": Part(FLOATS, latents) for number in range(min(header["recent"], len(listed)))}
     if "latents" in listed:
         parts["latents"] = Part(FLOATS, (*latents[:2], frames, *latents[3:]))
-    # what the caller gave is his to check
+    # tensors of the caller's, who checks them
     parts |= {name: Part(FLOATS, (range(MAX_BYTES),) * len(shape)) for name, (_, shape, _) in listed.items() if name.startswith("extra.")}
     _check_counts(header)
     for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
@@ -160,7 +160,7 @@ def _check_counts(header: Mapping) -> None:
 
 
 def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geometry, dtype: torch.dtype, frames: int) -> dict[str, Part]:
-    """Tensors of a layer. name: what theirs begin with. Raises FieldError where its spans cannot be."""
+    """Tensors of a layer, whose names begin with `name`. Raises FieldError when no cache could hold these spans."""
     codec = CODECS[chosen.codec]
     parts, tensors = {f"{name}.random": Part((torch.uint8,), (STATE_BYTES,))}, (chosen.key, chosen.value)
     end = 0
@@ -203,12 +203,12 @@ def _span_parts(codec: str, tensor: TensorSettings, bits: int, tokens: int, geom
         parts = CODECS[codec].span_parts(tensor, bits, SpanShape(tokens, geometry.rows, geometry.head_dim), dtype)
     except ValueError as error:
         raise FieldError(str(error).rstrip(".")) from None
-    # what the parts must be together, `Codec.check_stored` knows
+    # rules between several tensors are checked by `Codec.check_stored`
     return {name: _of_codec(part) for name, part in parts.items()}
 
 
 def _book_parts(name: str, codec: str, tensor: TensorSettings, geometry: Geometry, known: Mapping[str, Part]) -> dict[str, Part]:
-    """Tensors of a codebook. known: parts so far; K and V can share a codebook's number only where both state the same of it."""
+    """Tensors of a codebook. known: parts so far; K and V may share a codebook only if both state the same parts for it."""
     sizes = range(1 if tensor.stages else 0, tensor.centroids + 1)
     parts = {f"{name}.{part}": _of_codec(stated) for part, stated in
              CODECS[codec].book_parts(tensor, sizes, geometry.rows, geometry.head_dim).items()}
@@ -231,7 +231,7 @@ def book_of(name: str, codec: str, tensor: TensorSettings, geometry: Geometry, s
 
 
 def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
-    """What the tensors of a causal model's session must be together, each of which has been checked. Raises FieldError."""
+    """Check the rules between tensors of a causal model's session, each of which has been checked alone. Raises FieldError."""
     frames, held = header["frames_done"], sum(stored[f"recent{number}"].shape[2] for number in range(header["recent"]))
     require(held <= frames, "the number of latent frames in recent0 and so on", held, f"at most header.frames_done, {frames}")
     for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
@@ -276,5 +276,5 @@ def parse(json_text: str, where: str) -> object:
         raise FieldError(f"{where} is no JSON: {str(error) or type(error).__name__}"[:120]) from None
 
 
-# by the kind that a header names: its fields, its tensors
+# the fields and tensors of each kind of header
 KINDS = {None: (CAUSAL, causal_parts), "segments": (SEGMENTS, segment_parts), "stream": (STREAM, stream_parts)}
