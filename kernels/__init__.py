@@ -13,8 +13,7 @@ imports it.
 What measurements decided:
 
 - A launch takes the host longer than a small kernel takes the device. So K and V share launches wherever they have one shape: in `encode`,
-in
-  the training of codebooks, and in `decode`, where one launch reads all spans of one kind.
+  in the training of codebooks, and in `decode`, where one launch reads all spans of one kind.
 - A blocking copy to the device would wait for all queued work. So the hot path has none: job tables go through pinned memory.
 - What a kernel is compiled for is named before its launch (`before_launch`). Sizes that change during a video are not specialized.
 - Offsets within a tile are 32 bits wide and constant where possible, because constants cost no instruction; offsets of rows have 64 bits.
