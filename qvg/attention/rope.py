@@ -24,7 +24,11 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 class Rope:
-    """Angles for one head dim and one patch grid (height, width) in tokens."""
+    """Angles for one head dim and one patch grid (height, width) in tokens. Raises ValueError for an odd head dim.
+
+    dims: channels that rotate with time, height and width, in this order. Channels 2i and 2i + 1 are a pair. A subclass may change `dims`
+    and `angles`; the pairing and the order of the axes are also those of `rotate_chunk` and of kernels, which read only these two.
+    """
 
     def __init__(self, head_dim: int, grid: tuple[int, int], theta: float = 10000.0):
         if head_dim % 2:
