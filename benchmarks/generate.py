@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..qvg.cache import lifetime
+from ..qvg.cache import codebook_lifetime
 from ..qvg.cache.geometry import Geometry
 from ..qvg.commands.arguments import MOST_GIB, whole
 from ..qvg.commands.arguments import number as real
@@ -247,7 +247,7 @@ def main(arguments: list[str]) -> None:
     if any(context % 3 for context in options.contexts or ()):
         parser.error(f"--contexts are {', '.join(map(str, options.contexts))}, but chunks are of 3 frames; give multiples of 3")
     claim(options, "generate")
-    with largest_misfit(0.0 if options.misfit else lifetime.LARGEST_MISFIT):
+    with largest_misfit(0.0 if options.misfit else codebook_lifetime.LARGEST_MISFIT):
         everything(options, arguments)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..qvg.cache import lifetime
+from ..qvg.cache import codebook_lifetime
 from ..qvg.commands import arguments
 from ..qvg.commands.results import prepare_folder
 from ..qvg.files import write_atomically
@@ -138,9 +138,9 @@ def progress(text: str) -> None:
 
 @contextmanager
 def largest_misfit(value: float) -> Iterator[None]:
-    """Inside, a codebook is used until its residuals exceed this multiple of those of its training; see `qvg.cache.lifetime`."""
-    before, lifetime.LARGEST_MISFIT = lifetime.LARGEST_MISFIT, value
+    """Inside, a codebook is used until its residuals exceed this multiple of those of its training; see `qvg.cache.codebook_lifetime`."""
+    before, codebook_lifetime.LARGEST_MISFIT = codebook_lifetime.LARGEST_MISFIT, value
     try:
         yield
     finally:
-        lifetime.LARGEST_MISFIT = before
+        codebook_lifetime.LARGEST_MISFIT = before

@@ -47,7 +47,7 @@ PARTS = {
     **{f"qvg/codec/{name}.py": KMEANS for name in ("smoothing", "kmeans")},
     "qvg/codec/planes.py": ["test_precision", "test_codec"],
     **{f"qvg/cache/{name}.py": CACHE for name in ("kv_cache", "layer", "entry", "read", "stats")},
-    "qvg/cache/lifetime.py": LIFETIME,
+    "qvg/cache/codebook_lifetime.py": LIFETIME,
     **{f"qvg/cache/{name}.py": POLICY for name in ("ageing", "codebooks", "geometry", "limits", "sizes", "forecast")},
     "qvg/attention/cached.py": ["test_attention", *LOOP],
     **{f"qvg/video/{name}.py": LOOP for name in ("run", "noise", "network", "sampler")},
@@ -57,7 +57,7 @@ SLOWER = {
     **{f"qvg/codec/{name}.py": ["test_codec"] for name in ("smoothing", "kmeans")},
     **{f"qvg/cache/{name}.py": ["test_offload", "test_pressure", "test_storage"]
        for name in ("kv_cache", "layer", "entry", "read", "stats")},
-    "qvg/cache/lifetime.py": ["test_offload"],
+    "qvg/cache/codebook_lifetime.py": ["test_offload"],
     **{f"qvg/cache/{name}.py": ["test_offload", "test_pressure"] for name in ("ageing", "codebooks", "geometry", "limits", "sizes")},
     "qvg/cache/forecast.py": ["test_offload"],
     "qvg/attention/cached.py": ["test_offload"],

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..qvg.cache import lifetime
+from ..qvg.cache import codebook_lifetime
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.commands.arguments import whole
 from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
@@ -155,7 +155,7 @@ def in_patterns(device: torch.device, names: list[str], videos: int, only: list[
             # the released method is the reference for the others
             if only and name not in only and name != "paper int2":
                 continue
-            with largest_misfit(math.inf if name.endswith("kept") else lifetime.LARGEST_MISFIT):
+            with largest_misfit(math.inf if name.endswith("kept") else codebook_lifetime.LARGEST_MISFIT):
                 latents, cache = loop.make(settings, released, noise="noise" in name)
             found, stats = loop.closeness(latents), cache.stats()
             rows.append({

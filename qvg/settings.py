@@ -48,7 +48,7 @@ class QVGSettings:
     offload: keep spans in host memory (pinned, for a GPU) and copy them to the device one layer at a time. The budget then covers what
         stays on the device: codebooks, the workspace and two layers.
     host_gib: most GiB of host memory that offloaded spans may take, by the same rule. 0 sets no limit.
-    codebook_frames: most latent frames that share a codebook; one that no longer fits is replaced earlier (see `cache.lifetime`).
+    codebook_frames: most latent frames that share a codebook; one that no longer fits is replaced earlier (see `cache.codebook_lifetime`).
     iterations: k-means iterations per codebook.
     seed: of the private generator that k-means draws from.
     """

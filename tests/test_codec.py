@@ -14,7 +14,6 @@ from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache import lifetime
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
@@ -156,7 +155,7 @@ CASES = {name: PRESETS[name] for name in PRESETS} | {
 @pytest.mark.parametrize(("frames", "chunk"), [(15, 3), (7, 1), (8, 3)])
 @pytest.mark.parametrize("misfit", [False, True], ids=["codebooks fit", "none fits"])
 def test_forecast_is_exact(name, frames, chunk, misfit, monkeypatch):
-    monkeypatch.setattr(lifetime, "LARGEST_MISFIT", 0.0 if misfit else math.inf)
+    monkeypatch.setattr(codebook_lifetime, "LARGEST_MISFIT", 0.0 if misfit else math.inf)
     cache, _ = run(CASES[name], frames, chunk)
     stats = cache.stats()
     planned = forecast(CASES[name], Geometry(2, 4, 64, (5, 7)), frames, chunk, itemsize=4, misfit=misfit)

@@ -14,7 +14,6 @@ from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope, rotate, rotate_chunk
-from comfyui_qvg.qvg.cache import lifetime
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.cache.layer import LayerCache
@@ -230,7 +229,7 @@ def test_decode_unforced():
 def test_overlap_changes_nothing(slow, monkeypatch):
     """Overlapping decoding and attention gives the same bits as one after the other, whichever of the two is late."""
     # random tokens fit each other's codebooks neither well nor badly, so that no forecast would be exact
-    monkeypatch.setattr(lifetime, "LARGEST_MISFIT", math.inf)
+    monkeypatch.setattr(codebook_lifetime, "LARGEST_MISFIT", math.inf)
     def late(function, name):
         def call(*arguments):
             if name == slow:

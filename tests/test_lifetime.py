@@ -1,4 +1,4 @@
-"""When a codebook is trained anew, as tables written by hand from what `lifetime` promises, and what that is worth."""
+"""When a codebook is trained anew, as tables written by hand from what `codebook_lifetime` promises, and what that is worth."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg.attention.rope import Rope
-from comfyui_qvg.qvg.cache import lifetime
+from comfyui_qvg.qvg.cache import codebook_lifetime
 from comfyui_qvg.qvg.cache.ageing import Limits
 from comfyui_qvg.qvg.cache.forecast import PlannedLayer, PlannedSpan, forecast
 from comfyui_qvg.qvg.cache.geometry import Geometry
@@ -193,8 +193,8 @@ def test_what_follows_a_cut_is_coded_as_well_as_what_came_before(name, chunks, m
     pieces = list(whole.split([256 * frames for frames in chunks], dim=2))
     mended, layer = error_of(SHARED, pieces)
     settled = slice(9, 15)
-    assert layer.spans[-1]._misfit.value < lifetime.LARGEST_MISFIT
-    monkeypatch.setattr(lifetime, "LARGEST_MISFIT", math.inf)
+    assert layer.spans[-1]._misfit.value < codebook_lifetime.LARGEST_MISFIT
+    monkeypatch.setattr(codebook_lifetime, "LARGEST_MISFIT", math.inf)
     kept, _ = error_of(replace(SHARED, codebook_frames=1000), pieces)
     assert mended[settled].mean() < 0.4 * kept[settled].mean()
     # what settled before the cut; a codebook that starts from one of another scene takes fewer steps than it needs
@@ -251,7 +251,7 @@ def test_a_pass_that_failed_leaves_no_codebook_behind(misfit, monkeypatch):
 
     What older spans lost meanwhile does not come back, so codebooks that are trained on them may differ in their numbers.
     """
-    monkeypatch.setattr(lifetime, "LARGEST_MISFIT", misfit)
+    monkeypatch.setattr(codebook_lifetime, "LARGEST_MISFIT", misfit)
     once, twice = (KVCache(replace(SHARED, codebook_frames=3), layers=1, heads=1, head_dim=8, grid=(16, 16), rope=Rope,
                            dtype=torch.float32).layers[0]
                    for _ in range(2))

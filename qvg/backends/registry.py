@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from operator import attrgetter
 
 import torch
@@ -39,11 +40,13 @@ def register(backend: Backend) -> Backend:
         raise ValueError(f"{REFERENCE!r} is the name of the reference implementations; choose another name.")
     for op in backend.ops or ():
         require_op(op)
+    _candidates.cache_clear()
     return _backends.register(backend)
 
 
 def remove(name: str) -> None:
     """Undo `register`."""
+    _candidates.cache_clear()
     _backends.remove(name)
 
 
@@ -99,6 +102,12 @@ def candidates(op: str) -> list[Backend]:
     """The backends to try, in order. Those that are known not to implement the op are left out without a word."""
     if (name := forced()) is not None:
         return [] if name == REFERENCE else [_backends[name]]
+    return _candidates(op)
+
+
+@cache
+def _candidates(op: str) -> list[Backend]:
+    # an op runs thousands of times a chunk, and backends are registered once
     return [backend for backend in _ordered() if backend.ops is None or op in backend.ops]
 
 

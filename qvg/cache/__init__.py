@@ -3,7 +3,7 @@
 | module | what it knows |
 |---|---|
 | `geometry`, `sizes` | the shape of a model's cache, and its bytes |
-| `ageing`, `lifetime`, `codebooks` | the policy in integers: bits by age, what is dropped first, when a codebook is replaced |
+| `ageing`, `codebook_lifetime`, `codebooks` | the policy in integers: bits by age, what is dropped first, when a codebook is replaced |
 | `limits` | what a memory budget leaves to a layer |
 | `kv_cache`, `layer`, `entry`, `stats` | the real cache, and what it counts |
 | `forecast`, `context` | the same policy without tensors; contexts that are rebuilt for every segment |

@@ -1,4 +1,5 @@
-"""What the settings and the shape of a cache say of codebooks before any is trained: the limits within which `lifetime` decides."""
+"""What the settings and the shape of a cache say of codebooks before any is trained: the limits within which `codebook_lifetime`
+decides."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from ..registry import CODECS
 from ..settings import PLAIN_BITS, QVGSettings
 from .geometry import Geometry
 
-# in which spans wait for the first codebook; see `lifetime`
+# in which spans wait for the first codebook; see `codebook_lifetime`
 WAITING_BITS = 8
 
 
@@ -27,7 +28,7 @@ def waiting_frames(settings: QVGSettings, geometry: Geometry, chunk_frames: int)
 
 
 def may_wait(settings: QVGSettings, geometry: Geometry) -> bool:
-    """Whether a frame has too few tokens for a codebook, so that spans may wait as int8; see `lifetime`."""
+    """Whether a frame has too few tokens for a codebook, so that spans may wait as int8; see `codebook_lifetime`."""
     codec = CODECS[settings.codec]
     return any(tensor.bits not in PLAIN_BITS and codec.waits(tensor, geometry.frame_tokens) for tensor in (settings.key, settings.value))
 
@@ -38,7 +39,7 @@ def keeps_spare_bits(settings: QVGSettings) -> bool:
 
 
 def shortest_life(settings: QVGSettings, chunk_frames: int) -> int:
-    """Fewest latent frames between two codebooks of a layer, however poorly they fit; see `lifetime`."""
+    """Fewest latent frames between two codebooks of a layer, however poorly they fit; see `codebook_lifetime`."""
     if not CODECS[settings.codec].adaptive:
         # each serves whole chunks
         return -(-settings.codebook_frames // chunk_frames) * chunk_frames

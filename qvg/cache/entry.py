@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..codec import PLAIN_BITS, Span, TensorCodec, tokens_of
 from ..codec.misfit import Misfit
-from . import ageing, lifetime
+from . import ageing, codebook_lifetime
 
 if TYPE_CHECKING:
     from .kv_cache import KVCache
@@ -41,9 +41,9 @@ class Entry:
 
     @property
     def misfit(self) -> bool:
-        """Whether its codebooks fit it poorly; assumed of a span that waits for one. See `lifetime`."""
+        """Whether its codebooks fit it poorly; assumed of a span that waits for one. See `codebook_lifetime`."""
         waits = ageing.holds_to_encode(self._owner.settings, self.key_bits, self.value_bits)
-        return waits or self._misfit.value > lifetime.LARGEST_MISFIT
+        return waits or self._misfit.value > codebook_lifetime.LARGEST_MISFIT
 
     @property
     def broken(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a run will need before its first step: the policy of `lifetime` on spans without tensors, with the bytes of `sizes`.
+"""What a run will need before its first step: the policy of `codebook_lifetime` on spans without tensors, with the bytes of `sizes`.
 
 A codebook that fits serves for `codebook_frames`; one that does not is replaced earlier. Which it will be depends on the video, so a
 forecast is of the usual case, or with `misfit` of the worst.
@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from ..settings import PLAIN_BITS, QVGSettings
-from . import lifetime
+from . import codebook_lifetime
 from .ageing import Limits, holds_to_encode, needs_codebooks
+from .codebook_lifetime import Lifetime, Rules
 from .geometry import Geometry, workspace_bytes
-from .lifetime import Lifetime, Rules
 from .limits import capacity_frames, history_frames, limits, staging_bytes
 from .sizes import codebook_bytes, entry_bytes
 from .stats import Ratios
@@ -67,7 +67,7 @@ class Forecast(Ratios):
 
 
 class PlannedLayer:
-    """One layer of a run in integers: a `lifetime.Layer` without tensors. misfit: whether codebooks fit every chunk poorly."""
+    """One layer of a run in integers: a `codebook_lifetime.Layer` without tensors. misfit: whether codebooks fit every chunk poorly."""
 
     def __init__(self, settings: QVGSettings, geometry: Geometry, share: Limits, itemsize: int = 2, misfit: bool = False):
         self.settings, self.geometry, self.share, self.itemsize, self.misfit = settings, geometry, share, itemsize, misfit
@@ -121,7 +121,7 @@ class PlannedLayer:
 
     def append(self, first: int, frames: int, newest: int = 0) -> None:
         """See `cache.layer.LayerCache.append`."""
-        lifetime.store(self, first, frames, newest, self._train, self._keep)
+        codebook_lifetime.store(self, first, frames, newest, self._train, self._keep)
 
     def _keep(self, first: int, frames: int, sink: bool, bits: tuple[int, int]) -> None:
         book = None if set(bits) <= set(PLAIN_BITS) else self.newest_book

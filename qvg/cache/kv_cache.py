@@ -21,10 +21,10 @@ from ..codec import Tables
 from ..settings import QVGSettings
 from . import limits
 from .ageing import Limits
+from .codebook_lifetime import Rules
 from .geometry import Geometry, buffers_on
 from .host import HostStore
 from .layer import LayerCache
-from .lifetime import Rules
 from .stats import KINDS, CacheStats
 from .workspace import Workspace
 

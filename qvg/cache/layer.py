@@ -13,10 +13,10 @@ from torch import Tensor
 from ..codec import TensorCodec, encode, tokens_of, train
 from ..codec.finite import saturated
 from ..registry import CODECS
-from . import ageing, lifetime
+from . import ageing, codebook_lifetime
 from .ageing import Limits
+from .codebook_lifetime import Lifetime
 from .entry import Entry, Side
-from .lifetime import Lifetime
 from .read import Held, History, read
 from .stats import KINDS
 
@@ -103,7 +103,7 @@ class LayerCache:
             spans = encode([side.codec for side in self.sides], [x[at] for x in pair], bits, [side.book for side in self.sides])
             self.spans.append(Entry(first, count, sink, self.sides, spans, self.owner))
 
-        lifetime.store(self, begin, frames, newest, partial(self._train, pair), keep)
+        codebook_lifetime.store(self, begin, frames, newest, partial(self._train, pair), keep)
         self.next_frame += frames
         self.owner._note_peak(self)
 

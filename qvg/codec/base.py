@@ -116,7 +116,7 @@ class Codec(ABC):
     overridden), with `nbytes`, and with `size`, which is what `book_size` returned when it was trained.
 
     nested: whether a span can drop bits without being encoded anew. adaptive: whether a codebook is replaced as soon as it no longer fits
-    (see `cache.lifetime`); others serve for `codebook_frames`. widths: bits per element that a span can hold, widest first.
+    (see `cache.codebook_lifetime`); others serve for `codebook_frames`. widths: bits per element that a span can hold, widest first.
     options: the codec's own settings with their defaults, see `TensorSettings.options`.
     """
 

@@ -30,11 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..cache.codebook_lifetime import Lifetime
 from ..cache.entry import Entry
 from ..cache.geometry import Geometry
 from ..cache.kv_cache import KVCache
 from ..cache.layer import LayerCache
-from ..cache.lifetime import Lifetime
 from ..files import first_line, short_repr, write_atomically
 from ..files.fields import FieldError, require
 from ..models.fingerprint import fingerprint as fingerprint
