@@ -14,6 +14,7 @@ from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache import codebook_lifetime
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache

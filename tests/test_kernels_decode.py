@@ -14,6 +14,7 @@ from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope, rotate, rotate_chunk
+from comfyui_qvg.qvg.cache import codebook_lifetime
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.cache.layer import LayerCache
