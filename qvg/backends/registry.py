@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from operator import attrgetter
 
 import torch
@@ -40,13 +39,11 @@ def register(backend: Backend) -> Backend:
         raise ValueError(f"{REFERENCE!r} is the name of the reference implementations; choose another name.")
     for op in backend.ops or ():
         require_op(op)
-    _candidates.cache_clear()
     return _backends.register(backend)
 
 
 def remove(name: str) -> None:
     """Undo `register`."""
-    _candidates.cache_clear()
     _backends.remove(name)
 
 
@@ -61,7 +58,9 @@ def names() -> list[str]:
 
 
 def _ordered() -> list[Backend]:
-    return sorted(_backends.values(), key=attrgetter("priority"), reverse=True)
+    known = list(_backends.values())
+    # an op runs thousands of times per chunk, mostly with one backend
+    return known if len(known) < 2 else sorted(known, key=attrgetter("priority"), reverse=True)
 
 
 @contextmanager
@@ -102,12 +101,6 @@ def candidates(op: str) -> list[Backend]:
     """The backends to try, in order. Those that are known not to implement the op are left out without a word."""
     if (name := forced()) is not None:
         return [] if name == REFERENCE else [_backends[name]]
-    return _candidates(op)
-
-
-@cache
-def _candidates(op: str) -> list[Backend]:
-    # an op runs thousands of times a chunk, and backends are registered once
     return [backend for backend in _ordered() if backend.ops is None or op in backend.ops]
 
 
