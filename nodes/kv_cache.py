@@ -1,6 +1,6 @@
 """QVG Settings and Quantize KV Cache (QVG): the one node that a graph needs, and its settings.
 
-    QVGSettings         preset and expert knobs -> QVG_SETTINGS
+    QVGSettings         preset and expert settings -> QVG_SETTINGS
     QVGQuantizeKVCache  MODEL (+ QVG_SETTINGS) -> MODEL whose cache is quantized while it samples
 """
 

@@ -50,7 +50,7 @@ def test_help_opens_beside_the_node(page, tmp_path_factory):
     }""")
     page.wait_for_timeout(800)
     page.locator('[data-testid="info-button"]').first.click()
-    page.get_by_text("Expert knobs").first.wait_for(timeout=15_000)
+    page.get_by_text("Expert settings").first.wait_for(timeout=15_000)
     page.wait_for_timeout(1000)
     widths = page.evaluate("[...document.images].filter(image => image.src.includes('/docs/images/')).map(image => image.naturalWidth)")
     assert widths and min(widths) > 300
