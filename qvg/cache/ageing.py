@@ -102,7 +102,8 @@ def sinks_in(spans: list, settings: QVGSettings) -> int:
 def settling(spans: list, newest: int, settings: QVGSettings, begin: int) -> list:
     """Spans from index `begin` on that are no longer recent once latent frame `newest` is stored, and still hold spare bits."""
     start = old = end_of(spans, newest - settings.recent_frames, begin)
-    while start > begin and settled(spans[start - 1], settings) is not None:
+    key, value = settings.key.bits, settings.value.bits
+    while start > begin and (spans[start - 1].key_bits > key or spans[start - 1].value_bits > value):
         start -= 1
     return spans[start:old]
 
