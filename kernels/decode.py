@@ -126,14 +126,14 @@ def _prefetch_span(data, scales, ids, first, places, span_frames, share, BITS: t
     """Bring planes, scales and ids of this program into the L2 cache. While stores keep the memory busy, loads take longer than the
     computation of one tile. Each warp requests those of one frame."""
     end = tl.minimum(first + share * TOKENS, places) - 1
-    lane = tl.arange(0, 128)
+    thread = tl.arange(0, 128)
     for start in range(0, span_frames, 4):
-        before = tl.minimum(start + lane // 32, span_frames - 1) * places
-        line = (before + first) * (D // 8) + tl.minimum(lane % 32 * 128, (end - first) * (D // 8))
+        before = tl.minimum(start + thread // 32, span_frames - 1) * places
+        line = (before + first) * (D // 8) + tl.minimum(thread % 32 * 128, (end - first) * (D // 8))
         prefetch(data[0] + line)
         if BITS > 1:
             prefetch(data[1] + line)
-        sector = before + tl.minimum(first + lane % 32 * 32, end)
+        sector = before + tl.minimum(first + thread % 32 * 32, end)
         prefetch(scales[0] + sector * GROUPS)
         for stage in tl.static_range(STAGES):
             prefetch(ids[0] + stage * ids[2] + sector)

@@ -171,7 +171,7 @@ def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count
 
 
 def borders_and_planes(spans: list[PlaneSpan]) -> list[float | Tensor]:
-    """b0 to b6 and the planes of K and V, as arguments of the kernels; placeholders stand for missing ones, which are not used."""
+    """b0 to b6 and the planes of K and V, as arguments of the kernels; unused arguments get placeholders."""
     bits = spans[0].bits
     borders = planes.thresholds(bits)
     written = [span.planes[min(plane, bits - 1)] for plane in range(planes.MAX_PLANES) for span in (spans[0], spans[-1])]

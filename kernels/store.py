@@ -1,6 +1,6 @@
 """Quantize centroids to the bytes of a codebook and subtract them from the tokens, for all rows in two launches.
 
-Reference: `qvg.codec.smoothing.store`. The first launch writes the bytes and prepares the values that they stand for as `assign` does. The
+Reference: `qvg.codec.smoothing.store`. The first launch writes the bytes and prepares the values that they represent as `assign` does. The
 second finds each token's nearest centroid and writes the residual, so that neither ids nor gathered centroids exist in memory.
 """
 

@@ -275,9 +275,10 @@ def test_the_released_codec(stages, bits, symmetric):
     assert torch.equal(span.decode(slice(1, 3), tables), found[:, 1:])
 
 
-def test_heads_that_cannot_be_packed_are_refused():
+@pytest.mark.parametrize("kind", CODECS)
+def test_heads_that_cannot_be_packed_are_refused(kind):
     with pytest.raises(ValueError, match="head dim of 12 cannot be packed"):
-        TensorCodec("qvg", TensorSettings(), 12, 1)
+        TensorCodec(kind, TensorSettings(), 12, 1)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("qvg", 1), ("qvg", 3), ("qvg", 8), ("qvg", 16), ("paper", 2), ("paper", 4)])

@@ -136,6 +136,6 @@ def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, *, frame
     Raises ValueError as `CachedAttention` does.
     """
     one = CachedAttention(cache, start_frame=cache.layers[layer].next_frame, frames=frames, store=False, attention=attention)
-    # the next layer gets an object of its own, which would decode again what this one has decoded for it
+    # each layer gets a new object here, so decoding the next layer ahead would be wasted
     one.store, one._whole_pass = store, False
     return one(layer, q, k, v)

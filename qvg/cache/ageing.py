@@ -49,8 +49,8 @@ def needs_codebooks(settings: QVGSettings, sink: bool) -> tuple[bool, bool]:
 
 def holds_to_encode(settings: QVGSettings, key_bits: int, value_bits: int) -> bool:
     """Whether a span holds K or V in 8 or 16 bits that will be encoded to fewer."""
-    pairs = (key_bits, settings.key.bits), (value_bits, settings.value.bits)
-    return any(held in PLAIN_BITS and chosen not in PLAIN_BITS for held, chosen in pairs)
+    key = key_bits in PLAIN_BITS and settings.key.bits not in PLAIN_BITS
+    return key or (value_bits in PLAIN_BITS and settings.value.bits not in PLAIN_BITS)
 
 
 def enforce_limits(spans: list, newest: int, settings: QVGSettings, share: Limits, new: int, held: Callable[[], int],
@@ -102,18 +102,19 @@ def sinks_in(spans: list, settings: QVGSettings) -> int:
 def settling(spans: list, newest: int, settings: QVGSettings, begin: int) -> list:
     """Spans from index `begin` on that are no longer recent once latent frame `newest` is stored, and still hold spare bits."""
     start = old = end_of(spans, newest - settings.recent_frames, begin)
-    key, value = settings.key.bits, settings.value.bits
-    while start > begin and (spans[start - 1].key_bits > key or spans[start - 1].value_bits > value):
+    while start > begin and holds_spare_bits(spans[start - 1], settings):
         start -= 1
     return spans[start:old]
 
 
-def settled(span, settings: QVGSettings) -> tuple[int, int] | None:
-    """The bits that a span drops to with age; None if it holds no more than those."""
-    key, value = settings.key.bits, settings.value.bits
-    if span.key_bits <= key and span.value_bits <= value:
-        return None
-    return min(span.key_bits, key), min(span.value_bits, value)
+def settled(span, settings: QVGSettings) -> tuple[int, int]:
+    """The bits that a span holds once it is old."""
+    return min(span.key_bits, settings.key.bits), min(span.value_bits, settings.value.bits)
+
+
+def holds_spare_bits(span, settings: QVGSettings) -> bool:
+    """Whether a span holds more bits than `settled` says."""
+    return span.key_bits > settings.key.bits or span.value_bits > settings.value.bits
 
 
 def _planes(span, settings: QVGSettings) -> int:

@@ -133,11 +133,10 @@ class PlannedLayer:
 
     def _train(self, sink: bool, helpers: list[PlannedSpan], tokens: int) -> None:
         # the layer itself holds its current codebooks
-        if self.books:
-            self._use(len(self.books) - 1, -1)
+        self._use(self.newest_book, -1)
         self.books.append(sum(codebook_bytes(self.geometry, self.settings.codec, tensor, tokens) for tensor, needed in zip(
             (self.settings.key, self.settings.value), needs_codebooks(self.settings, sink)) if needed))
-        self._use(len(self.books) - 1, 1)
+        self._use(self.newest_book, 1)
 
     def _span_bytes(self, span: PlannedSpan, resident: bool = False) -> int:
         key = span.frames, span.key_bits, span.value_bits, resident

@@ -148,6 +148,9 @@ class Codec(ABC):
 
     def check_heads(self, tensor: TensorSettings, head_dim: int) -> None:
         """Raises ValueError with a sentence when the codec cannot keep heads of so many channels."""
+        if head_dim % 8:
+            raise ValueError(f"A byte of a plane holds 8 channels, so a head dim of {head_dim} cannot be packed; "
+                             "it must be a multiple of 8.")
         tensor.groups(head_dim)
 
     # what a span and a codebook consist of
@@ -205,6 +208,12 @@ class Codec(ABC):
     def decode(self, sides: Sequence[Sequence[Span]], rows: slice, tables: Tables) -> list[Tensor]:
         """K and V, each given as spans that all join the first, to float32 [T of all, r, D] each, in memory of its own."""
         return [owned(spans[0], spans[0].decode(rows, tables)) for spans in sides]
+
+
+def check_ids(ids: Tensor, centroids: int, where: str) -> None:
+    """Raises ValueError when an id names no centroid."""
+    if ids.numel() and int(ids.max()) >= centroids:
+        raise ValueError(f"{where}.ids holds {int(ids.max())}, but its codebook has {centroids} centroids")
 
 
 def owned(span: Span, decoded: Tensor) -> Tensor:

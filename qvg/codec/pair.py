@@ -36,20 +36,16 @@ class TensorCodec:
 
     def bytes_by_kind(self, span: Span) -> dict[str, int]:
         """Bytes of a span's tensors by what the codec counts them as."""
-        return _by_kind(self.codec, self.settings, span)
+        kinds, total = _kinds(self.codec, self.settings, span.bits, SpanShape(*span.shape)), {}
+        for name, tensor in span.tensors().items():
+            total[kinds[name]] = total.get(kinds[name], 0) + tensor.nbytes
+        return total
 
 
 @lru_cache(maxsize=4096)
-def _kinds(codec: Codec, settings: TensorSettings, bits: int, shape: SpanShape, dtype: torch.dtype) -> dict[str, str]:
-    return {name: part.kind for name, part in codec.span_parts(settings, bits, shape, dtype).items()}
-
-
-def _by_kind(codec: Codec, settings: TensorSettings, span: Span) -> dict[str, int]:
-    # the model's dtype decides no kind
-    kinds, total = _kinds(codec, settings, span.bits, SpanShape(*span.shape), torch.float32), {}
-    for name, tensor in span.tensors().items():
-        total[kinds[name]] = total.get(kinds[name], 0) + tensor.nbytes
-    return total
+def _kinds(codec: Codec, settings: TensorSettings, bits: int, shape: SpanShape) -> dict[str, str]:
+    # of any dtype of the model's, which decides no kind
+    return {name: part.kind for name, part in codec.span_parts(settings, bits, shape, torch.float32).items()}
 
 
 def train(codecs: Sequence[TensorCodec], pair: Sequence[Tensor], needed: Sequence[bool], generator: torch.Generator,

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from ..registry import CODECS
 from . import e4m3, kmeans, paper_codes
-from .base import Part, Span, SpanShape, Tables
+from .base import Part, Span, SpanShape, Tables, check_ids
 from .finite import zero_nonfinite
 from .plain import PlainCodec
-from .qvg import check_ids
 from .tensor_settings import PLAIN_BITS, TensorSettings, require
 
 BITS = (4, 2)
@@ -94,12 +93,6 @@ class PaperCodec(PlainCodec):
         require(not settings.sink_frames or settings.sink_bits in (*BITS, *PLAIN_BITS),
                 f"The paper codec cannot hold a sink in {settings.sink_bits} bits; choose 2, 4, 8 or 16.")
         super().check(settings)
-
-    def check_heads(self, tensor: TensorSettings, head_dim: int) -> None:
-        if head_dim % 8:
-            raise ValueError(f"A byte of a plane holds 8 channels, so a head dim of {head_dim} cannot be packed; "
-                             "it must be a multiple of 8.")
-        super().check_heads(tensor, head_dim)
 
     def coded_parts(self, tensor: TensorSettings, bits: int, shape: SpanShape) -> dict[str, Part]:
         tokens, rows, dim = shape

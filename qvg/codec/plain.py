@@ -39,7 +39,7 @@ class PlainSpan(Span):
         return {"data": self.data} | ({} if self.scales is None else {"scales": self.scales})
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> PlainSpan:
-        return PlainSpan(tensors["data"], tensors.get("scales"))
+        return PlainSpan(**tensors)
 
     def decode(self, rows: slice, tables: Tables) -> Tensor:
         x = self.data[:, rows].to(torch.float32, copy=True)
@@ -88,7 +88,7 @@ class PlainCodec(Codec):
 
     def make_span(self, tensor: TensorSettings, bits: int, tensors: Mapping[str, Tensor], codebook) -> Span:
         if bits in PLAIN_BITS:
-            return PlainSpan(tensors["data"], tensors.get("scales"))
+            return PlainSpan(**tensors)
         return self.make_coded(tensor, bits, tensors, codebook)
 
     def train(self, xs, tensors, needed, iterations, generator, previous) -> list:

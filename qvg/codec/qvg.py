@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..registry import CODECS
 from . import e4m3, planes, smoothing
-from .base import LARGEST, Part, Span, SpanShape, Tables
+from .base import LARGEST, Part, Span, SpanShape, Tables, check_ids
 from .plain import PlainCodec, PlainSpan
 from .smoothing import TOKENS_PER_CENTROID, Codebook
 from .tensor_settings import PLAIN_BITS, PLANE_BITS, TensorSettings
@@ -71,6 +71,12 @@ class PlaneSpan(Span):
             ids=torch.empty(codebook.stages, rows, tokens, dtype=torch.uint8, device=x.device).transpose(1, 2),
             codebook=codebook, gain=gain)
 
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], bits: int, codebook: Codebook, gain: str) -> PlaneSpan:
+        """The inverse of `tensors`."""
+        return PlaneSpan([tensors[f"plane{number}"] for number in range(bits)], tensors["scales"], tensors["exponents"], tensors["ids"],
+                         codebook, gain)
+
     def gather_rows(self) -> PlaneSpan:
         """The same span laid out as `empty` does; in a file it is stored token by token."""
         def gathered(x: Tensor, tokens: int) -> Tensor:
@@ -93,8 +99,7 @@ class PlaneSpan(Span):
         return named | {"scales": self.scales, "exponents": self.exponents, "ids": self.ids}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> PlaneSpan:
-        return PlaneSpan([tensors[f"plane{number}"] for number in range(self.bits)], tensors["scales"], tensors["exponents"],
-                         tensors["ids"], self.codebook, self.gain)
+        return PlaneSpan.of(tensors, self.bits, self.codebook, self.gain)
 
     def drop(self, bits: int) -> None:
         del self.planes[bits:]
@@ -121,12 +126,6 @@ class QVGCodec(PlainCodec):
     adaptive = True
     widths = (*reversed(PLAIN_BITS), *reversed(PLANE_BITS))
 
-    def check_heads(self, tensor: TensorSettings, head_dim: int) -> None:
-        if head_dim % 8:
-            raise ValueError(f"A byte of a plane holds 8 channels, so a head dim of {head_dim} cannot be packed; "
-                             "it must be a multiple of 8.")
-        super().check_heads(tensor, head_dim)
-
     def coded_parts(self, tensor: TensorSettings, bits: int, shape: SpanShape) -> dict[str, Part]:
         tokens, rows, dim = shape
         named = {f"plane{number}": Part(torch.uint8, (tokens, rows, dim // 8), "planes") for number in range(bits)}
@@ -136,8 +135,7 @@ class QVGCodec(PlainCodec):
             "ids": Part(torch.uint8, (tensor.stages, tokens, rows), "ids")}
 
     def make_coded(self, tensor: TensorSettings, bits: int, tensors: Mapping[str, Tensor], codebook: Codebook) -> PlaneSpan:
-        return PlaneSpan([tensors[f"plane{number}"] for number in range(bits)], tensors["scales"], tensors["exponents"], tensors["ids"],
-                         codebook, tensor.gain).gather_rows()
+        return PlaneSpan.of(tensors, bits, codebook, tensor.gain).gather_rows()
 
     def book_size(self, tensor: TensorSettings, tokens: int) -> int:
         """Centroids of a stage. With fewer tokens a centroid, a codebook memorizes its tokens instead of finding what they share."""
@@ -211,12 +209,6 @@ class QVGCodec(PlainCodec):
         if len(spans) == 1 or isinstance(spans[0], PlainSpan):
             return super().decode_side(spans, rows, tables)
         return _decode_planes([spans], rows, tables)[0]
-
-
-def check_ids(ids: Tensor, centroids: int, where: str) -> None:
-    """Raises ValueError when an id names no centroid."""
-    if ids.numel() and int(ids.max()) >= centroids:
-        raise ValueError(f"{where}.ids holds {int(ids.max())}, but its codebook has {centroids} centroids")
 
 
 def _powers_of_two(exponents: Tensor) -> Tensor:

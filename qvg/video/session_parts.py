@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cache.geometry import Geometry
-from ..codec import SpanShape, base
+from ..codec import SpanShape, base, e4m3
 from ..codec.base import LARGEST
 from ..files.fields import (
     FieldError,
@@ -44,7 +44,6 @@ from .schedule import latent_frames
 
 MAX_BYTES = 2 ** 50
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-E4M3_NAN = 0x7F
 STATE_BYTES = torch.Generator().get_state().numel()
 SIDES = ("key", "value")
 CARRIES = ("pixels", "latents")
@@ -112,7 +111,7 @@ class Part:
     def check_values(self, name: str, tensor: Tensor) -> None:
         if not tensor.numel():
             return
-        if self.e4m3 and int((tensor & E4M3_NAN).max()) == E4M3_NAN:
+        if self.e4m3 and int((tensor & e4m3.NAN).max()) == e4m3.NAN:
             raise FieldError(f"{name} holds codes that are no number")
         low, high = self.within or ((-LARGEST, LARGEST) if tensor.is_floating_point() else (0, 255))
         least, greatest = (bound.item() for bound in torch.aminmax(tensor)) if self.within or tensor.is_floating_point() else (low, high)
