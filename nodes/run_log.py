@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -87,7 +87,7 @@ class Run:
                  forecast: Forecast | None = None):
         self.settings, self.place, self.total_frames, self.forecast = settings, place, total_frames, forecast
         self.history: list[CacheStats] = []
-        self._chart = Chart(total_frames, forecast, int(settings.budget_gib * GIB))
+        self._chart = self._new_chart()
         self.free_bytes = 0
         self.ended = place is None
         self.sampling_seconds = self.own_seconds = 0.0
@@ -208,11 +208,12 @@ class Run:
         """The state and the whole chart, as one message for a page. The history of a long run is thinned; the newest moment stays."""
         with self._lock:
             history = self.history[::-(-(-len(self.history) // MOMENTS_SENT) or 1)][::-1]
-        chart = Chart(self.total_frames, self.forecast, int(self.settings.budget_gib * GIB))
-        for stats in history:
-            chart.add(stats)
+        chart = self._new_chart(history)
         now = {"now": history[-1].as_dict() if history else None}
         return self.state() | now | {"chart": chart.describe(0, *self._available())}
+
+    def _new_chart(self, history: Sequence[CacheStats] = ()) -> Chart:
+        return Chart(self.total_frames, self.forecast, int(self.settings.budget_gib * GIB), history)
 
     def _available(self) -> tuple[int, str]:
         """The bytes that the cache could take on the device (what it holds there and what is free), and the device's name."""

@@ -78,6 +78,11 @@ def _text(arguments) -> str | None:
         raise ValueError(f"{arguments.prompt_file} cannot be read as a prompt: {reason}. Give a text file.") from None
 
 
+def _is_image_of(out: Path, path: Path) -> bool:
+    """Whether a file is named as a numbered image of `out`, on a file system that ignores case, too."""
+    return bool(re.fullmatch(re.escape(out.stem) + r"_[0-9]{6}\.png", path.name, re.IGNORECASE))
+
+
 def check_out(out: Path, session: Path, sources: list[Path], resume: bool, overwrite: bool) -> None:
     """Raises PlaceError if video, session and sources are not all different files, or if an existing file would be replaced. sources: files
     that are read."""
@@ -85,14 +90,14 @@ def check_out(out: Path, session: Path, sources: list[Path], resume: bool, overw
         raise PlaceError(f"{out} is given for the video and the session. Give one of them another name.")
     for source in sources:
         for target in (out, session):
-            numbered = target.suffix.lower() == ".png" and source.resolve().parent == target.resolve().parent and re.fullmatch(
-                re.escape(target.stem) + r"_[0-9]{6}\.png", source.name, re.IGNORECASE)
+            beside = target.suffix.lower() == ".png" and source.resolve().parent == target.resolve().parent
+            numbered = beside and _is_image_of(target, source)
             if same_place(source, target) or numbered:
                 raise PlaceError(f"{source} is read, but {target} would be written in its place. Give --out or --session another name.")
     if resume or overwrite:
         return
     images = out.parent.glob("*.png") if out.suffix.lower() == ".png" else ()
-    taken = [path for path in images if re.fullmatch(re.escape(out.stem) + r"_[0-9]{6}\.png", path.name, re.IGNORECASE)]
+    taken = [path for path in images if _is_image_of(out, path)]
     for path in [*sorted(taken)[:1], out, session]:
         if path.exists():
             raise Taken(f"{path} already exists. Choose another --out, --resume to continue it, or --overwrite to replace it.")

@@ -85,14 +85,19 @@ class _Growing:
 
 
 class Chart:
-    """The chart of one run's KV cache, which grows with each `CacheStats`; `describe` gives it, or what is new in it."""
+    """The chart of one run's KV cache, which grows with each `CacheStats`; `describe` gives it, or what is new in it.
 
-    def __init__(self, total_frames: int = 0, forecast=None, budget_bytes: int = 0):
+    history: what it begins with.
+    """
+
+    def __init__(self, total_frames: int = 0, forecast=None, budget_bytes: int = 0, history: Sequence = ()):
         self.total_frames, self.forecast, self.budget_bytes = total_frames, forecast, budget_bytes
         self.moments = 0
         self._frame = self._last_frame = self._highest = 0
         self._areas: dict[str, _Growing] = {}
         self._peak, self._bf16 = _Growing(0, [0, 0]), _Growing(0, [0, 0])
+        for stats in history:
+            self.add(stats)
 
     def add(self, stats) -> None:
         amounts = parts_of(stats)
@@ -166,10 +171,7 @@ def describe(history: Sequence, *, forecast=None, total_frames: int = 0, budget_
     history: `CacheStats` in the order in which they were taken; may be empty. forecast: has peak_bytes and bf16_bytes for `total_frames`
     latent frames, or None.
     """
-    chart = Chart(total_frames, forecast, budget_bytes)
-    for stats in history:
-        chart.add(stats)
-    whole = chart.describe() | {"summary": "", "layers": []}
+    whole = Chart(total_frames, forecast, budget_bytes, history).describe() | {"summary": "", "layers": []}
     return whole | {"summary": summary(history[-1]), "layers": list(history[-1].by_layer)} if history else whole
 
 
