@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..qvg.codec import Span, TensorCodec, e4m3
-from ..qvg.codec.plain import PlainSpan
 
 GROUP = 64
 
@@ -116,20 +115,6 @@ class Baseline(TensorCodec):
 
     def bytes_by_kind(self, span: MinMaxSpan) -> dict[str, int]:
         return {"planes": span.data.codes.nbytes, "scales": span.data.scales.nbytes + span.data.zeros.nbytes}
-
-
-class Noise(TensorCodec):
-    """No quantization, but noise of 1e-3 of the tensor's standard deviation: the scale of chaotic divergence."""
-
-    def __init__(self, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def encode(self, x: Tensor, bits: int, codebook=None) -> PlainSpan:
-        noise = torch.randn(x.shape, generator=self.generator).to(x)
-        return PlainSpan(x + 1e-3 * x.std() * noise)
-
-    def bytes_by_kind(self, span: PlainSpan) -> dict[str, int]:
-        return {"plain": span.nbytes}
 
 
 # codecs of K and V

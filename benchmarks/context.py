@@ -62,7 +62,7 @@ class Next:
         return cache_of(self.loop.network, settings, self.run, GRID, batch=self.loop.shape[0])
 
     def model(self, cache: KVCache) -> CachedNetwork:
-        return CachedNetwork(self.loop.network, [Condition(self.loop.context, cache)])
+        return CachedNetwork(self.loop.network, [Condition(self.loop.prompt, cache)])
 
     def chunk(self, cache: KVCache) -> Tensor:
         model, x, made = self.model(cache), self.noises[0], None

@@ -1,40 +1,27 @@
-"""Timing, environment and output of the benchmarks."""
+"""Timing of the benchmarks, and what all of them use to report."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from ..qvg.cache import codebook_lifetime
-from ..qvg.commands import arguments
-from ..qvg.commands.results import prepare_folder
-from ..qvg.files import write_atomically
+from ..qvg.commands.results import add_out, add_places, claim, write
+from ..qvg.report.environment import environment
+from ..qvg.report.table import table
+
+__all__ = ["add_out", "add_places", "claim", "command_line", "copy_bandwidth", "environment", "kernel_microseconds", "largest_misfit",
+           "microseconds", "progress", "table", "write"]
 
 FLUSH_BYTES = 256 << 20
 # long enough for the host to queue the timed work, so that the device never waits for it
 AHEAD_CYCLES = 1_500_000
-
-
-def environment(device: torch.device, command: str) -> dict:
-    """Hardware, versions, command and date, which belong to every figure."""
-    try:
-        from triton import __version__ as triton_version
-    except ImportError:
-        triton_version = "absent"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} (CPU)"
-    return {"device": name, "torch": torch.__version__, "triton": triton_version, "python": platform.python_version(),
-            "command": command, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
 
 
 @cache
@@ -86,46 +73,6 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / (1e-6 * microseconds(lambda: target.copy_(source), device, cold=False))
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A markdown table; floats get three figures."""
-    def text(value) -> str:
-        if isinstance(value, float):
-            return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-        return "" if value is None else str(value)
-
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(text, row)) + " |" for row in rows])
-
-
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """--out, --overwrite and --device."""
-    add_out(parser)
-    parser.add_argument("--device", type=arguments.device, default="cuda" if torch.cuda.is_available() else "cpu")
-
-
-def add_out(parser: argparse.ArgumentParser) -> None:
-    """--out and --overwrite."""
-    parser.add_argument("--out", type=Path, default=Path("qvg-bench"))
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder")
-
-
-def claim(options: argparse.Namespace, name: str) -> None:
-    """Raises ValueError, before anything is measured, where the results could not be written or would replace others."""
-    prepare_folder(options.out, (f"{name}.json", f"{name}.md"), options.overwrite)
-
-
-def write(out: Path, name: str, result: dict, markdown: str, show: bool = True) -> None:
-    """NAME.json and NAME.md under `out`. show: print the markdown, too."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
-    place = result["environment"]
-    head = ", ".join(f"{key} {place[key]}" for key in ("device", "torch", "triton", "python", "date"))
-    text = f"## qvg bench {name}\n\n{head}\n\n    {place['command']}\n\n{markdown}\n"
-    write_atomically(out / f"{name}.md", lambda part: part.write_text(text))
-    if show:
-        print(text, flush=True)
 
 
 def command_line(name: str, arguments: Sequence[str]) -> str:

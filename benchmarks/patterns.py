@@ -16,11 +16,10 @@ from ..qvg.cache.kv_cache import KVCache
 from ..qvg.cache.layer import LayerCache
 from ..qvg.codec import pair as codec
 from ..qvg.codec.plain import PlainSpan
-from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt
+from ..qvg.demo import LATENT, PROMPTS, embed_prompt
+from ..qvg.measure.loop import CausalLoop, closeness
 from ..qvg.settings import PRESETS, QVGSettings
-from ..qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler
-from ..qvg.video.prepare import cache_of
-from .baselines import Noise
+from ..qvg.video import Run
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,6 @@ class Pattern:
     scale: int = 1
     switch: bool = False
     cut: bool = False
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return GRID[0] * self.scale, GRID[1] * self.scale
 
     @property
     def later(self) -> int:
@@ -105,36 +100,27 @@ class PatternLoop:
             self.prompt = Switched(self.prompt, self._context(1), pattern.frames // 2)
         if pattern.cut:
             half = pattern.frames // 2
-            scenes = [self._run(PRESETS["off"], Run(frames=half, seed=seed), context, None)[0] for context in
+            scenes = [self._loop(Run(frames=half, seed=seed), context).make(PRESETS["off"]).latents for context in
                       (self._context(1), self._context(0))]
             self.start = torch.cat([scenes[0][:, :, :half // 2], scenes[1][:, :, half // 2:]], dim=2)
+        self.loop = self._loop(self.run, self.prompt, self.start)
         self.truth, _ = self.make(PRESETS["off"])
 
     @torch.no_grad()
-    def _context(self, offset: int) -> Tensor:
+    def _context(self, offset: int) -> list:
         prompts = [embed_prompt(PROMPTS[(number + offset) % len(PROMPTS)]) for number in range(self.videos)]
         return self.network.project_context(torch.cat(prompts).to(self.device))
 
-    def make(self, settings: QVGSettings, released: bool = False, noise: bool = False) -> tuple[Tensor, KVCache]:
-        """The videos, latents [B, 16, F, h, w] float32, and their cache as it stands at the end. released: on the
-        released schedule. noise: keys and values of a 16-bit cache are off by 1e-3 of
-        their deviation."""
-        return self._run(settings, self.run, self.prompt, self.start, released, noise)
+    def _loop(self, run: Run, prompt, start: Tensor | None = None) -> CausalLoop:
+        return CausalLoop(self.network, prompt, run, self.shape, start=start, device=self.device)
 
-    def _run(self, settings: QVGSettings, run: Run, prompt, start: Tensor | None, released: bool = False,
-             noise: bool = False) -> tuple[Tensor, KVCache]:
-        cache = cache_of(self.network, settings, run, self.pattern.grid, batch=self.videos, device=self.device)
+    def make(self, settings: QVGSettings, released: bool = False) -> tuple[Tensor, KVCache]:
+        """The videos, latents [B, 16, F, h, w] float32, and their cache as it stands at the end. released: on the released schedule."""
+        cache = self.loop.cache(settings)
         if released:
             cache.layers = [ReleasedLayer(cache, number) for number in range(len(cache.layers))]
-        if noise:
-            for number, layer in enumerate(cache.layers):
-                for index, side in enumerate(layer.sides):
-                    side.codec = Noise(2 * number + index)
-        sampler = Sampler(CachedNetwork(self.network, [Condition(prompt, cache)]), run, self.shape, start=start, device=self.device)
-        return torch.cat([event.latents for event in sampler if isinstance(event, ChunkDone)], dim=2), cache
+        return self.loop.run_with([cache]).latents, cache
 
     def closeness(self, latents: Tensor) -> Tensor:
-        """dB of every video and latent frame against the exact cache [B, F]: PSNR of latents, whose range is taken as the exact video's."""
-        error = (latents - self.truth).square().mean((1, 3, 4)).clamp(min=1e-12)
-        peak = (self.truth.amax((1, 2, 3, 4)) - self.truth.amin((1, 2, 3, 4)))[:, None]
-        return 20 * peak.log10() - 10 * error.log10()
+        """See `measure.loop.closeness`."""
+        return closeness(latents, self.truth)

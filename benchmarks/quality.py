@@ -22,6 +22,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,13 +30,16 @@ from torch import Tensor
 from ..qvg.cache import codebook_lifetime
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.commands.arguments import whole
-from ..qvg.demo import GRID, LATENT, PROMPTS, embed_prompt, load_tiny
+from ..qvg.demo import LATENT, PROMPTS, embed_prompt, load_tiny
+from ..qvg.measure.loop import CausalLoop
+from ..qvg.measure.noise import NOISY
+from ..qvg.measure.rows import error_of_mean
 from ..qvg.models.wan_vae import denormalize
+from ..qvg.report import scatter
 from ..qvg.report.metrics import similarity
 from ..qvg.settings import PRESETS, QVGSettings
-from ..qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler
-from ..qvg.video.prepare import cache_of
-from . import baselines, scatter
+from ..qvg.video import Run, Sampler
+from . import baselines
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
 from .patterns import PATTERNS, PatternLoop
 
@@ -45,17 +49,17 @@ COLUMNS = ("method", "bits per element", "first chunk dB", "free dB", "+-", "for
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the table. codecs: layouts of `baselines.Baseline` for K and V, or "noise"."""
+    """A row of the table. codecs: layouts of `baselines.Baseline` for K and V."""
 
     family: str
     label: str
     settings: QVGSettings
-    codecs: tuple[str, str] | str | None = None
+    codecs: tuple[str, str] | None = None
 
 
 def ways(small: bool) -> list[Way]:
     off = PRESETS["off"]
-    found = [Way("control", "exact again", off), Way("control", "1e-3 noise", off, "noise")]
+    found = [Way("control", "exact again", off), Way("control", "1e-3 noise", NOISY)]
     if small:
         return [*found, Way("paper", "paper int2", PRESETS["paper"]),
                 Way("baseline", "RTN asymmetric int2", BARE.both(stages=0), baselines.BASELINES["RTN asymmetric"])]
@@ -84,46 +88,36 @@ class Forced(Sampler):
         self.truth = truth
 
     def _store(self, clean: Tensor, first: int, at: int | None = None) -> Iterator:
-        yield from super()._store(self.truth[:, :, first:first + clean.shape[2]], first, at)
+        yield from super()._store(self.truth[:, :, first:first + clean.shape[2]].to(clean), first, at)
 
 
-class Loop:
+class Loop(CausalLoop):
     """The tiny model, its prompts and one seed per video."""
 
     def __init__(self, device: torch.device, frames: int, videos: int):
-        self.device, self.run = device, Run(frames=frames)
-        self.network, self.vae = (module.to(device) for module in load_tiny())
+        network, self.vae = (module.to(device) for module in load_tiny())
         prompts = torch.cat([embed_prompt(PROMPTS[number % len(PROMPTS)]) for number in range(videos)]).to(device)
         with torch.no_grad():
-            self.context = self.network.project_context(prompts)
-        self.shape = videos, 16, *LATENT
-        self.truth = self.pictures = None
-        self.truth, _ = self.make(Way("control", "exact", PRESETS["off"]))
+            context = network.project_context(prompts)
+        super().__init__(network, context, Run(frames=frames), (videos, 16, *LATENT), device=device)
+        self.truth = self.make(PRESETS["off"]).latents
         self.pictures = self.decode(self.truth)
 
-    def cache(self, way: Way) -> KVCache:
-        cache = cache_of(self.network, way.settings, self.run, GRID, batch=self.shape[0], device=self.device)
-        for number, layer in enumerate(cache.layers):
-            for index, side in enumerate(layer.sides):
-                if way.codecs == "noise":
-                    side.codec = baselines.Noise(2 * number + index)
-                elif way.codecs is not None:
-                    side.codec = baselines.Baseline(way.codecs[index])
-        return cache
+    def video(self, way: Way, truth: Tensor | None = None) -> tuple[Tensor, float]:
+        """Latents [B, 16, F, h, w] and bits per element at the end. truth: of a teacher-forced run."""
+        def change(cache: KVCache) -> None:
+            for layer in cache.layers if way.codecs else ():
+                for side, layout in zip(layer.sides, way.codecs):
+                    side.codec = baselines.Baseline(layout)
 
-    def make(self, way: Way, truth: Tensor | None = None) -> tuple[Tensor, float]:
-        """Latents [B, 16, F, h, w] and bits per element at the end."""
-        cache = self.cache(way)
-        model = CachedNetwork(self.network, [Condition(self.context, cache)])
-        make = Sampler if truth is None else Forced
-        sampler = make(model, self.run, self.shape, device=self.device, **({} if truth is None else {"truth": truth}))
-        chunks = [event.latents for event in sampler if isinstance(event, ChunkDone)]
-        return torch.cat(chunks, dim=2), cache.stats().bits_per_element
+        made = self.make(way.settings, change=change, sampler=Sampler if truth is None else partial(Forced, truth=truth))
+        return made.latents, made.stats.bits_per_element
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 3, f, H, W] in -1..1"""
-        return torch.cat([torch.cat(list(self.vae.decode_frames(denormalize(one[None]))), dim=2) for one in latents]).clamp(-1, 1)
+        parts = [list(self.vae.decode_frames(denormalize(one[None].to(self.device)))) for one in latents]
+        return torch.cat([torch.cat(part, dim=2) for part in parts]).clamp(-1, 1)
 
     def compare(self, latents: Tensor) -> dict[str, list[float]]:
         """PSNR and SSIM of every video against the exact one."""
@@ -138,7 +132,7 @@ class Loop:
 PATTERN_COLUMNS = ("pattern", "method", "bits", "later dB", "+-", "last quarter dB", "+-", "closer than paper int2", "its bytes, %")
 # name -> settings, and whether on the released schedule
 PATTERN_METHODS = {
-    "1e-3 noise": (PRESETS["off"], False), "paper int2": (PRESETS["paper"], False),
+    "1e-3 noise": (NOISY, False), "paper int2": (PRESETS["paper"], False),
     "paper int2, released schedule": (PRESETS["paper"], True),
     "quality": (PRESETS["quality"], False), "balanced": (PRESETS["balanced"], False), "smallest": (PRESETS["smallest"], False),
     "balanced, codebooks kept": (PRESETS["balanced"], False)}
@@ -156,7 +150,7 @@ def in_patterns(device: torch.device, names: list[str], videos: int, only: list[
             if only and name not in only and name != "paper int2":
                 continue
             with largest_misfit(math.inf if name.endswith("kept") else codebook_lifetime.LARGEST_MISFIT):
-                latents, cache = loop.make(settings, released, noise="noise" in name)
+                latents, cache = loop.make(settings, released)
             found, stats = loop.closeness(latents), cache.stats()
             rows.append({
                 "pattern": pattern.name, "method": name, "bits": stats.bits_per_element, "stored_bytes": stats.stored_bytes,
@@ -184,10 +178,6 @@ def ssim(a: Tensor, b: Tensor, every: int = 4) -> list[float]:
     """Structural similarity of each video, mean over every fourth frame: Wang et al. 2004 on grey pictures, Gaussian window of 11."""
     grey = [(x[:, :, ::every].mean(1) + 1) / 2 for x in (a, b)]
     return [float(similarity(x, y).mean()) for x, y in zip(*grey)]
-
-
-def error_of_mean(values: list[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def patterns(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> None:
@@ -225,8 +215,8 @@ def main(arguments: list[str]) -> None:
     for way in found:
         if options.only and way.label not in options.only:
             continue
-        latents, bits = loop.make(way)
-        free, forced = loop.compare(latents), loop.compare(loop.make(way, loop.truth)[0])
+        latents, bits = loop.video(way)
+        free, forced = loop.compare(latents), loop.compare(loop.video(way, loop.truth)[0])
         row = {"family": way.family, "method": way.label, "bits": bits, "free": free, "forced": forced}
         rows.append(row)
         means = [statistics.mean(part["later"]) for part in (free, forced)]
@@ -241,4 +231,4 @@ def main(arguments: list[str]) -> None:
         points = [(row["family"], row["method"], row["bits"], statistics.mean(row[kind]["later"]))
                   for row in rows if row["family"] != "control"]
         title = f"Tiny model, {kind}: PSNR against the exact cache, third chunk on"
-        scatter.draw(options.out / f"quality_{kind}.png", title, ("bits per element", "dB"), points)
+        scatter.draw(title, ("bits per element", "dB"), points).save(options.out / f"quality_{kind}.png")

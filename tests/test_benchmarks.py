@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_qvg.benchmarks import baselines, context, generate, longcat, methods, scatter
+from comfyui_qvg.benchmarks import baselines, context, generate, longcat, methods
 from comfyui_qvg.benchmarks.kernels import Case, tokens
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.demo import NETWORK_PATH
 from comfyui_qvg.qvg.files import Taken
+from comfyui_qvg.qvg.report import scatter
 from comfyui_qvg.qvg.settings import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]

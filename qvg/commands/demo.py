@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..demo import CHUNK_FRAMES, PROMPTS
-from ..demo.run import COMPARED, DEFAULT, NOISE, Demo, draw, figures, hardware, render, write_video
+from ..demo.run import COMPARED, DEFAULT, NOISE, Demo, draw, figures, render, write_video
 from ..files import write_atomically
+from ..report.environment import hardware
 from ..units import format_bytes
 from ..video import Run
 from .arguments import device, whole

@@ -11,7 +11,6 @@ The figures are of one tiny model and one video. For many seeds and methods: `qv
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,16 +128,6 @@ def figures(name: str, made: Made, pictures: Tensor, exact: Tensor, chunk_frames
         "psnr_first_chunk": begun["psnr"], "ssim_first_chunk": begun["ssim"],
         "psnr_settled": mean(part["psnr"] for part in settled), "ssim_settled": mean(part["ssim"] for part in settled),
         "psnr": float(db.mean()), "ssim": float(index.mean()), "windows": parts}
-
-
-def hardware(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        name = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads" if device == "cpu" else f"{device} of {name}"
 
 
 def draw(rows: dict[str, Tensor]) -> Image.Image:

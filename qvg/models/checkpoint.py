@@ -123,19 +123,24 @@ def _dtype(state: dict[str, torch.Tensor]) -> str:
     return elements.most_common(1)[0][0]
 
 
+def part_names(name: str) -> list[str]:
+    """The names of all parts of the model that a file is a part of, or its own. Raises ValueError for a part that cannot exist."""
+    numbered = PART.fullmatch(name)
+    if numbered is None:
+        return [name]
+    stem, count, suffix = numbered["stem"], int(numbered["count"]), numbered["suffix"]
+    if not 1 <= int(numbered["number"]) <= count <= MOST_PARTS:
+        raise ValueError(f"{name} is named part {int(numbered['number'])} of {count}, which does not exist. Give the file the name that it "
+                         "was published with.")
+    return [f"{stem}-{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
+
+
 def _read_parts(path: Path) -> tuple[dict[str, torch.Tensor], dict, int]:
     """The tensors of a file, or of all parts of the model that it is a part of; their metadata's config; and their bytes."""
-    numbered = PART.fullmatch(path.name)
-    names = [path.name]
-    if numbered is not None:
-        stem, count, suffix = numbered["stem"], int(numbered["count"]), numbered["suffix"]
-        if not 1 <= int(numbered["number"]) <= count <= MOST_PARTS:
-            raise ValueError(f"{path.name} is named part {int(numbered['number'])} of {count}, which does not exist. Give the file the "
-                             "name that it was published with.")
-        names = [f"{stem}-{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
-    missing = [name for name in names if not (path.parent / name).is_file()] if numbered else []
+    names = part_names(path.name)
+    missing = [name for name in names if not (path.parent / name).is_file()] if len(names) > 1 else []
     if missing:
-        raise ValueError(f"{path.name} is one part of {count}, and {', '.join(missing[:3])} is not beside it. Put all parts into one "
+        raise ValueError(f"{path.name} is one part of {len(names)}, and {', '.join(missing[:3])} is not beside it. Put all parts into one "
                          "folder under the names they were published with.")
     content, config, available = {}, {}, 0
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,12 +20,12 @@ def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def draw(path: Path, title: str, axes: tuple[str, str], points: list[tuple[str, str, float, float]]) -> None:
-    """points: (family, label, x, y); a family is a key of `COLOURS`."""
+def draw(title: str, axes: tuple[str, str], points: Sequence[tuple[str, str, float, float]]) -> Image.Image:
+    """points: (family, label, x, y); a family is a key of `COLOURS`. Without points, only the axes."""
     image = Image.new("RGB", SIZE, "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
     left, top, right, bottom = MARGIN[0], MARGIN[1], SIZE[0] - MARGIN[2], SIZE[1] - MARGIN[3]
-    xs, ys = [point[2] for point in points], [point[3] for point in points]
+    xs, ys = [point[2] for point in points] or [0.0], [point[3] for point in points] or [0.0]
     spans = [(low - 0.06 * (high - low or 1), high + 0.12 * (high - low or 1)) for low, high in ((min(xs), max(xs)), (min(ys), max(ys)))]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -42,9 +42,9 @@ def draw(path: Path, title: str, axes: tuple[str, str], points: list[tuple[str, 
         pen.text((left - 48, place(x0, y)[1] - 8), f"{y:.1f}", "black", font)
     pen.text(((left + right) / 2 - 60, bottom + 34), axes[0], "black", font)
     pen.text((8, top - 26), axes[1], "black", font)
-    pen.line([place(*point) for point in frontier(list(zip(xs, ys)))], (190, 190, 190), 2)
+    pen.line([place(*point) for point in frontier([point[2:] for point in points])], (190, 190, 190), 2)
     for family, label, x, y in points:
         px, py = place(x, y)
         pen.ellipse([px - 5, py - 5, px + 5, py + 5], COLOURS[family])
         pen.text((px + 8, py - 8), label, COLOURS[family], font)
-    image.save(path)
+    return image
