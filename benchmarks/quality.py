@@ -2,6 +2,7 @@
 
     qvg bench quality [--small] [--frames N] [--videos N] [--only METHOD ...] [--out DIR]
     qvg bench quality --patterns [NAME ...] [--videos N] [--only METHOD ...]
+    qvg bench quality --checkpoint FILE ...     a model of one's own instead, see `qvg bench quality --checkpoint x --help`
 
 Every method makes the same videos from the same noise: once free-running (its own frames are its history) and once teacher-forced (the
 history is the exact video's, encoded once, so a chunk has the error that a method adds, without the error that it propagates). Figures are

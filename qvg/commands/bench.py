@@ -1,6 +1,10 @@
-"""`qvg bench`: the benchmarks of a checkout, by name, with options of their own.
+"""`qvg bench`: measurements by name, with options of their own.
 
+    qvg bench quality --checkpoint self_forcing_dmd.pt --embeddings prompts.safetensors
+    qvg bench statistics
     qvg bench kernels --out results
+
+Those of one's own model and of statistics are part of the pack; the others, which measure the pack itself, only of a checkout.
 """
 
 from __future__ import annotations
@@ -8,6 +12,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+
+from . import quality
 
 BENCHMARKS = ("kernels", "generate", "quality")
 
@@ -18,8 +24,13 @@ def add_arguments(command) -> None:
 
 
 def main(arguments) -> None:
-    """Raises ValueError in an installation, which has no benchmarks."""
+    """Raises ValueError for a benchmark that an installation does not have."""
     package = f"{__package__.rpartition('.qvg.')[0]}.benchmarks"
-    if importlib.util.find_spec(package) is None:
-        raise ValueError("The benchmarks are not part of an installed pack; clone the repository and run `qvg bench` from there.")
+    checkout = importlib.util.find_spec(package) is not None
+    own = any(option.partition("=")[0] == "--checkpoint" for option in arguments.options)
+    if arguments.name == "quality" and (own or not checkout):
+        quality.main(arguments.options)
+        return
+    if not checkout:
+        raise ValueError("This benchmark is not part of an installed pack; clone the repository and run `qvg bench` from there.")
     importlib.import_module(f"{package}.{arguments.name}").main(arguments.options)
