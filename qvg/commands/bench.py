@@ -13,9 +13,9 @@ import argparse
 import importlib
 import importlib.util
 
-from . import quality
+from . import quality, statistics
 
-BENCHMARKS = ("kernels", "generate", "quality")
+BENCHMARKS = ("kernels", "generate", "quality", "statistics")
 
 
 def add_arguments(command) -> None:
@@ -25,6 +25,9 @@ def add_arguments(command) -> None:
 
 def main(arguments) -> None:
     """Raises ValueError for a benchmark that an installation does not have."""
+    if arguments.name == "statistics":
+        statistics.main(arguments.options)
+        return
     package = f"{__package__.rpartition('.qvg.')[0]}.benchmarks"
     checkout = importlib.util.find_spec(package) is not None
     own = any(option.partition("=")[0] == "--checkpoint" for option in arguments.options)

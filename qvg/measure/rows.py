@@ -125,4 +125,4 @@ def pareto(rows: Sequence[dict], title: str) -> Image.Image:
     """The methods without the controls: bits per element against dB of latents from the third chunk on."""
     points = [("paper" if row["settings"]["codec"] == "paper" else "preset", row["method"], row["bits_per_element"],
                statistics.mean(row["latent_db"]["later"])) for row in rows if "error" not in row and row["method"] not in CONTROLS]
-    return scatter.draw(title, ("bits per element", "dB of latents"), points)
+    return scatter.draw(title, ("bits per element", "dB"), points)
