@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 
-from .codec.tensor_settings import PLAIN_BITS, PLANE_BITS, TensorSettings, require, require_int
+from .codec.tensor_settings import PLAIN_BITS, PLANE_BITS, TensorSettings, require, require_bits, require_int
 from .registry import CODECS
 
 __all__ = ["CODECS", "PLAIN_BITS", "PLANE_BITS", "PRESETS", "QVGSettings", "TensorSettings"]
@@ -28,10 +28,10 @@ def _refuse_unknown(fields: dict, kind: type) -> None:
 class QVGSettings:
     """Everything that decides what a cache keeps and in how many bits.
 
-    codec: "qvg" (codebooks and bit planes), "paper" (QVG as released) or "plain" (elements as the model made
-        them, or int8); or any other in `registry.CODECS`.
+    codec: "transform" (principal components), "qvg" (codebooks and bit planes), "paper" (QVG as released) or "plain" (elements as the
+        model made them, or int8); or any other in `registry.CODECS`.
     key, value: how the two tensors are stored once they are old.
-    sink_frames, sink_bits: the first latent frames, which are never evicted, and the least bits they hold (1 to 4 planes, 8 or 16).
+    sink_frames, sink_bits: the first latent frames, which are never evicted, and the least bits per element they hold.
     recent_frames, recent_bits: the newest latent frames hold at least this much until they age.
     window_frames: latent frames kept besides the sink; older ones are evicted. 0 keeps all.
     budget_gib: most GiB that the cache may take, workspace included. 0 sets no limit. Above it, the oldest spans lose planes and are then
@@ -40,6 +40,7 @@ class QVGSettings:
         stays on the device: codebooks, the workspace and two layers.
     host_gib: most GiB of host memory that offloaded spans may take, by the same rule. 0 sets no limit.
     codebook_frames: most latent frames that share a codebook; one that no longer fits is replaced earlier (see `cache.codebook_lifetime`).
+        With the transform codec, the latent frames in which new bases are made although the current one fits.
     iterations: k-means iterations per codebook.
     seed: of the private generator that k-means draws from.
     """
@@ -49,9 +50,9 @@ class QVGSettings:
     key: TensorSettings = field(default_factory=TensorSettings)
     value: TensorSettings = field(default_factory=TensorSettings)
     sink_frames: int = 3
-    sink_bits: int = 4
+    sink_bits: float = 4
     recent_frames: int = 3
-    recent_bits: int = 4
+    recent_bits: float = 4
     window_frames: int = 0
     budget_gib: float = 0.0
     codebook_frames: int = 24
@@ -68,8 +69,7 @@ class QVGSettings:
         if not isinstance(self.codec, str) or self.codec not in CODECS:
             raise ValueError(f"codec is {self.codec!r}; choose one of {', '.join(CODECS)}.")
         for name in ("sink_bits", "recent_bits"):
-            value = getattr(self, name)
-            require(type(value) is int and value in PLANE_BITS + PLAIN_BITS, f"{name} is {value!r}; choose 1, 2, 3, 4, 8 or 16.")
+            object.__setattr__(self, name, require_bits(name, getattr(self, name)))
         for name in ("sink_frames", "recent_frames", "window_frames"):
             require_int(name, getattr(self, name), 0, 100_000)
         require_int("codebook_frames", self.codebook_frames, 1, 100_000)
@@ -139,6 +139,9 @@ PRESETS = {
     "smallest": QVGSettings(
         name="smallest", key=TensorSettings(bits=1, stages=2, centroids=128, group=128),
         value=TensorSettings(bits=1, stages=2, centroids=128, group=128), codebook_frames=48),
+    "tiny": QVGSettings(
+        name="tiny", codec="transform", key=TensorSettings(bits=0.5, stages=0), value=TensorSettings(bits=0.5, stages=0), sink_bits=2,
+        recent_bits=2),
     "paper": QVGSettings(
         name="paper", codec="paper", key=TensorSettings(group=64), value=TensorSettings(group=64),
         sink_frames=0, recent_frames=0, iterations=2, codebook_frames=1),

@@ -223,7 +223,8 @@ def test_free_gives_everything_back():
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"sink_bits": 5}, "choose 1, 2, 3, 4, 8 or 16"), ({"codebook_frames": 0}, "whole number from 1"), ({"budget_gib": -1}, "GiB"),
+    ({"sink_bits": 5}, "from 0.25 to 4 in steps of 0.125, or 8 or 16"), ({"sink_bits": 5.5}, r"sink_bits is 5\.5"),
+    ({"recent_bits": 2.5}, "the qvg codec holds"), ({"codebook_frames": 0}, "whole number from 1"), ({"budget_gib": -1}, "GiB"),
     ({"codec": "zip"}, "choose one of")])
 def test_impossible_settings_are_refused(change, words):
     with pytest.raises(ValueError, match=words):

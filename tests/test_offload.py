@@ -155,7 +155,7 @@ def test_a_changed_history_is_fetched_anew(kind):
             cache.rewind(6)
         for layer in cache.layers:
             if kind == "narrow":
-                layer.drop_plane()
+                layer.drop_bits()
             if kind == "forget":
                 layer.forget_before(5)
         while kind == "shrink" and cache.shrink() is not None:

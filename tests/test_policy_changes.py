@@ -46,7 +46,7 @@ def test_what_is_taken_back(name):
             elif step == "forget":
                 layer.forget_before(value)
             elif step == "narrow":
-                assert layer.drop_plane() is value
+                assert layer.drop_bits() is value
         if step == "rewind":
             cache.rewind(value)
     for layer in cache.layers:
@@ -61,7 +61,7 @@ def test_what_cannot_be_narrowed():
         layer = cache_of(settings).layers[0]
         layer.append(*tokens(3), 3)
         before = held(layer.entries)
-        assert layer.drop_plane() is False and held(layer.entries) == before
+        assert layer.drop_bits() is False and held(layer.entries) == before
 
 
 def test_narrowing_takes_only_planes():
@@ -73,7 +73,7 @@ def test_narrowing_takes_only_planes():
         layer = cache_of(replace(BASE, **{"sink_frames": 0, "recent_frames": 0} | changes)).layers[0]
         layer.append(*tokens(3), 3)
         found = [held(layer.entries)]
-        while layer.drop_plane():
+        while layer.drop_bits():
             found.append(held(layer.entries))
         assert found == [parse(f"0+3={bits}") for bits in seen]
 
@@ -94,7 +94,7 @@ def test_shrinking_gives_up_the_cheapest_first():
                       {key for _, _, key, _ in held(cache.layers[1].entries)[1:]}, said))
     assert [step[:3] for step in found] == [
         (1, [0, 3, 6, 9, 12, 15], {2}), (1, [0, 3, 6, 9, 12, 15], {1}), (1, [0, 9, 12, 15], {1}), (1, [0, 12, 15], {1}), (1, [0, 15], {1})]
-    assert "decoded 1 at a time" in found[0][3] and "lost a bit plane" in found[1][3]
+    assert "decoded 1 at a time" in found[0][3] and "now hold fewer bits" in found[1][3]
     assert all("older half" in said for *_, said in found[2:])
     assert cache.workspace.nbytes == 0
 

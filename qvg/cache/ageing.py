@@ -47,7 +47,7 @@ def needs_codebooks(settings: QVGSettings, sink: bool) -> tuple[bool, bool]:
     return codec.needs_codebook(settings.key.bits) and not plain, codec.needs_codebook(settings.value.bits) and not plain
 
 
-def holds_to_encode(settings: QVGSettings, key_bits: int, value_bits: int) -> bool:
+def holds_to_encode(settings: QVGSettings, key_bits: float, value_bits: float) -> bool:
     """Whether a span holds K or V in 8 or 16 bits that will be encoded to fewer."""
     key = key_bits in PLAIN_BITS and settings.key.bits not in PLAIN_BITS
     return key or (value_bits in PLAIN_BITS and settings.value.bits not in PLAIN_BITS)
@@ -58,8 +58,8 @@ def enforce_limits(spans: list, newest: int, settings: QVGSettings, share: Limit
     """Free space in a layer, whose spans are listed oldest first, before `new` bytes of frames up to `newest` are stored.
 
     Spans beyond the window (or beyond what a budget can hold at all) are evicted; spans that are no longer recent drop to their settled
-    bits; then, while `held()` plus the new bytes exceed the layer's share, the widest old span loses a plane (the oldest of equals), then
-    recent ones do, and finally the oldest is evicted. Sinks are untouched. `evict(start, stop)` deletes `spans[start:stop]`. Works on
+    bits; then, while `held()` plus the new bytes exceed the layer's share, the widest old span drops to fewer bits (the oldest of equals),
+    then recent ones do, and finally the oldest is evicted. Sinks are untouched. `evict(start, stop)` deletes `spans[start:stop]`. Works on
     `forecast.PlannedSpan` and `entry.Entry` alike.
 
     A long video has thousands of spans, so they are searched by bisection: sinks come first, and no later span holds fewer bits than an
@@ -74,9 +74,9 @@ def enforce_limits(spans: list, newest: int, settings: QVGSettings, share: Limit
         if begin == len(spans):
             return
         for stop in (end_of(spans, newest - settings.recent_frames, begin), len(spans)):
-            most = _planes(spans[stop - 1], settings) if stop > begin else 1
-            if most > 1:
-                _drop_plane(spans[bisect_left(spans, most, begin, stop, key=lambda span: _planes(span, settings))], settings)
+            most = _width(spans[stop - 1], settings) if stop > begin else 0
+            if most > least_bits(settings):
+                _narrow(spans[bisect_left(spans, most, begin, stop, key=lambda span: _width(span, settings))], settings)
                 break
         else:
             evict(begin, begin + 1)
@@ -117,32 +117,39 @@ def holds_spare_bits(span, settings: QVGSettings) -> bool:
     return span.key_bits > settings.key.bits or span.value_bits > settings.value.bits
 
 
-def _planes(span, settings: QVGSettings) -> int:
-    """Planes of which the span can lose one; 1 if there is nothing to lose."""
+def least_bits(settings: QVGSettings) -> float:
+    """Bits per element below which no span drops."""
+    return min(CODECS[settings.codec].widths)
+
+
+def _width(span, settings: QVGSettings) -> float:
+    """Bits of K or V, the more of them, of which the span can drop some; 0 where it cannot."""
     if not CODECS[settings.codec].nested:
-        return 1
+        return 0
     chosen = (span.key_bits, settings.key.bits), (span.value_bits, settings.value.bits)
-    return max((bits for bits, settled in chosen if settled not in PLAIN_BITS), default=1)
+    return max((bits for bits, settled in chosen if settled not in PLAIN_BITS), default=0)
 
 
-def _drop_plane(span, settings: QVGSettings) -> None:
-    most = _planes(span, settings)
+def _narrow(span, settings: QVGSettings) -> None:
+    """Drop to the next fewer bits that the codec holds."""
+    most, widths = _width(span, settings), CODECS[settings.codec].widths
     bits = []
     for now, settled in ((span.key_bits, settings.key.bits), (span.value_bits, settings.value.bits)):
         if now != most or settled in PLAIN_BITS:
             bits.append(now)
         else:
-            bits.append(settled if now in PLAIN_BITS else now - 1)
+            bits.append(settled if now in PLAIN_BITS else max(width for width in widths if width < now))
     span.set_bits(*bits)
 
 
-def most_planes(spans: list, settings: QVGSettings) -> int:
-    """Planes of the widest span, sinks excepted; 1 if none has one to lose."""
-    return max((_planes(span, settings) for span in spans if not span.sink), default=1)
+def widest(spans: list, settings: QVGSettings) -> float:
+    """Bits of the widest span, sinks excepted; 0 if none has any to drop."""
+    most = max((_width(span, settings) for span in spans if not span.sink), default=0)
+    return most if most > least_bits(settings) else 0
 
 
-def drop_plane_of_widest(spans: list, settings: QVGSettings, most: int) -> None:
-    """Drop a plane of every span that holds `most` of them, more than one, sinks excepted."""
+def narrow_widest(spans: list, settings: QVGSettings, most: float) -> None:
+    """Spans that hold `most` bits drop to the next fewer, sinks excepted."""
     for span in spans:
-        if not span.sink and _planes(span, settings) == most:
-            _drop_plane(span, settings)
+        if not span.sink and _width(span, settings) == most:
+            _narrow(span, settings)

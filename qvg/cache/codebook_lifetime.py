@@ -36,7 +36,8 @@ from .sizes import entry_bytes
 
 # misfit above which a codebook no longer serves
 LARGEST_MISFIT = 1.5
-# a new codebook is worth training once it would have this many times the centroids of the current one
+# a new codebook is worth training once it would have this many times the centroids of the current one, or would have seen this many times
+# the frames
 GROWTH = 2
 
 
@@ -60,7 +61,7 @@ class Rules:
     """What the settings and the shape of a cache imply, computed once. needs, trains, bits: indexed by whether a span is a sink."""
 
     def __init__(self, settings: QVGSettings, geometry: Geometry):
-        self.adaptive = CODECS[settings.codec].adaptive
+        self.adaptive, self.accumulates = CODECS[settings.codec].adaptive, CODECS[settings.codec].accumulates
         self.needs = tuple(ageing.needs_codebooks(settings, sink) for sink in (False, True))
         self.trains = tuple(map(any, self.needs))
         self.bits = tuple(ageing.first_bits(settings, sink) for sink in (False, True))
@@ -87,11 +88,11 @@ class Span(Protocol):
     frames: int
     last: int
     sink: bool
-    key_bits: int
-    value_bits: int
+    key_bits: float
+    value_bits: float
     misfit: bool
 
-    def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
+    def set_bits(self, key_bits: float, value_bits: float, refit: bool = False) -> None:
         """Hold fewer bits from now on; with `refit`, encoded again with the layer's current codebooks."""
 
 
@@ -131,11 +132,12 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
         if waiting and _waits(layer, sum(whole), size, leaving, sink):
             bits = rules.waiting_bits[sink]
         else:
-            if _renews(layer, first, size, leaving):
+            if _renews(layer, first, sum(whole), size, leaving):
                 train(helpers, tokens)
                 begun = not life.trained
                 life.trained, life.frames, life.size = True, 0, size
-                life.since, life.until = min([whole[0], *(span.first for span in helpers)]), sum(whole)
+                oldest = min([whole[0], *(span.first for span in helpers)])
+                life.since, life.until = min(oldest, life.since) if rules.accumulates and not begun else oldest, sum(whole)
                 if begun:
                     _end_waiting(layer)
             life.frames += frames
@@ -167,7 +169,10 @@ def _helpers(layer: Layer, first: int) -> list[Span]:
     now. Before the first codebook, all that wait for one."""
     if not layer.rules.adaptive:
         return []
+    # settled spans are left out: they hold too few bits to learn from
     oldest = first - layer.settings.recent_frames if layer.life.trained else 0
+    if layer.rules.accumulates:
+        oldest = max(oldest, layer.life.until)
     start = len(layer.spans)
     while start and layer.spans[start - 1].last >= oldest:
         start -= 1
@@ -180,7 +185,7 @@ def _waits(layer: Layer, stop: int, size: int, leaving: list[Span], sink: bool) 
     return stop < layer.settings.sink_frames if sink else bool(layer.settings.recent_frames) and not leaving
 
 
-def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
+def _renews(layer: Layer, first: int, stop: int, size: int, leaving: list[Span]) -> bool:
     settings, life, spans = layer.settings, layer.life, layer.spans
     if not life.trained:
         return True
@@ -188,7 +193,10 @@ def _renews(layer: Layer, first: int, size: int, leaving: list[Span]) -> bool:
         return life.frames >= settings.codebook_frames
     if first < life.until:
         return False
-    if life.frames >= settings.codebook_frames or size >= GROWTH * life.size:
+    if layer.rules.accumulates:
+        if life.until < settings.codebook_frames and stop >= GROWTH * life.until:
+            return True
+    elif life.frames >= settings.codebook_frames or size >= GROWTH * life.size:
         return True
     if any(span.misfit and not life.covers(span) for span in leaving):
         return True

@@ -3,7 +3,7 @@
 Models such as LongCat-Video and HY-WorldPlay keep no history from chunk to chunk. They pass the frames that a segment continues through the
 network once, and the segment's new frames attend to what that pass stored. Such a context is stored in one call and does not age: sinks and
 windows have no meaning in it, since its first frame is not the video's. Its newest frames are those that the new ones join, so they hold
-one plane more than the others, if the settings let recent frames hold more; codebooks are trained on all of it.
+about one bit more than the others, if the settings let recent frames hold more; codebooks are trained on all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..registry import CODECS
-from ..settings import PLANE_BITS, QVGSettings
+from ..settings import PLAIN_BITS, QVGSettings
 from ..units import GIB
 from .ageing import Limits
 from .forecast import Forecast, PlannedLayer
@@ -32,7 +32,7 @@ def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new:
 
 
 def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> QVGSettings:
-    """The settings with which such a context is stored: the bits chosen for old frames, and recent_frames of one plane more.
+    """The settings with which such a context is stored: the bits chosen for old frames, and recent_frames of about one bit more.
 
     Under a memory budget, the most bits up to those that fit. Raises ValueError where not even the fewest do.
     """
@@ -56,8 +56,9 @@ def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new:
 
 
 def _with_recent(whole: QVGSettings, chosen: QVGSettings) -> QVGSettings:
-    """`whole` with recent frames of one plane more, if `chosen` has recent frames and its codec can hold that."""
-    bits = min(chosen.recent_bits, min(whole.key.bits, whole.value.bits) + 1)
-    if not CODECS[whole.codec].nested or bits not in PLANE_BITS or bits <= min(whole.key.bits, whole.value.bits):
+    """`whole` with recent frames of about one bit more, if `chosen` has recent frames and its codec can hold that."""
+    codec, least = CODECS[whole.codec], min(whole.key.bits, whole.value.bits)
+    bits = min(chosen.recent_bits, min(width for width in codec.widths if width >= least + 1)) if least < max(codec.widths) else least
+    if not codec.nested or bits in PLAIN_BITS or bits <= least:
         return whole
     return replace(whole, recent_frames=chosen.recent_frames, recent_bits=bits)

@@ -67,14 +67,14 @@ class Entry:
         return self._counts
 
     @property
-    def key_bits(self) -> int:
+    def key_bits(self) -> float:
         return self.spans[0].bits
 
     @property
-    def value_bits(self) -> int:
+    def value_bits(self) -> float:
         return self.spans[1].bits
 
-    def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
+    def set_bits(self, key_bits: float, value_bits: float, refit: bool = False) -> None:
         """Hold fewer bits from now on. A plain span, or with `refit` any, is encoded again with the layer's current codebooks."""
         spans = list(self.present())
         for number, bits in enumerate((key_bits, value_bits)):

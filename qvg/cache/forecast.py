@@ -26,8 +26,8 @@ class PlannedSpan:
     first: int
     frames: int
     sink: bool
-    key_bits: int
-    value_bits: int
+    key_bits: float
+    value_bits: float
     book: int | None = None
     layer: PlannedLayer | None = field(default=None, repr=False, compare=False)
 
@@ -39,7 +39,7 @@ class PlannedSpan:
         """Whether its codebooks fit it poorly; assumed of a span that waits for one."""
         return self.layer.misfit or holds_to_encode(self.layer.settings, self.key_bits, self.value_bits)
 
-    def set_bits(self, key_bits: int, value_bits: int, refit: bool = False) -> None:
+    def set_bits(self, key_bits: float, value_bits: float, refit: bool = False) -> None:
         changes = (self.key_bits, key_bits), (self.value_bits, value_bits)
         encoded = refit or any(held in PLAIN_BITS and bits != held for held, bits in changes)
         if self.layer is not None:
@@ -123,7 +123,7 @@ class PlannedLayer:
         """See `cache.layer.LayerCache.append`."""
         codebook_lifetime.store(self, first, frames, newest, self._train, self._keep)
 
-    def _keep(self, first: int, frames: int, sink: bool, bits: tuple[int, int]) -> None:
+    def _keep(self, first: int, frames: int, sink: bool, bits: tuple[float, float]) -> None:
         book = None if set(bits) <= set(PLAIN_BITS) else self.newest_book
         span = PlannedSpan(first, frames, sink, *bits, book, layer=self)
         self.spans.append(span)

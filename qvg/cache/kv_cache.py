@@ -146,7 +146,7 @@ class KVCache:
 
 
 def shrink(caches: Sequence[KVCache]) -> str | None:
-    """Free memory by the cheapest means left and say which: half of the heads that are decoded at a time, then a plane of the widest spans,
+    """Free memory by the cheapest means left and say which: half of the heads that are decoded at a time, then bits of the widest spans,
     then the older half of the history. None when nothing is left to free.
 
     All caches of a run, such as those of its conditions, shrink alike, because guidance compares what they predict.
@@ -159,10 +159,10 @@ def shrink(caches: Sequence[KVCache]) -> str | None:
     if sum(cache.workspace.halve() for cache in caches):
         return f"Memory did not suffice: heads are now decoded {caches[0].workspace.group} at a time."
     # a pass that failed may have let spans age in some layers and caches and not yet in others
-    if (most := max(layer.most_planes for layer in layers)) > 1:
+    if most := max(layer.widest for layer in layers):
         for layer in layers:
-            layer.drop_plane(most)
-        return "Memory did not suffice: the widest spans of the KV cache lost a bit plane."
+            layer.drop_bits(most)
+        return "Memory did not suffice: the widest spans of the KV cache now hold fewer bits."
     movable = min(([entry for entry in layer.entries if not entry.sink] for layer in layers), key=len, default=[])
     if len(movable) < 2:
         return None

@@ -139,17 +139,17 @@ class LayerCache:
             self.life = Lifetime(trained=last is not None, size=size)
 
     @property
-    def most_planes(self) -> int:
-        """Of the widest span, sinks excepted; 1 where none has one to lose."""
-        # without a codebook there are no planes
-        return ageing.most_planes(self.spans, self.settings) if self.life.trained or not any(self.rules.needs[False]) else 1
+    def widest(self) -> float:
+        """Bits of the widest span, sinks excepted; 0 where none has any to drop."""
+        # before the first codebook nothing is encoded
+        return ageing.widest(self.spans, self.settings) if self.life.trained or not any(self.rules.needs[False]) else 0
 
-    def drop_plane(self, most: int = 0) -> bool:
-        """Drop a plane of every span that holds `most` of them, or as many as the widest; False where none has one to lose."""
-        most = most or self.most_planes
-        if most > 1:
-            ageing.drop_plane_of_widest(self.spans, self.settings, most)
-        return most > 1
+    def drop_bits(self, most: float = 0) -> bool:
+        """Spans of `most` bits, or the widest, drop to the next fewer; False where none has any to drop."""
+        most = most or self.widest
+        if most:
+            ageing.narrow_widest(self.spans, self.settings, most)
+        return bool(most)
 
     def forget_before(self, frame: int) -> None:
         """Evict the spans before a latent frame, sinks excepted."""

@@ -49,7 +49,7 @@ class _Share:
         self.codebook = sum(codebook_bytes(geometry, settings.codec, tensor, pool_frames(settings, chunk_frames) * geometry.frame_tokens)
                             for tensor in tensors if tensor.bits not in PLAIN_BITS)
 
-    def _entry(self, frames: int, bits: tuple[int, int]) -> int:
+    def _entry(self, frames: int, bits: tuple[float, float]) -> int:
         return entry_bytes(self.geometry, self.settings, frames, bits, self.itemsize)
 
     def _spans(self, frames: int) -> int:

@@ -1,6 +1,6 @@
-"""How the elements of keys and values are kept. `base` is the interface; one codec a file: `plain`, `qvg`, `paper`."""
+"""How the elements of keys and values are kept. `base` is the interface; one codec a file: `plain`, `qvg`, `paper`, `transform`."""
 
-from . import paper, plain, qvg  # noqa: F401 (each registers itself)
+from . import paper, plain, qvg, transform  # noqa: F401 (each registers itself)
 from .base import Codec, Part, Span, SpanShape, Tables
 from .pair import TensorCodec, encode, tokens_of, train
 from .plain import PlainCodec, PlainSpan

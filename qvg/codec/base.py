@@ -75,7 +75,7 @@ class Span(ABC):
 
     @property
     @abstractmethod
-    def bits(self) -> int:
+    def bits(self) -> float:
         """Bits per element that the span holds, scales and codebook not counted."""
 
     @property
@@ -95,7 +95,7 @@ class Span(ABC):
     def decode(self, rows: slice, tables: Tables) -> Tensor:
         """Some rows as float32 [T, r, D], in memory that the span does not hold."""
 
-    def drop(self, bits: int) -> None:
+    def drop(self, bits: float) -> None:
         """Forget all but the first `bits` bits per element, and free their memory. Codecs that are not nested never get here."""
         raise NotImplementedError
 
@@ -117,13 +117,15 @@ class Codec(ABC):
 
     nested: whether a span can drop bits without being encoded anew. adaptive: whether a codebook is replaced as soon as it no longer fits
     (see `cache.codebook_lifetime`); others serve for `codebook_frames`. widths: bits per element that a span can hold, widest first.
+    accumulates: whether a codebook stands for all tokens that it and those before it were trained on, and so settles as a video goes on.
     options: the codec's own settings with their defaults, see `TensorSettings.options`.
     """
 
     name: str
     nested = False
     adaptive = False
-    widths: tuple[int, ...] = (16, 8)
+    accumulates = False
+    widths: tuple[float, ...] = (16, 8)
     options: Mapping[str, bool | int | float | str] = {}
 
     def check(self, settings) -> None:
@@ -136,7 +138,7 @@ class Codec(ABC):
                 raise ValueError(f"The {self.name} codec does not know the option {unknown[0]!r} of {name}; {known}.")
             self._check_widths(settings, name, tensor.bits)
 
-    def _check_widths(self, settings, name: str, settled: int) -> None:
+    def _check_widths(self, settings, name: str, settled: float) -> None:
         known = ", ".join(map(str, sorted(self.widths)))
         require(settled in self.widths, f"{name} is to hold {settled} bits, but the {self.name} codec holds {known}.")
         for option, frames in (("sink_bits", settings.sink_frames), ("recent_bits", settings.recent_frames)):
@@ -156,7 +158,7 @@ class Codec(ABC):
     # what a span and a codebook consist of
 
     @abstractmethod
-    def span_parts(self, tensor: TensorSettings, bits: int, shape: SpanShape, dtype: torch.dtype) -> dict[str, Part]:
+    def span_parts(self, tensor: TensorSettings, bits: float, shape: SpanShape, dtype: torch.dtype) -> dict[str, Part]:
         """Every tensor of a span that holds `bits`, by name. dtype: of the model, in which 16-bit spans are kept."""
 
     @abstractmethod
@@ -164,7 +166,7 @@ class Codec(ABC):
         """Every tensor of a codebook of `size` centroids (or whatever the codec counts), by name."""
 
     @abstractmethod
-    def make_span(self, tensor: TensorSettings, bits: int, tensors: Mapping[str, Tensor], codebook) -> Span:
+    def make_span(self, tensor: TensorSettings, bits: float, tensors: Mapping[str, Tensor], codebook) -> Span:
         """The inverse of `Span.tensors`; tensors may lie in memory as a file has them."""
 
     @abstractmethod
@@ -188,7 +190,7 @@ class Codec(ABC):
 
     # tokens to spans and back; K and V come together, so that a codec can do both in one go
 
-    def needs_codebook(self, bits: int) -> bool:
+    def needs_codebook(self, bits: float) -> bool:
         """Whether tokens are encoded to so many bits with a codebook."""
         return False
 
@@ -198,7 +200,7 @@ class Codec(ABC):
         """Codebooks of tokens [T, R, D] of K and V, None where none is needed. previous: those before, to start from."""
 
     @abstractmethod
-    def encode(self, xs: Sequence[Tensor], tensors: Sequence[TensorSettings], bits: Sequence[int], codebooks: Sequence) -> list[Span]:
+    def encode(self, xs: Sequence[Tensor], tensors: Sequence[TensorSettings], bits: Sequence[float], codebooks: Sequence) -> list[Span]:
         """Tokens [T, R, D] of K and V to a span each."""
 
     def joins(self, a: Span, b: Span) -> bool:

@@ -30,7 +30,7 @@ class TensorCodec:
         """A codebook of x [T, R, D]; previous: the codebook before, where k-means starts."""
         return self.codec.train([x], [self.settings], [True], self.iterations, generator, [previous])[0]
 
-    def encode(self, x: Tensor, bits: int, codebook=None) -> Span:
+    def encode(self, x: Tensor, bits: float, codebook=None) -> Span:
         """x [T, R, D] to a span that holds `bits`."""
         return self.codec.encode([x], [self.settings], [bits], [codebook])[0]
 
@@ -43,7 +43,7 @@ class TensorCodec:
 
 
 @lru_cache(maxsize=4096)
-def _kinds(codec: Codec, settings: TensorSettings, bits: int, shape: SpanShape) -> dict[str, str]:
+def _kinds(codec: Codec, settings: TensorSettings, bits: float, shape: SpanShape) -> dict[str, str]:
     # of any dtype of the model's, which decides no kind
     return {name: part.kind for name, part in codec.span_parts(settings, bits, shape, torch.float32).items()}
 

@@ -75,10 +75,10 @@ class PlainCodec(Codec):
                     "choose 8 or 16 bits, or another preset.")
         super().check(settings)
 
-    def needs_codebook(self, bits: int) -> bool:
+    def needs_codebook(self, bits: float) -> bool:
         return bits not in PLAIN_BITS
 
-    def span_parts(self, tensor: TensorSettings, bits: int, shape: SpanShape, dtype: torch.dtype) -> dict[str, Part]:
+    def span_parts(self, tensor: TensorSettings, bits: float, shape: SpanShape, dtype: torch.dtype) -> dict[str, Part]:
         if bits == 16:
             return {"data": Part(dtype, tuple(shape), "plain")}
         if bits == 8:
@@ -86,7 +86,7 @@ class PlainCodec(Codec):
             return {"data": Part(torch.int8, tuple(shape), "plain"), "scales": Part(torch.bfloat16, scales, "plain")}
         return self.coded_parts(tensor, bits, shape)
 
-    def make_span(self, tensor: TensorSettings, bits: int, tensors: Mapping[str, Tensor], codebook) -> Span:
+    def make_span(self, tensor: TensorSettings, bits: float, tensors: Mapping[str, Tensor], codebook) -> Span:
         if bits in PLAIN_BITS:
             return PlainSpan(**tensors)
         return self.make_coded(tensor, bits, tensors, codebook)
@@ -98,7 +98,7 @@ class PlainCodec(Codec):
     def encode(self, xs, tensors, bits, codebooks) -> list[Span]:
         return [self._encode_one(x, tensor, width, book) for x, tensor, width, book in zip(xs, tensors, bits, codebooks)]
 
-    def _encode_one(self, x: Tensor, tensor: TensorSettings, bits: int, codebook) -> Span:
+    def _encode_one(self, x: Tensor, tensor: TensorSettings, bits: float, codebook) -> Span:
         if bits == 16:
             return PlainSpan(x.clone(memory_format=torch.contiguous_format))
         if bits == 8:
@@ -119,11 +119,11 @@ class PlainCodec(Codec):
 
     # other bits: what a codec that derives from this one defines
 
-    def coded_parts(self, tensor: TensorSettings, bits: int, shape: SpanShape) -> dict[str, Part]:
+    def coded_parts(self, tensor: TensorSettings, bits: float, shape: SpanShape) -> dict[str, Part]:
         """`span_parts` of a span that is not plain."""
         raise NotImplementedError(f"The {self.name} codec holds 8 or 16 bits, not {bits}.")
 
-    def make_coded(self, tensor: TensorSettings, bits: int, tensors: Mapping[str, Tensor], codebook) -> Span:
+    def make_coded(self, tensor: TensorSettings, bits: float, tensors: Mapping[str, Tensor], codebook) -> Span:
         """`make_span` of a span that is not plain."""
         raise NotImplementedError(f"The {self.name} codec holds 8 or 16 bits, not {bits}.")
 
@@ -137,7 +137,7 @@ class PlainCodec(Codec):
         """A codebook of x [T, R, D]; None where the codec has none."""
         return None
 
-    def encode_one(self, x: Tensor, tensor: TensorSettings, bits: int, codebook) -> Span:
+    def encode_one(self, x: Tensor, tensor: TensorSettings, bits: float, codebook) -> Span:
         """x [T, R, D] to a span that is not plain."""
         raise NotImplementedError(f"The {self.name} codec holds 8 or 16 bits, not {bits}.")
 

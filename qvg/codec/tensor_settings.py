@@ -7,6 +7,8 @@ from dataclasses import dataclass
 GAINS = ("energy", "unbiased", "mse")
 PLANE_BITS = (1, 2, 3, 4)
 PLAIN_BITS = (8, 16)
+# what any codec may hold besides: eighths of a bit per element, up to this many bits
+MOST_BITS, LEAST_BITS, EIGHTHS = 4, 0.25, 8
 GROUPS = (8, 16, 32, 64, 128, 256)
 MAX_STAGES = 4
 MAX_CENTROIDS = 256
@@ -18,6 +20,14 @@ def require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
+def require_bits(name: str, value) -> float:
+    """The same number, an int where it is whole. Raises ValueError unless it is 8 or 16, or from 0.25 to 4 in steps of 0.125."""
+    good = type(value) in (int, float) and (value in PLAIN_BITS or (LEAST_BITS <= value <= MOST_BITS and EIGHTHS * value % 1 == 0))
+    require(good, f"{name} is {value!r}; choose bits per element from {LEAST_BITS} to {MOST_BITS} in steps of {1 / EIGHTHS}, "
+                  "or 8 or 16 for plain storage.")
+    return int(value) if value == int(value) else value
+
+
 def require_int(name: str, value, low: int, high: int, hint: str = "") -> None:
     good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
     require(good, f"{name} is {value!r}; it must be a whole number from {low} to {high}.{hint}")
@@ -27,7 +37,8 @@ def require_int(name: str, value, low: int, high: int, hint: str = "") -> None:
 class TensorSettings:
     """How K or V alone is stored. Raises ValueError with a sentence for a value outside the limits.
 
-    bits: planes of the residual (1 to 4), or 8 or 16 for plain storage without codebooks.
+    bits: bits per element, of which each codec holds some (`Codec.widths`): 1 to 4 planes, or fractions of a bit with the transform codec;
+        8 or 16 for plain storage without codebooks.
     stages: codebooks subtracted one after the other (0 to 4), paper section 4.2.
     centroids: entries of each codebook (1 to 256); fewer are used where a codebook would be trained on too few tokens each.
     group: channels that share a scale; a head narrower than this is one group.
@@ -37,7 +48,7 @@ class TensorSettings:
     options: settings of a codec's own, as sorted (name, value) pairs; `Codec.options` lists the names it knows.
     """
 
-    bits: int = 2
+    bits: float = 2
     stages: int = 1
     centroids: int = MAX_CENTROIDS
     group: int = 64
@@ -46,8 +57,7 @@ class TensorSettings:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()
 
     def __post_init__(self):
-        require(type(self.bits) is int and self.bits in PLANE_BITS + PLAIN_BITS,
-                f"bits is {self.bits!r}; choose 1, 2, 3 or 4 planes, or 8 or 16 for plain storage.")
+        object.__setattr__(self, "bits", require_bits("bits", self.bits))
         require_int("stages", self.stages, 0, MAX_STAGES)
         require_int("centroids", self.centroids, 1, MAX_CENTROIDS, " An id is one byte.")
         require(type(self.group) is int and self.group in GROUPS,

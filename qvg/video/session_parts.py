@@ -61,11 +61,17 @@ def settings(value, where: str) -> QVGSettings:
         raise FieldError(f"{where} cannot be read: {str(error) or type(error).__name__}".rstrip(". ")) from None
 
 
+def bits_per_element(value, where: str) -> float:
+    """A number that is an int where it is whole. Which ones a codec holds is checked with its settings."""
+    value = real_number(0, max(PLAIN_BITS))(value, where)
+    return int(value) if value == int(value) else value
+
+
 FRAMES, BYTES, SIZE = integer(0, MAX_FRAMES), integer(0, MAX_BYTES), integer(1, 65_536)
 NAME = text(200)
 TENSORS = mapping(tuple_of(text(40), list_of(integer(0, MAX_BYTES), 0, 8), text(64)))
 BOOK = optional(integer(0, 2 * MAX_FRAMES))
-BITS = integer(1, max(PLAIN_BITS))
+BITS = bits_per_element
 
 RUN = record(
     frames=integer(1, MAX_FRAMES), chunk_frames=integer(1, MAX_CHUNK), sigmas=list_of(real_number(0, MAX_SIGMA), 2, MAX_SIGMAS),
@@ -188,7 +194,7 @@ def _layer_parts(name: str, layer: Mapping, chosen: QVGSettings, geometry: Geome
     return parts
 
 
-def _check_bits(where: str, bits: int, chosen: QVGSettings, tensor: TensorSettings) -> None:
+def _check_bits(where: str, bits: float, chosen: QVGSettings, tensor: TensorSettings) -> None:
     allowed = {*PLAIN_BITS} if tensor.bits in PLAIN_BITS else {*CODECS[chosen.codec].widths}
     require(bits in allowed, where, bits, f"one of {', '.join(map(str, sorted(allowed)))}")
 
@@ -197,7 +203,7 @@ def _of_codec(part: base.Part) -> Part:
     return Part((part.dtype,), part.shape, part.within, part.e4m3)
 
 
-def _span_parts(codec: str, tensor: TensorSettings, bits: int, tokens: int, geometry: Geometry, dtype: torch.dtype) -> dict[str, Part]:
+def _span_parts(codec: str, tensor: TensorSettings, bits: float, tokens: int, geometry: Geometry, dtype: torch.dtype) -> dict[str, Part]:
     try:
         parts = CODECS[codec].span_parts(tensor, bits, SpanShape(tokens, geometry.rows, geometry.head_dim), dtype)
     except ValueError as error:
@@ -216,7 +222,7 @@ def _book_parts(name: str, codec: str, tensor: TensorSettings, geometry: Geometr
     return parts
 
 
-def span_tensors(name: str, codec: str, tensor: TensorSettings, bits: int, geometry: Geometry,
+def span_tensors(name: str, codec: str, tensor: TensorSettings, bits: float, geometry: Geometry,
                  stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a span by the codec's names; theirs in the file begin with `name`."""
     parts = CODECS[codec].span_parts(tensor, bits, SpanShape(0, geometry.rows, geometry.head_dim), torch.float32)

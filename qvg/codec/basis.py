@@ -1,0 +1,112 @@
+"""The basis of a head: the principal components of its tokens, and the order in which a token's bits are spent on them.
+
+Covariance is a running one: a new basis continues from what the one before was made of, so that a basis of few tokens is soon replaced by
+one that fits. A Karhunen-Loeve transform makes components independent; each next bit goes where it takes away most squared error (reverse
+water-filling in whole bits, 0 to 8 a component: Cover and Thomas, Elements of Information Theory, section 10.3.3).
+
+Axes: T tokens, R rows (batch x heads), D channels of a head, which are as many components; N bits of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .finite import zero_nonfinite
+from .uniform import DEEPEST, REACH, REACHES, amplitudes, distortions
+
+# bits of a token in `Basis.order`, times D
+MOST_BITS = 4
+# a component below this share of the mean variance has rounding errors for a direction
+LEAST_SHARE = 1e-6
+# tokens seen before count at most this many times the new ones, so that a basis follows a cut
+MEMORY = 8
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What spans of a head share.
+
+    mean: bfloat16 [R, D]
+    vectors: bfloat16 [R, D, D], a component a row, by falling variance
+    deviation: bfloat16 [R, D], square roots of the variances
+    weight: bfloat16 [R, D], share of a component's variance that bits leave, over the sum of what they leave of all
+    reach: uint8 [R, D], half the range of a component's quantizer, in eighths of its deviation
+    order: uint8 [R, 4 D], the component that each bit of a token belongs to
+    seen: float32 [1], tokens that the covariance is of
+    """
+
+    mean: Tensor
+    vectors: Tensor
+    deviation: Tensor
+    weight: Tensor
+    reach: Tensor
+    order: Tensor
+    seen: Tensor
+    size = 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
+
+
+def train(x: Tensor, bits: int, previous: Basis | None) -> Basis:
+    """The basis of tokens x [T, R, D] and of those that `previous` has seen. bits: of a token, on which quantizers are tuned."""
+    x = zero_nonfinite(x).float().transpose(0, 1)
+    tokens, dim = x.shape[1:]
+    mean, seen = x.mean(1), torch.full((1,), float(tokens), device=x.device)
+    second = torch.bmm(x.transpose(1, 2), x).div_(tokens)
+    if previous is not None:
+        before = previous.seen.clamp(max=MEMORY * tokens)
+        seen = before + tokens
+        mean = mean.lerp(previous.mean.float(), before / seen)
+        second = second.lerp(_second_moment(previous), before / seen)
+    mean = mean.bfloat16()
+    variances, vectors = torch.linalg.eigh(second - _outer(mean))
+    variances, vectors = variances.flip(-1), vectors.flip(-1).mT
+    least = LEAST_SHARE * variances.clamp(min=0).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    deviation = torch.maximum(variances, least).sqrt().bfloat16()
+    variances = deviation.float().square()
+    order = _order(variances)[:, :MOST_BITS * dim]
+    held = torch.zeros_like(variances, dtype=torch.int64).scatter_add_(1, order[:, :bits], torch.ones_like(order[:, :bits]))
+    left = torch.tensor(distortions(), device=x.device)[held]
+    # a component cannot exceed the token's scale by more than this; a sixteenth more, because the scale is rounded
+    bound = (8 * (1 + 1 / 16) * (variances.sum(-1, keepdim=True) / variances).sqrt()).ceil().clamp(max=REACHES - 1)
+    reach = torch.minimum(torch.tensor(REACH, device=x.device)[held], bound)
+    return Basis(mean, vectors.bfloat16(), deviation, (left / (variances * left).sum(-1, keepdim=True)).bfloat16(), reach.to(torch.uint8),
+                 order.to(torch.uint8), seen)
+
+
+def _outer(mean: Tensor) -> Tensor:
+    return mean.float()[:, :, None] * mean.float()[:, None]
+
+
+def _second_moment(basis: Basis) -> Tensor:
+    """float32 [R, D, D]"""
+    scaled = basis.vectors.float() * basis.deviation.float()[..., None]
+    return torch.bmm(scaled.mT, scaled) + _outer(basis.mean)
+
+
+def _order(variances: Tensor) -> Tensor:
+    """Variances [R, D] to the component of each of 8 D bits, in the order of the squared error that they take away."""
+    left = torch.tensor(distortions(), device=variances.device)
+    taken = variances[:, :, None] * (left[:-1] - left[1:])
+    return taken.flatten(1).argsort(dim=1, descending=True, stable=True) // DEEPEST
+
+
+def places(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bits that belong to components order [R, N]: the place of each among its component's bits, and how many those are."""
+    same = order[:, :, None] == order[:, None]
+    return same.tril(-1).sum(-1), same.sum(-1)
+
+
+def bit_vectors(basis: Basis, bits: int, rows: slice, gain: str) -> Tensor:
+    """What each of the first `bits` bits of a token adds or subtracts: bfloat16 [R, N, D]."""
+    order = basis.order[rows, :bits].long()
+    place, held = places(order)
+    amplitude = amplitudes(gain).to(order.device)[basis.reach[rows].long().gather(1, order), held, place]
+    amplitude = amplitude * basis.deviation[rows].float().gather(1, order)
+    vectors = basis.vectors[rows].gather(1, order[..., None].expand(-1, -1, basis.vectors.shape[2]))
+    return (amplitude[..., None] * vectors.float()).bfloat16()
