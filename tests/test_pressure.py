@@ -65,7 +65,7 @@ def test_conditions_of_a_run_give_up_the_same():
     while (message := model.shrink()) is not None:
         said.append(message)
         assert state(model.caches[0]) == state(model.caches[1]), message
-    assert "decoded 1 at a time" in said[0] and "bit plane" in said[1] and "older half" in said[-1]
+    assert "decoded 1 at a time" in said[0] and "fewer bits" in said[1] and "older half" in said[-1]
     # alone, a cache gives up as much
     single, one = CachedNetwork(Attends(), [Condition(1.0, cache())]), []
     for event in Sampler(single, Run(frames=8, chunk_frames=2, sigmas=(1.0, 0.5, 0.0)), (1, 16, 2, 2)):
