@@ -144,4 +144,4 @@ def test_giving_up_memory_goes_on_until_nothing_is_left():
     said = []
     while (message := model.shrink()) is not None:
         said.append(message)
-    assert len(said) == 4 and "1 at a time" in said[0] and "bit plane" in said[1] and all("older half" in text for text in said[2:])
+    assert len(said) == 4 and "1 at a time" in said[0] and "hold fewer bits" in said[1] and all("older half" in text for text in said[2:])

@@ -201,7 +201,7 @@ def test_memory_shortage_is_survived(network):
     model = CachedNetwork(wide, [Condition(context(wide), store)], attention=ScarceMemory(3 * 6 * 1024))
     events = list(Sampler(model, Run(frames=120, sigmas=(1, 0)), SHAPE))
     said = [event.message for event in events if isinstance(event, Adapted)]
-    assert "1 at a time" in said[0] and "bit plane" in said[1] and "older half" in said[-1]
+    assert "1 at a time" in said[0] and "hold fewer bits" in said[1] and "older half" in said[-1]
     assert store.frames == 120 and 0 < store.stats().held_frames < 60
     assert len({layer.held_frames for layer in store.layers}) == 1
 
