@@ -13,6 +13,7 @@ from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
 from .loader import QVGLoadARVideoModel
 from .long_video import QVGARVideoSampler
 from .longcat import QVGLongCatContinue
+from .measure import QVGMeasurePresets
 from .monitor import QVGMemoryMonitor
 from .plan import QVGPlanMemory
 from .prompts import QVGPromptAt, QVGPromptSchedule
@@ -37,4 +38,4 @@ class QuantVideoGenExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGPlanMemory, QVGCompare,
                 QVGDemoPrompt, QVGARVideoSampler, QVGEmptyLongVideoLatent, QVGPromptSchedule, QVGPromptAt, QVGSaveVideoSession,
-                QVGLoadVideoSession, QVGStreamVideo]
+                QVGLoadVideoSession, QVGStreamVideo, QVGMeasurePresets]

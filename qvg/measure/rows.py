@@ -126,3 +126,11 @@ def pareto(rows: Sequence[dict], title: str) -> Image.Image:
     points = [("paper" if row["settings"]["codec"] == "paper" else "preset", row["method"], row["bits_per_element"],
                statistics.mean(row["latent_db"]["later"])) for row in rows if "error" not in row and row["method"] not in CONTROLS]
     return scatter.draw(title, ("bits per element", "dB"), points)
+
+
+def summary(rows: Sequence[dict]) -> str:
+    """One line for each method that is not a control."""
+    return "\n".join(
+        f"{row['method']}: {row['error']}" if "error" in row else
+        f"{row['method']}: {row['bits_per_element']:.2f} bits, {statistics.mean(row['latent_db']['later']):.1f} dB, "
+        f"{row['seconds_a_chunk']:.3g} s a chunk" for row in rows if row["method"] not in CONTROLS)

@@ -2,8 +2,8 @@
 
     python tests/comfy/write_pictures.py [NODE ...]
 
-Those that show something after a run are shown after one: the monitor and Compare with the tiny model, the plan
-with its table. Needs what `write_templates.py` needs.
+Those that show something after a run are shown after one: the monitor, Compare and Measure Presets with the tiny
+model, the plan with its table. Needs what `write_templates.py` needs.
 """
 
 from __future__ import annotations
@@ -87,17 +87,29 @@ def comparison() -> Graph:
     return graph
 
 
+def measurement() -> Graph:
+    """The presets measured on the tiny model."""
+    graph = Graph()
+    model = graph.add("1", "UNETLoader", unet_name=NETWORK_FILE, weight_dtype="default")
+    prompt = graph.add("2", "QVGDemoPrompt", text=PROMPTS[0], seed=18)
+    graph.add("3", "QVGMeasurePresets", model=model, positive=prompt, width=WIDTH, height=HEIGHT, latent_frames=15, presets="", seed=0,
+              cfg=1.0)
+    graph.add("4", "PreviewImage", images=["3", 0])
+    return graph
+
+
 def show(page, client, name: str) -> dict:
     """Puts the node on the page as its help shows it; what to frame."""
     if name == "QVGMemoryMonitor":
         open_template(page, json.loads((FOLDER / "Tiny model - text to video.json").read_text()))
         run_in_frontend(page, client)
         return {"types": [name], "scale": 1.4}
-    if name == "QVGCompare":
-        page.evaluate("async graph => { await app.loadApiJson(graph, 'compare') }", comparison())
-        page.evaluate(PLACE, {"places": PLACES})
+    if name in AFTER_A_RUN:
+        graph, places = AFTER_A_RUN[name]
+        page.evaluate("async graph => { await app.loadApiJson(graph, 'picture') }", graph())
+        page.evaluate(PLACE, {"places": places})
         run_in_frontend(page, client)
-        page.evaluate(PLACE, {"places": PLACES})
+        page.evaluate(PLACE, {"places": places})
         page.wait_for_timeout(1500)
         return {"types": [name, "PreviewImage"], "scale": 1.2}
     page.evaluate(ALONE, name)
@@ -108,6 +120,12 @@ def show(page, client, name: str) -> dict:
         page.wait_for_timeout(1000)
         return {"types": [name], "scale": 1.2}
     return {"types": [name], "scale": 1.4}
+
+
+# with the pictures that they make
+AFTER_A_RUN = {
+    "QVGCompare": (comparison, PLACES),
+    "QVGMeasurePresets": (measurement, [("QVGMeasurePresets", 0, 0, 5000, 340, 420), ("PreviewImage", 0, 390, 5000, 560, 420)])}
 
 
 def main() -> None:
