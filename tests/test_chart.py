@@ -7,6 +7,7 @@ import pytest
 
 from comfyui_qvg.qvg.report.chart import BF16, COLOURS, LIMIT, PALETTE, PEAK, PSNR, SSIM, Chart, describe, describe_comparison, round_steps
 from comfyui_qvg.qvg.report.draw import BACKGROUND, draw_chart, draw_comparison
+from comfyui_qvg.qvg.settings import CODECS
 from comfyui_qvg.qvg.units import format_bytes
 
 
@@ -50,7 +51,8 @@ def test_precisions_peak_and_bf16_are_drawn():
 def test_areas_are_stacked_from_codebooks_to_workspace():
     chart = describe([stats(3), stats(6, bits={2: 900, 16: 60})], total_frames=12)
     assert [(area["id"], area["name"]) for area in chart["areas"]] == [
-        ("codebooks", "codebooks"), ("2", "2-bit planes"), ("4", "4-bit planes"), ("16", "16-bit values"), ("workspace", "workspace")]
+        ("codebooks", "codebooks and bases"), ("2", "2-bit elements"), ("4", "4-bit elements"), ("16", "16-bit elements"),
+        ("workspace", "workspace")]
     assert [area["points"] for area in chart["areas"]] == [
         [[0, 0, 0], [3, 0, 500], [6, 0, 500]], [[0, 0, 0], [3, 500, 2900], [6, 500, 1400]], [[0, 0, 0], [3, 2900, 3800], [6, 1400, 1400]],
         [[3, 3800, 3800], [6, 1400, 1460]], [[0, 0, 0], [3, 3800, 6800], [6, 1460, 4460]]]
@@ -63,8 +65,24 @@ def test_parts_with_names_of_their_own():
     part.by_kind, part.stored_bytes = {"codes": 700, "basis": 100}, 800
     chart = describe([part])
     names = [(area["name"], area["key"]) for area in chart["areas"]]
-    assert names == [("basis", ""), ("5-bit values", "plain"), ("workspace", "workspace")]
+    assert names == [("basis", ""), ("5-bit elements", "elements"), ("workspace", "workspace")]
     assert {area["colour"] for area in chart["areas"][:2]} <= set(PALETTE) and has(draw_chart(chart), chart["areas"][0]["colour"])
+
+
+def test_fractions_of_a_bit():
+    """Areas by rising bits, not by their texts, each with its own colour, in the browser's JSON as well."""
+    chart = json.loads(json.dumps(describe([stats(3, bits={16: 60, 1: 700, 0.75: 500, 2.5: 80, 1.25: 10, 0.5: 900, 10: 5})])))
+    bits = ["0.5", "0.75", "1", "1.25", "2.5", "10", "16"]
+    assert [area["id"] for area in chart["areas"]] == ["codebooks", *bits, "workspace"]
+    assert [(area["name"], area["key"], area["values"]) for area in chart["areas"][1:-1]] == [
+        (f"{count}-bit elements", "elements", {"bits": count}) for count in bits]
+    colours = [area["colour"] for area in chart["areas"]]
+    assert len(set(colours)) == len(colours) and all(has(draw_chart(chart | {"summary": "x", "layers": []}), colours[at]) for at in (1, 2))
+
+
+def test_every_width_of_the_codecs_has_a_colour():
+    assert {f"{width:g}" for name in ("transform", "qvg", "paper", "plain") for width in CODECS[name].widths} <= COLOURS.keys()
+    assert len(set(COLOURS.values())) == len(COLOURS)
 
 
 def test_codebooks_keep_their_name():

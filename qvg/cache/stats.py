@@ -53,7 +53,7 @@ class CacheStats(Ratios):
     bf16_bytes: int
     by_kind: dict[str, int]
     by_layer: tuple[int, ...]
-    by_bits: dict[int, int]
+    by_bits: dict[float, int]
     host_bytes: int = 0
     backends: dict[str, str] = field(default_factory=dict)
 

@@ -18,5 +18,6 @@ def main(arguments) -> None:
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     names = {"mps": "Apple GPU", "cpu": "none, torch on the CPU"}
     print("accelerator: " + (names.get(name) or torch.cuda.get_device_name()))
+    width = 1 + max(map(len, backends.OPS))
     for op, backend, reason in backends.report(name):
-        print(f"{op:13}{backend:8}{backends.OPS[op]}" + (f"; not {backends.names()[0]}: {reason}" if reason else ""))
+        print(f"{op:{width}}{backend:8}{backends.OPS[op]}" + (f"; not {backends.names()[0]}: {reason}" if reason else ""))

@@ -23,8 +23,12 @@ from ..units import format_bytes
 BF16, PEAK, LIMIT = "#8b8d98", "#e5a52e", "#e0483e"
 LAYERS, PSNR, SSIM = "#4c8dff", "#4c8dff", "#37b6a5"
 # readable on dark and on light; numbers are bits per element
-COLOURS = {"codebooks": "#d9609b", "1": "#2f6fd6", "2": "#4c8dff", "3": "#27a3b8", "4": "#2fa67f", "8": "#7fae3f", "16": "#c78a2c",
-           "32": "#b8703a", "workspace": "#8f7bd8"}
+COLOURS = {
+    "codebooks": "#d9609b", "0.5": "#6a4fc9", "0.75": "#4148a8", "1": "#2f6fd6", "1.25": "#6aa0f5", "1.5": "#2c79b8", "1.75": "#58bde0",
+    "2": "#4c8dff", "2.5": "#1d7f96", "3": "#27a3b8", "4": "#2fa67f", "8": "#7fae3f", "16": "#c78a2c", "32": "#b8703a",
+    "workspace": "#8f7bd8"}
+# parts that are shown under another name than their own
+NAMES = {"codebooks": "codebooks and bases"}
 # for parts of codecs that are not listed above
 PALETTE = ("#c2557a", "#a08f3c", "#4fa3a5", "#7d86c9", "#b0764a", "#6d9e5b")
 # how far the axis of bytes goes beyond the highest value
@@ -52,17 +56,21 @@ def parts_of(stats) -> dict[str, int]:
     # the codec's own name for it; another kind may have as many bytes by coincidence
     names = [kind for kind, count in stats.by_kind.items() if count == shared]
     name = "codebooks" if "codebooks" in names or not names else names[0]
-    parts = {name: shared, **{str(bits): count for bits, count in stats.by_bits.items()}, "workspace": stats.workspace_bytes}
+    parts = {name: shared, **{f"{bits:g}": count for bits, count in stats.by_bits.items()}, "workspace": stats.workspace_bytes}
     return {name: count for name, count in parts.items() if count}
 
 
 def name_of(part: str) -> dict:
     """Name, translation key and colour of a part of a cache; a codec's own part has the name it came with and a colour of `PALETTE`."""
     colour = COLOURS.get(part) or PALETTE[zlib.crc32(part.encode()) % len(PALETTE)]
-    if part.isdigit():
-        key = "planes" if int(part) <= 4 else "plain"
-        return {"name": f"{part}-bit {'planes' if key == 'planes' else 'values'}", "key": key, "values": {"bits": part}, "colour": colour}
-    return {"name": part, "key": part if part in COLOURS else "", "values": {}, "colour": colour}
+    if _is_number(part):
+        return {"name": f"{part}-bit elements", "key": "elements", "values": {"bits": part}, "colour": colour}
+    return {"name": NAMES.get(part, part), "key": part if part in COLOURS else "", "values": {}, "colour": colour}
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part is the elements of so many bits, of which any fraction is possible."""
+    return part.replace(".", "", 1).isdecimal()
 
 
 def series(id: str, points: list, colour: str, name: str = "", key: str = "", *, values: dict | None = None, dashed: bool = False,
@@ -142,7 +150,8 @@ def _level(count: int, frames: int) -> list:
 
 def _order(part: str) -> tuple:
     """Lowest area first: what spans share, bits rising, the workspace."""
-    return part == "workspace", part.isdigit(), int(part) if part.isdigit() else 0, part
+    number = _is_number(part)
+    return part == "workspace", number, float(part) if number else 0, part
 
 
 def frame_axis(frames: int) -> dict:
