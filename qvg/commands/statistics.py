@@ -82,6 +82,7 @@ def layers_table(tensors: dict[str, torch.Tensor], info: dict) -> str:
             shares = [float(spectra[layer, side, :, :count].sum(-1).mean()) for count in FIRST]
             errors = tensors["error"][:, layer, side].tolist()
             rows.append((f"{name} {layer}", mean("mean_share"), *shares, mean("frame_correlation"), mean("chunk_share"), *errors))
-    bits = [f"{name} ({float(bits):.2f} bits)" for name, bits in zip(info["presets"], tensors["bits"])]
+    bits = [f"{name} ({float(own):.2f} + {float(books):.2f} bits)" for name, own, books in zip(
+        info["presets"], tensors["bits"], tensors["codebook_bits"])]
     columns = ("layer", "mean share", *(f"first {count}" for count in FIRST), "repeats", "between chunks", *bits)
     return table(columns, rows)

@@ -27,7 +27,8 @@ from .noise import NOISY
 
 EXACT = "exact"
 CONTROLS = {"exact again": PRESETS["off"], "1e-3 noise": NOISY}
-COLUMNS = ("method", "bits per element", "stored", "peak", "seconds a chunk", "first dB", "later dB", "+-", "last quarter dB")
+COLUMNS = ("method", "bits per element", "of these, codebooks", "stored", "peak", "seconds a chunk", "first dB", "later dB", "+-",
+           "last quarter dB")
 
 
 class Loop(Protocol):
@@ -95,6 +96,7 @@ def _figures(videos: Sequence[Made], exact: Sequence[Tensor], windows: Windows, 
     stats, seconds = [video.stats for video in videos], [second for video in videos for second in video.seconds[1:]]
     return {
         "bits_per_element": statistics.mean(one.bits_per_element for one in stats),
+        "codebook_bits": statistics.mean(8 * one.by_kind.get("codebooks", 0) / max(1, one.elements) for one in stats),
         "stored_bytes": round(statistics.mean(one.stored_bytes for one in stats)), "peak_bytes": max(one.peak_bytes for one in stats),
         "seconds_a_chunk": statistics.median(seconds), "seconds": sum(sum(video.seconds) for video in videos)} | means
 
@@ -114,7 +116,8 @@ def markdown(rows: Sequence[dict]) -> str:
             continue
         decibels = row["latent_db"]
         lines.append((
-            row["method"], row["bits_per_element"], format_bytes(row["stored_bytes"]), format_bytes(row["peak_bytes"]),
+            row["method"], row["bits_per_element"], row["codebook_bits"],
+            *(format_bytes(row[name]) for name in ("stored_bytes", "peak_bytes")),
             row["seconds_a_chunk"], statistics.mean(decibels["first"]), statistics.mean(decibels["later"]),
             error_of_mean(decibels["later"]), statistics.mean(decibels["last_quarter"]),
             *((statistics.mean(row["psnr"]["later"]), f"{statistics.mean(row['ssim']['later']):.4f}") if shown else ())))

@@ -20,7 +20,8 @@ stores, all chunks and videos together. *scale* of a head: the root mean square 
 | `chunk_share` | float32 [L, 2, H] | share of the energy without the mean that lies between the means of chunks |
 | `norm_quantiles` | float32 [L, 2, H, 5] | quantiles of a token's root mean square, mean taken off, in units of scale |
 | `error` | float32 [P, L, 2] | squared error of what a preset reads back, as a share of the energy; without sinks and recent frames |
-| `bits` | float32 [P] | bits per element of that, codebooks included |
+| `bits` | float32 [P] | bits per element of that: codes, scales and ids |
+| `codebook_bits` | float32 [P] | bits per element of the codebooks of this run, which a longer run has fewer of |
 
 The metadata hold JSON under "statistics": `version`, `presets` (the names of P), `quantiles` (those of `norm_quantiles`), `layers`,
 `heads`, `head_dim`, `tokens`, and what the caller adds: model, chunks, hardware. `frame_correlation` and `component_correlation` are
@@ -149,7 +150,7 @@ class Recorder:
         self.presets = {name: replace(settings, sink_frames=0, recent_frames=0, window_frames=chunk_frames + 1, budget_gib=0.0,
                                       offload=False, host_gib=0.0) for name, settings in presets.items()}
         self.layers: dict[int, Layer] = {}
-        self.bytes, self.elements = [0] * len(presets), [0] * len(presets)
+        self.bytes, self.book_bytes, self.elements = ([0] * len(presets) for _ in range(3))
 
     def watch(self, cache: KVCache) -> None:
         """Record what an empty cache will store; see `loop.Change`."""
@@ -165,7 +166,8 @@ class Recorder:
         layer.append(*pair, frames)
         entry = layer.entries[-1]
         new = [side.book for side, book in zip(layer.sides, books) if side.book is not None and side.book is not book]
-        self.bytes[number] += sum(entry.counts[0].values()) + sum(book.nbytes for book in new)
+        self.bytes[number] += sum(entry.counts[0].values())
+        self.book_bytes[number] += sum(book.nbytes for book in new)
         self.elements[number] += 2 * pair[0].numel()
         read = tokens_of(entry.present(), layer.owner.tables, torch.float32)
         return torch.stack([_exact((found - x.transpose(0, 1).flatten(1, 2).float()).square().sum()) for found, x in zip(read, pair)])
@@ -181,7 +183,8 @@ class Recorder:
         parts = [layer.tensors() for layer in layers]
         found = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         found["error"] = torch.stack([layer.error / layer.energy.clamp(min=TINY) for layer in layers], dim=1)
-        found["bits"] = torch.tensor([8 * count / max(1, elements) for count, elements in zip(self.bytes, self.elements)])
+        for name, counts in (("bits", self.bytes), ("codebook_bits", self.book_bytes)):
+            found[name] = torch.tensor([8 * count / elements for count, elements in zip(counts, self.elements)])
         return {name: tensor.to(torch.float16 if name in HALF else torch.float32).contiguous() for name, tensor in found.items()}
 
     @property
