@@ -96,7 +96,7 @@ def test_settled_windows_are_those_behind_sinks_and_recent_frames(monkeypatch):
     monkeypatch.setattr(run.metrics, "psnr", lambda *_: db)
     monkeypatch.setattr(run.metrics, "ssim", lambda *_: db / 100)
     stats = CacheStats(15, 15, 1, 1, 1, 0, 1, 2, {}, (), {})
-    found = run.figures("balanced", run.Made(torch.zeros(1), stats, 0.0), torch.zeros(1), torch.zeros(1), 3)
+    found = run.figures("balanced", run.Made(torch.zeros(1), stats, [0.0]), torch.zeros(1), torch.zeros(1), 3)
     assert (found["psnr_first_chunk"], found["psnr_settled"], found["ssim_settled"]) == (80, 55, pytest.approx(0.55))
 
 

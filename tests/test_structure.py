@@ -21,7 +21,7 @@ ALLOWED = {
     "video": ("units", "registry", "files", "backends", "codec", "settings", "cache", "attention", "models"),
     "report": ("units", "settings", "cache", "models"),
     "measure": ("units", "files", "registry", "codec", "settings", "cache", "attention", "models", "video", "report"),
-    "demo": ("units", "settings", "cache", "attention", "models", "video", "report"),
+    "demo": ("units", "settings", "models", "video", "report", "measure"),
     "commands": ("units", "files", "backends", "settings", "models", "video", "report", "measure", "demo"),
 }
 MAX_FILE, MAX_MEDIAN, MAX_FUNCTION, MAX_ARGUMENTS = 400, 150, 60, 10

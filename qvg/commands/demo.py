@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..demo import CHUNK_FRAMES, PROMPTS
-from ..demo.run import COMPARED, DEFAULT, NOISE, Demo, draw, figures, render, write_video
+from ..demo.run import COMPARED, DEFAULT, Demo, draw, figures, render, write_video
 from ..files import write_atomically
 from ..report.environment import hardware
 from ..units import format_bytes
@@ -62,7 +62,7 @@ def run_all(demo: Demo, run: Run, presets: dict[str, str]) -> tuple[dict[str, Te
     videos, runs, exact, decode_seconds = {}, {}, None, 0.0
     for name, preset in presets.items():
         with bar(f"{name}: sampling") as progress:
-            made = demo.make(preset, run, NOISE if name == "bf16-noise" else 0.0, progress.show)
+            made = demo.make(preset, run, name == "bf16-noise", progress.show)
         if exact is not None and torch.equal(made.latents, exact):
             videos[name] = videos["bf16"]
         else:

@@ -2,18 +2,16 @@
 
 All runs make the video from the same noise with the tiny model and differ only in the cache, so all differences between the videos come
 from the cache. Two controls give the scale: `bf16-repeat` repeats the bf16 run, and in `bf16-noise` every element of the cache has an error
-of 1e-3 of its tensor's root mean square. Videos of an autoregressive model diverge however small the first difference is, so early windows
-say the most about a cache, late windows the least. The first chunk that reads the cache reads only the first frames, which most presets
-keep with more bits; *settled* is the mean of the windows that read frames at the preset's own bits.
+of 1e-3 of its tensor's standard deviation. Videos of an autoregressive model diverge however small the first difference is, so early
+windows say the most about a cache, late windows the least. The first chunk that reads the cache reads only the first frames, which most
+presets keep with more bits; *settled* is the mean of the windows that read frames at the preset's own bits.
 
 The figures are of one tiny model and one video. For many seeds and methods: `qvg bench quality`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
@@ -21,35 +19,23 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..attention.functions import widened
-from ..cache.kv_cache import KVCache
-from ..cache.stats import CacheStats
+from ..measure.loop import CausalLoop, Made, Progress, silent
+from ..measure.noise import NOISY
 from ..report import metrics
 from ..settings import PRESETS
 from ..units import format_bytes
-from ..video import CachedNetwork, ChunkDone, Condition, Run, Sampler
+from ..video import Run
 from ..video.decode import ChunkDecoder, to_bytes
-from ..video.prepare import cache_of
 from ..video.writer import VideoWriter
-from . import CHUNK_FRAMES, GRID, LATENT, embed_prompt, load_tiny
+from . import CHUNK_FRAMES, LATENT, embed_prompt, load_tiny
 
 FRAME_RATE = 16
-NOISE = 1e-3
 SETTLED = 2  # windows before the first one that reads settled frames: they read only sinks and recent frames
 MOMENTS = 6  # columns of the picture
 CAPTION = 22  # pixels above each of its rows
 # name of a run -> preset
 DEFAULT = {"bf16": "off", "bf16-repeat": "off", "bf16-noise": "off", "balanced": "balanced"}
 COMPARED = {"paper-int2": "paper", "quality": "quality", "smallest": "smallest"}
-
-
-@dataclass
-class Made:
-    """Result of one run. latents: [1, 16, F, h, w]; seconds: of sampling, without the VAE."""
-
-    latents: Tensor
-    stats: CacheStats
-    seconds: float
 
 
 class Demo:
@@ -63,27 +49,11 @@ class Demo:
         with torch.no_grad():
             self.context = self.network.project_context(embed_prompt(prompt).to(device))
 
-    def make(self, preset: str, run: Run, noise: float = 0.0, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Made:
-        """The video with the preset's cache. noise: error of each element of a 16-bit cache, relative to its tensor's root mean square."""
+    def make(self, preset: str, run: Run, noise: bool = False, progress: Progress = silent) -> Made:
+        """The video with the preset's cache. noise: with the exact cache that is off by 1e-3 (`measure.noise`)."""
         # bf16 as with the released models
-        cache = cache_of(self.network, PRESETS[preset], run, GRID, device=self.device, dtype=torch.bfloat16)
-        network = CachedNetwork(self.network, [Condition(self.context, cache)], attention=widened)
-        sampler = Sampler(network, run, (1, 16, *LATENT), device=self.device)
-        generator = torch.Generator().manual_seed(run.seed)
-        chunks, done, start = [], 0, time.perf_counter()
-        try:
-            for event in sampler:
-                done += 1
-                if isinstance(event, ChunkDone):
-                    chunks.append(event.latents)
-                    if noise:
-                        disturb(cache, noise, generator)
-                progress(done, event.chunks * (run.steps + 1))
-            if self.device != "cpu":
-                chunks = [chunk.cpu() for chunk in chunks]
-            return Made(torch.cat(chunks, dim=2), cache.stats(), time.perf_counter() - start)
-        finally:
-            cache.free()
+        loop = CausalLoop(self.network, self.context, run, (1, 16, *LATENT), dtype=torch.bfloat16, device=self.device)
+        return loop.make(NOISY if noise else PRESETS[preset], progress)
 
     def pictures(self, latents: Tensor, progress: Callable[[int, int], None] = lambda done, of_all: None) -> Tensor:
         """Decode latents [1, 16, F, h, w] to uint8 [F, H, W, 3]."""
@@ -93,15 +63,6 @@ class Demo:
             frames.append(to_bytes(decode(piece)[0]))
             progress(number + 1, len(pieces))
         return torch.cat(frames)
-
-
-def disturb(cache: KVCache, noise: float, generator: torch.Generator) -> None:
-    """Add noise, in place, to the newest keys and values of every layer of a plain cache."""
-    for layer in cache.layers:
-        for span in layer.entries[-1].spans:
-            data = span.data.float()
-            drawn = torch.randn(data.shape, generator=generator).to(data.device)
-            span.data.copy_(data + noise * data.square().mean().sqrt() * drawn)
 
 
 def windows(frames: int, chunk_frames: int) -> list[tuple[int, int]]:
@@ -124,7 +85,7 @@ def figures(name: str, made: Made, pictures: Tensor, exact: Tensor, chunk_frames
     return {
         "stored_bytes": stats.stored_bytes, "peak_bytes": peak,
         "stored_ratio": stats.bf16_bytes / stats.stored_bytes, "peak_ratio": stats.bf16_bytes / peak,
-        "bits_per_element": stats.bits_per_element, "seconds": made.seconds,
+        "bits_per_element": stats.bits_per_element, "seconds": sum(made.seconds),
         "psnr_first_chunk": begun["psnr"], "ssim_first_chunk": begun["ssim"],
         "psnr_settled": mean(part["psnr"] for part in settled), "ssim_settled": mean(part["ssim"] for part in settled),
         "psnr": float(db.mean()), "ssim": float(index.mean()), "windows": parts}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.cached import CachedAttention
+from ..attention.functions import widened
 from ..cache.context import context_settings
 from ..cache.geometry import Geometry
 from ..cache.kv_cache import KVCache
@@ -60,12 +61,12 @@ class CausalLoop:
     """A network that keeps its history from chunk to chunk, with fixed prompts and one seed.
 
     prompt: see `video.Condition`; negative: the one that `cfg` guides away from, none for cfg 1. shape: (B, C, h, w) of a latent frame.
-    start: latents [B, C, n, h, w] that the videos begin with.
+    start: latents [B, C, n, h, w] that the videos begin with. dtype: of unquantized and decoded values, the network's own by default.
     """
 
     def __init__(self, network: nn.Module, prompt, run: Run, shape: Sequence[int], *, negative=None, cfg: float = 1.0,
-                 start: Tensor | None = None, family: Family = FAMILIES["wan"], device="cpu"):
-        self.network, self.run, self.shape, self.device = network, run, tuple(shape), torch.device(device)
+                 start: Tensor | None = None, family: Family = FAMILIES["wan"], dtype: torch.dtype | None = None, device="cpu"):
+        self.network, self.run, self.shape, self.device, self.dtype = network, run, tuple(shape), torch.device(device), dtype
         self.prompt, self.negative, self.cfg, self.start, self.family = prompt, negative, cfg, start, family
 
     @property
@@ -76,7 +77,8 @@ class CausalLoop:
 
     def cache(self, settings: QVGSettings) -> KVCache:
         grid = self.shape[2] // PATCH[1], self.shape[3] // PATCH[2]
-        return cache_of(self.network, settings, self.run, grid, batch=self.shape[0], device=self.device, family=self.family)
+        return cache_of(self.network, settings, self.run, grid, batch=self.shape[0], device=self.device, dtype=self.dtype,
+                        family=self.family)
 
     def make(self, settings: QVGSettings, progress: Progress = silent, change: Change = unchanged, sampler=Sampler) -> Made:
         """The videos with such a cache, which is freed. sampler: the class of the sampling loop."""
@@ -97,7 +99,7 @@ class CausalLoop:
         conditions = [Condition(self.prompt, caches[0])] if len(caches) == 1 else guided(
             self.prompt, caches[0], self.negative, caches[1], self.cfg)
         chunks, seconds, done, began = [], [], 0, time.perf_counter()
-        model = CachedNetwork(self.network, conditions)
+        model = CachedNetwork(self.network, conditions, attention=widened)
         for event in sampler(model, self.run, self.shape, start=self.start, device=self.device):
             if isinstance(event, Adapted):
                 raise MemoryError("the cache would have had to give something up")

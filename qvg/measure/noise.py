@@ -25,9 +25,10 @@ class NoiseCodec(PlainCodec):
     name, widths = "noise", (16,)
 
     def _encode_one(self, x: Tensor, tensor, bits: int, codebook) -> PlainSpan:
-        seed = int(x.float().sum().view(torch.int32))
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-        return PlainSpan(x + DEVIATION * x.std() * noise)
+        exact = x.float()
+        seed = int(exact.sum().view(torch.int32))
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+        return PlainSpan((exact + DEVIATION * exact.std() * noise).to(x.dtype))
 
 
 CODECS.register(NoiseCodec())
