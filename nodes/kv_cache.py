@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.settings import CODECS, PLAIN_BITS, PRESETS, QVGSettings, TensorSettings
 from .adapters.families import adapter_of, family_of
 
 Settings = io.Custom("QVG_SETTINGS")
@@ -25,13 +26,19 @@ SHARED = {"stages": "stages", "centroids": "centroids", "group_size": "group"}
 PLAIN = ("budget_gib", "seed", "offload", "host_gib")
 
 
+def codecs() -> list[str]:
+    """Those to choose from: the others do no more than all do with 8 and 16 bits."""
+    return sorted((name for name in CODECS if min(CODECS[name].widths) < min(PLAIN_BITS)), reverse=True)
+
+
 def values_of(settings: QVGSettings) -> dict:
     """The values of the inputs of QVG Settings that correspond to these settings, by input name and in their types."""
     key, value = settings.key, settings.value
     return {
         "key_bits": str(key.bits), "value_bits": str(value.bits), "stages": key.stages, "centroids": key.centroids,
         "group_size": str(key.group), "sink_frames": settings.sink_frames, "sink_bits": str(settings.sink_bits),
-        "recent_frames": settings.recent_frames, "recent_bits": str(settings.recent_bits), "window_frames": settings.window_frames}
+        "recent_frames": settings.recent_frames, "recent_bits": str(settings.recent_bits), "window_frames": settings.window_frames,
+        "codec": settings.codec}
 
 
 async def presets(request: web.Request) -> web.Response:
@@ -48,7 +55,7 @@ def add_route() -> None:
 class QVGSettingsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        def knob(name: str, options: list[int], tooltip: str):
+        def knob(name: str, options: Sequence, tooltip: str):
             return io.Combo.Input(name, options=[KEEP, *map(str, options)], default=KEEP, advanced=True, optional=True,
                                   tooltip=f"{tooltip} 'preset', the default, takes the preset's value.")
 
@@ -56,37 +63,44 @@ class QVGSettingsNode(io.ComfyNode):
             return io.Int.Input(name, default=-1, min=-1, max=high, advanced=True, optional=True,
                                 tooltip=f"{tooltip} -1, the default, takes the preset's value.")
 
+        bits = sorted({width for name in codecs() for width in CODECS[name].widths})
         return io.Schema(
             node_id="QVGSettings", display_name="QVG Settings", category="QuantVideoGen",
             description="How many bits per element the KV cache of an autoregressive video model keeps.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg"],
             inputs=[
                 io.Combo.Input("preset", options=list(LABELS), default="Balanced",
-                               tooltip="Off: the model's own cache. Quality: 4 bits. Balanced: 2 bits, about 6x less memory. Smallest: "
-                                       "1 bit. Paper: QVG as released, for comparison."),
-                knob("key_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits per element of old keys. More are closer to bf16; fewer allow longer video."),
-                knob("value_bits", [1, 2, 3, 4, 8, 16],
-                     "Bits per element of old values. More are closer to bf16; fewer allow longer video."),
+                               tooltip="Off: the model's own cache. Quality: closest to bf16. Balanced: the default. Smallest: for long "
+                                       "video or a small card. Tiny: for the longest video. Paper: QVG as released, for comparison."),
+                knob("key_bits", bits,
+                     "Bits per element of old keys. More are closer to bf16; fewer allow longer video. Fractions of a bit need the codec "
+                     "transform."),
+                knob("value_bits", bits,
+                     "Bits per element of old values. More are closer to bf16; fewer allow longer video. Fractions of a bit need the codec "
+                     "transform."),
                 count("stages", 4,
                       "Codebooks subtracted one after another (0 to 4); each costs 1/16 bit per element. More are closer to bf16, and "
-                      "slower."),
-                count("centroids", 256, "Entries of a codebook (1 to 256). More are closer to bf16, and slower."),
-                knob("group_size", [16, 32, 64, 128], "Channels that share a scale; fewer are more exact and cost more bits."),
+                      "slower. The codec transform has none."),
+                count("centroids", 256,
+                      "Entries of a codebook (1 to 256). More are closer to bf16, and slower. The codec transform has none."),
+                knob("group_size", [16, 32, 64, 128],
+                     "Channels that share a scale; fewer are more exact and cost more bits. With the codec transform it matters for 8 bits "
+                     "only."),
                 count("sink_frames", 1000,
                       "First latent frames, kept permanently at sink_bits. More are closer to bf16 and take more memory."),
-                knob("sink_bits", [1, 2, 3, 4, 8, 16],
+                knob("sink_bits", bits,
                      "Bits per element of the first frames. More are closer to bf16; fewer allow longer video."),
                 count("recent_frames", 1000,
                       "Newest latent frames, held at recent_bits until newer ones follow. More are closer to bf16 and take more memory."),
-                knob("recent_bits", [1, 2, 3, 4, 8, 16],
+                knob("recent_bits", bits,
                      "Bits per element of the newest frames. More are closer to bf16; fewer allow longer video."),
                 count("window_frames", 100000, "Latent frames kept besides the first ones; 0 keeps all. Set it for endless video."),
                 io.Float.Input("budget_gib", default=0.0, min=0.0, max=1000.0, step=0.1, advanced=True, optional=True,
                                tooltip="Memory budget of cache and workspace in GiB. Above it, the oldest frames lose bits, then are "
                                        "dropped. 0, the default, is no limit. Set it when the card is shared or the video is endless."),
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, advanced=True, optional=True, control_after_generate=False,
-                             tooltip="Seed of k-means. It does not change the sampler's noise. Default: 0."),
+                             tooltip="Seed of k-means, which the codec transform does not need. It does not change the sampler's noise. "
+                                     "Default: 0."),
                 io.Boolean.Input("offload", default=False, advanced=True, optional=True,
                                  tooltip="Keep the cache in host memory (RAM) and copy it to the GPU one layer ahead of the computation. "
                                          "The video is the same; the GPU holds two layers instead of all. Default: off; turn it on when "
@@ -94,6 +108,10 @@ class QVGSettingsNode(io.ComfyNode):
                 io.Float.Input("host_gib", default=0.0, min=0.0, max=100000.0, step=0.5, advanced=True, optional=True,
                                tooltip="Host memory budget of offloaded frames in GiB. Above it, the oldest frames lose bits, then are "
                                        "dropped. 0, the default, is no limit."),
+                # the last one, because saved graphs have values by their place
+                knob("codec", codecs(),
+                     "How keys and values are kept. transform: bits for the directions in which tokens differ most. qvg: codebooks and "
+                     "whole bits of what is left. paper: QVG as released."),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])
 
@@ -104,13 +122,17 @@ class QVGSettingsNode(io.ComfyNode):
 
 def changed(settings: QVGSettings, knobs: dict) -> QVGSettings:
     """A preset's settings with the values of the node's other inputs, by their names; KEEP and -1 keep the preset's value."""
-    given = {name: int(value) for name, value in knobs.items() if name not in PLAIN and value not in (KEEP, -1)}
-    shared = {field: given.pop(name) for name, field in SHARED.items() if name in given}
+    given = {name: value for name, value in knobs.items() if name not in PLAIN and value not in (KEEP, -1)}
+    codec = given.pop("codec", settings.codec)
+    given = {name: float(value) if name.endswith("_bits") else int(value) for name, value in given.items()}
+    # a preset of another codec may have none of what this one needs
+    shared = {} if codec == settings.codec else {field: getattr(TensorSettings(), field) for field in (*SHARED.values(), "options")}
+    shared |= {field: given.pop(name) for name, field in SHARED.items() if name in given}
     sides = {}
     for side in ("key", "value"):
         bits = given.pop(f"{side}_bits", None)
         sides[side] = replace(getattr(settings, side), **shared if bits is None else shared | {"bits": bits})
-    return replace(settings, **given, **sides, **{name: knobs[name] for name in PLAIN if name in knobs})
+    return replace(settings, codec=codec, **given, **sides, **{name: knobs[name] for name in PLAIN if name in knobs})
 
 
 class QVGQuantizeKVCache(io.ComfyNode):

@@ -140,10 +140,12 @@ class Codec(ABC):
 
     def _check_widths(self, settings, name: str, settled: float) -> None:
         known = ", ".join(map(str, sorted(self.widths)))
-        require(settled in self.widths, f"{name} is to hold {settled} bits, but the {self.name} codec holds {known}.")
+        require(settled in self.widths,
+                f"{name} is to hold {settled} bits, but the {self.name} codec holds {known}; choose one of these, or another codec.")
         for option, frames in (("sink_bits", settings.sink_frames), ("recent_bits", settings.recent_frames)):
             bits = max(getattr(settings, option), settled)
-            require(not frames or bits in self.widths, f"{option} is {bits}, but the {self.name} codec holds {known} bits.")
+            require(not frames or bits in self.widths,
+                    f"{option} is {bits}, but the {self.name} codec holds {known} bits; choose one of these.")
         recent = max(settings.recent_bits, settled) if settings.recent_frames else settled
         require(self.nested or recent == settled or recent in PLAIN_BITS,
                 f"The {self.name} codec cannot drop bits of a span that holds {recent}; set recent_frames to 0, or recent_bits to 8 or 16.")

@@ -71,8 +71,8 @@ class PlainCodec(Codec):
     def check(self, settings) -> None:
         for name, tensor in (("key", settings.key), ("value", settings.value)) if self.name == PlainCodec.name else ():
             require(tensor.bits in PLAIN_BITS,
-                    f"{name} is to hold {tensor.bits} bits, but the plain codec (the preset Off) has no planes; "
-                    "choose 8 or 16 bits, or another preset.")
+                    f"{name} is to hold {tensor.bits} bits, but the plain codec (the preset Off) holds 8 or 16 "
+                    "alone; choose one of them, or another preset.")
         super().check(settings)
 
     def needs_codebook(self, bits: float) -> bool:

@@ -13,7 +13,7 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.demo import METADATA, PROMPTS, TEXT_DIM
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.settings import QVGSettings
+from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,10 +87,15 @@ def test_a_page_that_comes_later_gets_the_whole_run(comfy):
     assert comfy.get(comfy.url + "/qvg/memory?workflow=none")["runs"] == []
 
 
-def test_bytes_by_precision_add_up(comfy):
-    now = report_of(comfy.run(graph("Balanced", seed=12), timeout=120))["now"]
+@pytest.mark.parametrize("preset", ["Balanced", "Tiny"])
+def test_bytes_by_precision_add_up(comfy, preset):
+    """Also with fractions of a bit, which are keys of the report as they are written: "0.5"."""
+    outputs = comfy.run(graph(preset, seed=12), timeout=120)
+    now, settings = report_of(outputs)["now"], PRESETS[preset.lower()]
     assert sum(now["by_bits"].values()) + now["by_kind"]["codebooks"] == now["stored_bytes"]
-    assert set(now["by_bits"]) == {"2", "4"}, "sinks and recent frames are held differently from old ones"
+    assert set(now["by_bits"]) == {str(settings.key.bits), str(settings.sink_bits)}, "sinks and recent frames are held differently"
+    (page,) = outputs["monitor"]["qvg_memory"]
+    assert [area["id"] for area in page["chart"]["areas"]] == ["codebooks", *sorted(now["by_bits"], key=float), "workspace"]
 
 
 def test_off_counts_cores_own_cache(comfy):

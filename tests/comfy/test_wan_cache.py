@@ -68,12 +68,22 @@ def test_sixteen_bits_equal_core(comfy, block):
     assert (ours - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
-@pytest.mark.parametrize("preset", ["Quality", "Balanced", "Smallest", "Paper"])
+@pytest.mark.parametrize("preset", ["Quality", "Balanced", "Smallest", "Tiny", "Paper"])
 def test_presets_run_and_leave_the_model_alone(comfy, preset):
     before = sample(comfy)
     quantized = sample(comfy, preset=preset)
     assert quantized.isfinite().all() and not torch.equal(quantized, before)
     assert torch.equal(sample(comfy), before)
+
+
+def test_other_codecs_and_fractions_of_a_bit(comfy):
+    """The chosen codec keeps the cache: an exact one where it holds 16 bits, and closer to it the more bits it has."""
+    exact = sample(comfy)
+    whole, wide, few = (sample(comfy, preset="Off", codec="transform", key_bits=bits, value_bits=bits) for bits in ("16", "4", "0.75"))
+    assert (whole - exact).abs().max() < 1e-3 * exact.abs().max()
+    assert 0 < (wide - exact).square().mean() < 0.3 * (few - exact).square().mean()
+    with pytest.raises(ComfyError, match=r"key is to hold 0\.5 bits, but the qvg codec holds 1, 2, 3, 4, 8, 16"):
+        sample(comfy, preset="Tiny", codec="qvg")
 
 
 def test_fp8_weights(comfy):

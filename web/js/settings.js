@@ -9,7 +9,9 @@ import { say } from "./strings.js"
 const NODE = "QVGSettings"
 const NODES_2 = "Comfy.VueNodes.Enabled"
 const COUNTS = ["stages", "centroids", "sink_frames", "recent_frames", "window_frames"]
-const CHOICES = ["key_bits", "value_bits", "group_size", "sink_bits", "recent_bits"]
+const CHOICES = ["key_bits", "value_bits", "group_size", "sink_bits", "recent_bits", "codec"]
+// others have no codebooks
+const WITH_CODEBOOKS = ["qvg", "paper"]
 const unset = (name) => (COUNTS.includes(name) ? -1 : "preset")
 
 let presets = {}
@@ -68,7 +70,7 @@ class Knobs {
   text() {
     if (this.preset.value === "Off") return say("settingsOff")
     const now = Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value]))
-    const lines = [say("settingsOld", now)]
+    const lines = [say(WITH_CODEBOOKS.includes(now.codec) ? "settingsOld" : "settingsOldBits", now)]
     if (now.sink_frames) lines.push(say("settingsFirst", now))
     if (now.recent_frames) lines.push(say("settingsRecent", now))
     lines.push(now.window_frames ? say("settingsWindow", now) : say("settingsAll"))

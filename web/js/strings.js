@@ -35,6 +35,7 @@ export const ENGLISH = {
   pressureTitle: "KV cache may not fit",
   settingsOff: "The model's own cache. The settings below have no effect.",
   settingsOld: "Old frames: keys in {key_bits} bits, values in {value_bits}; {stages} stages of {centroids} centroids, one scale per {group_size} channels.",
+  settingsOldBits: "Old frames: keys in {key_bits} bits, values in {value_bits}; codec {codec}.",
   settingsFirst: "First {sink_frames} latent frames: {sink_bits} bits.",
   settingsRecent: "Newest {recent_frames} latent frames: {recent_bits} bits.",
   settingsAll: "Every frame is kept.",
