@@ -175,9 +175,12 @@ def test_without_the_folder(tmp_path):
     (pack / "__init__.py").touch()
     for name in ("qvg", "kernels"):
         (pack / name).symlink_to(ROOT / name)
-    code = "import sys; from pack.qvg.commands.cli import main; sys.exit(main(['bench', 'kernels', '--small']))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and "clone the repository" in result.stderr
+    code = "import sys; from pack.qvg.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    # what measures a model of one's own is in it
+    for arguments, sentence in ((["kernels", "--small"], "clone the repository"), (["quality"], "required: --checkpoint, --embeddings"),
+                                (["statistics", "--checkpoint", "x.pt"], "belong together")):
+        result = subprocess.run([sys.executable, "-c", code, "bench", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 2 and sentence in result.stderr
 
 
 def test_longest_videos_that_are_tried():

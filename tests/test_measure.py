@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from comfyui_qvg.qvg.commands.cli import main
+from comfyui_qvg.qvg.measure.inputs import files_of
 from comfyui_qvg.qvg.measure.loop import CausalLoop, Windows
 from comfyui_qvg.qvg.measure.noise import NOISY
 from comfyui_qvg.qvg.measure.rows import measure
@@ -155,6 +156,13 @@ def test_packed_weights_are_sent_to_comfyui(files, tmp_path, capsys):
     save_file(state | {"blocks.0.self_attn.q.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
     assert run(files, tmp_path / "out", checkpoint=tmp_path / "scaled.safetensors") == 2
     assert "scaled" in capsys.readouterr().err
+
+
+def test_all_parts_of_a_checkpoint_are_hashed(tmp_path):
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    assert files_of(tmp_path / names[1]) == [{"file": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in names]
 
 
 def test_windows_of_a_video():

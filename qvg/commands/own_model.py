@@ -18,7 +18,6 @@ from ..video import MAX_FRAMES, SELF_FORCING_SIGMAS, Run
 from .arguments import number, whole
 from .results import add_places
 
-STRIDE = 8  # pixels of a latent
 GIVEN = 4
 CHUNKS, SEGMENTS = 10, 3
 
@@ -64,11 +63,10 @@ def open_model(options: argparse.Namespace) -> OwnModel:
     run, cfg, given = _run(options, network, family, embeddings)
     usual = _usual(family, network)
     width, height = options.width or usual.size[0], options.height or usual.size[1]
-    unit = STRIDE * PATCH[1]
-    if width % unit or height % unit:
-        raise ValueError(f"{width} x {height} pixels do not divide into tokens of {unit} x {unit}. Make --width and --height multiples of "
-                         f"{unit}.")
-    shape = 1, network.sizes.channels, height // STRIDE, width // STRIDE
+    if width % usual.stride or height % usual.stride:
+        raise ValueError(f"{width} x {height} pixels do not divide into tokens of {usual.stride} x {usual.stride}. Make --width and "
+                         f"--height multiples of {usual.stride}.")
+    shape = 1, network.sizes.channels, *(PATCH[1] * side // usual.stride for side in (height, width))
     loops = _loops(network, family, embeddings, run, shape, given, cfg, options.device)
     report = {
         "checkpoint": {"files": files_of(options.checkpoint), **described(found)}, "embeddings": files_of(options.embeddings),

@@ -58,9 +58,9 @@ class Pictures:
         for pair in zip(latents.split(1), exact.split(1)):
             decoders, rows = [ChunkDecoder(self.vae) for _ in pair], {name: [] for name in found}
             for pieces in zip(*(video.split(1, dim=2) for video in pair)):
-                pictures = [to_bytes(decode(piece.to(self.device))[0]) / 255 for decode, piece in zip(decoders, pieces)]
+                pictures = [to_bytes(decode(piece.to(self.device))[0]).to(self.device) / 255 for decode, piece in zip(decoders, pieces)]
                 for name, values in rows.items():
-                    values.append(getattr(metrics, name)(*pictures).mean())
+                    values.append(getattr(metrics, name)(*pictures).mean().cpu())
             for name, values in rows.items():
                 found[name].append(torch.stack(values))
         return {name: torch.stack(values) for name, values in found.items()}
