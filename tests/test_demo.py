@@ -19,7 +19,7 @@ from comfyui_qvg.qvg.demo.prompts import COLOURS, parse_prompt
 from comfyui_qvg.qvg.demo.scenes import place, random_scene, render
 from comfyui_qvg.qvg.video import Run
 
-RUNS = {"bf16", "bf16-repeat", "bf16-noise", "balanced", "paper-int2", "quality", "smallest"}
+RUNS = {"bf16", "bf16-repeat", "bf16-noise", "balanced", "paper-int2", "quality", "smallest", "tiny"}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_demo_report(report):
     assert set(runs) == RUNS and said["frames"] == 33 and said["hardware"]
     assert runs["bf16-repeat"]["psnr"] == 100 and runs["bf16"]["ssim"] == pytest.approx(1)
     assert runs["bf16"]["bits_per_element"] == 16 and runs["bf16"]["stored_bytes"] == 4 * 6 * 9 * 96 * 256
-    for name in ("balanced", "quality", "smallest", "paper-int2"):
+    for name in ("balanced", "quality", "smallest", "tiny", "paper-int2"):
         assert runs[name]["stored_bytes"] < runs["bf16"]["stored_bytes"] < runs[name]["stored_bytes"] * runs[name]["stored_ratio"] * 1.001
         assert runs[name]["peak_bytes"] > runs[name]["stored_bytes"]
     assert runs["smallest"]["stored_bytes"] < runs["balanced"]["stored_bytes"] < runs["quality"]["stored_bytes"]
@@ -114,7 +114,7 @@ def test_demo_files(report):
 def test_demo_prints_its_tables(report, capsys):
     print(run.render(report[1]))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[4:11]] == list(report[1]["runs"])
+    assert [line.split()[0] for line in lines[4:4 + len(RUNS)]] == list(report[1]["runs"])
 
 
 def test_the_progress_bar_tells_of_kernels_that_are_compiled(capsys, monkeypatch):

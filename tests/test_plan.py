@@ -148,7 +148,7 @@ def test_a_model_that_rebuilds_its_cache_fits_at_any_length(capsys):
     assert [line for line in lines if line.endswith("fits")] and not [line for line in lines if "fits; at most" in line]
     assert cli.main(["plan", "--model", "longcat", "--weights", "fp8", "--cards"]) == 0
     rows = {row.split()[1]: row for row in capsys.readouterr().out.splitlines()[2:]}
-    assert "| 0 s | any | any | any | Quality |" in rows["24"] and "| any | any | any | any | any |" in rows["80"]
+    assert "| 0 s | any | any | any | any | Quality |" in rows["24"] and "| any | any | any | any | any | any |" in rows["80"]
 
 
 def test_the_table_of_cards_is_the_plan(capsys):
@@ -162,11 +162,11 @@ def test_the_table_of_cards_is_the_plan(capsys):
 
 
 def test_longer_on_larger_cards():
-    rows = [[cell.strip(" s") for cell in line.split("|")[3:7]] for line in render_cards("self-forcing").splitlines()[2:]]
+    rows = [[cell.strip(" s") for cell in line.split("|")[3:8]] for line in render_cards("self-forcing").splitlines()[2:]]
     for column in zip(*rows):
         assert list(map(int, column)) == sorted(map(int, column))
     for row in rows:
-        assert int(row[0]) < int(row[1]) < int(row[2]) < int(row[3])
+        assert int(row[0]) < int(row[1]) < int(row[2]) < int(row[3]) < int(row[4])
     assert "smaller weights" in render_cards("krea-14b").lower()
 
 

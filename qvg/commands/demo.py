@@ -32,7 +32,7 @@ def add_arguments(command) -> None:
     command.add_argument("--seed", type=whole(0, 2**64 - 1), default=0)
     command.add_argument("--prompt", default=PROMPTS[0])
     command.add_argument("--overwrite", action="store_true", help="replace the files of an earlier demo in that folder")
-    command.add_argument("--compare", action="store_true", help="also QVG as released (int2), and the presets Quality and Smallest")
+    command.add_argument("--compare", action="store_true", help="also QVG as released (int2), and the presets Quality, Smallest and Tiny")
     command.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 

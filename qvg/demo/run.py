@@ -35,7 +35,7 @@ MOMENTS = 6  # columns of the picture
 CAPTION = 22  # pixels above each of its rows
 # name of a run -> preset
 DEFAULT = {"bf16": "off", "bf16-repeat": "off", "bf16-noise": "off", "balanced": "balanced"}
-COMPARED = {"paper-int2": "paper", "quality": "quality", "smallest": "smallest"}
+COMPARED = {"paper-int2": "paper", "quality": "quality", "smallest": "smallest", "tiny": "tiny"}
 
 
 class Demo:

@@ -32,7 +32,7 @@ def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames
     return forecast_context(context_settings(settings, geometry, given, new), geometry, given, new)
 
 
-def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 4096) -> int:
+def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 8192) -> int:
     """Most latent frames, in whole chunks, whose peak in the worst case stays within limit_bytes; 0 when one chunk exceeds it."""
     chunk, end = shape.chunk_frames, most // shape.chunk_frames
 
@@ -178,8 +178,8 @@ def _longest_text(shape: ModelShape, row: dict) -> str:
 
 def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
     """A Markdown table of what fits on cards of `CARDS` GiB: the longest video with its whole history, and the preset for `seconds`."""
-    names = ("off", "quality", "balanced", "smallest")
-    lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | {seconds:g} s fit with |", "|---" * 7 + "|"]
+    names = ("off", "quality", "balanced", "smallest", "tiny")
+    lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | Tiny | {seconds:g} s fit with |", "|---" * 8 + "|"]
     for card in CARDS:
         left = left_for_cache(model, card, weights)
         rows = plan(model, seconds=seconds, vram_gib=left)["presets"] if left else {}
