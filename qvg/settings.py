@@ -34,7 +34,7 @@ class QVGSettings:
     sink_frames, sink_bits: the first latent frames, which are never evicted, and the least bits per element they hold.
     recent_frames, recent_bits: the newest latent frames hold at least this much until they age.
     window_frames: latent frames kept besides the sink; older ones are evicted. 0 keeps all.
-    budget_gib: most GiB that the cache may take, workspace included. 0 sets no limit. Above it, the oldest spans lose planes and are then
+    budget_gib: most GiB that the cache may take, workspace included. 0 sets no limit. Above it, the oldest spans lose bits and are then
         evicted.
     offload: keep spans in host memory (pinned, for a GPU) and copy them to the device one layer at a time. The budget then covers what
         stays on the device: codebooks, the workspace and two layers.

@@ -218,7 +218,7 @@ def test_a_limit_of_the_host():
     assert limits.limits(settings, EVEN, 1, None) == Limits(51_200 + 256, 10)
     assert limits.limits(replace(settings, budget_gib=1.0), EVEN, 1, None) == Limits(51_200 + 256, 10)
     assert limits.limits(settings, replace(EVEN, layers=2), 1, None).cap_frames == 5
-    with pytest.raises(ValueError, match=r"A limit of .* GiB for offloaded spans is too small: .* need 4\.77e-06 GiB at one plane"):
+    with pytest.raises(ValueError, match=r"A limit of .* GiB for offloaded spans is too small: .* need 4\.77e-06 GiB at the fewest bits"):
         limits.limits(replace(settings, host_gib=5000 / GIB), EVEN, 1, None)
 
 

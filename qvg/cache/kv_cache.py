@@ -1,8 +1,8 @@
-"""The KV cache of one run: encoded as it comes, read a few heads at a time, forgotten plane by plane.
+"""The KV cache of one run: encoded as it comes, read a few heads at a time, forgotten bit by bit.
 
 A `KVCache` holds one `LayerCache` per layer and one workspace that all of them share. `append` encodes a finished chunk at once, so the
 bf16 cache never exists. `read` decodes some heads of the whole history into the workspace, K with RoPE applied. Precision depends on age:
-sinks and recent frames hold more bits, old spans settle to fewer, and under a memory budget the oldest lose planes and are then evicted.
+sinks and recent frames hold more bits, old spans settle to fewer, and under a memory budget the oldest lose bits and are then evicted.
 
 Every byte that is reported is counted from tensors that are held. A cache belongs to one run; nothing is stored at module level.
 """

@@ -40,7 +40,7 @@ class _Share:
         self.copies = geometry.staged_layers if settings.offload else geometry.layers
         self.least = tuple(min(self.codec.widths) if self.codec.nested and tensor.bits not in PLAIN_BITS else tensor.bits
                            for tensor in tensors)
-        # the newest is encoded before it can lose planes
+        # the newest is encoded before it can lose bits
         self.newest = self._entry(chunk_frames, first_bits(settings, sink=False))
         self.encoding = max(self.newest, self.sink and self._entry(min(self.sink, chunk_frames), first_bits(settings, sink=True)))
         waiting_bits = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(self.sink)))
@@ -59,7 +59,7 @@ class _Share:
         return max(bool(self.sink) * self._entry(self.sink, at_sink_bits) + older + self.newest, self.waiting)
 
     def _codebooks(self, frames: int) -> int:
-        """Codebooks of a layer. On the device they share a limit with the spans, which lose planes to make space. Offloaded spans have a
+        """Codebooks of a layer. On the device they share a limit with the spans, which lose bits to make space. Offloaded spans have a
         limit of their own, so space is reserved for the most codebooks there can be, with the sink's and one that was just trained."""
         if self.settings.offload:
             others = 0 if self.codec.adaptive else self.sink
@@ -86,12 +86,13 @@ class _Share:
         if self.budget is not None and self.needed(self.chunk) > self.budget:
             raise ValueError(
                 f"A memory budget of {self.settings.budget_gib:g} GiB is too small: the first frames, one chunk and the workspace need "
-                f"{self.needed(self.chunk) / GIB:.3g} GiB at one plane. Raise the budget, or lower the resolution or the sink frames.")
+                f"{self.needed(self.chunk) / GIB:.3g} GiB at the fewest bits. Raise the budget, or lower the resolution or the sink "
+                "frames.")
         if not self.fits(self.chunk):
             raise ValueError(
                 f"A limit of {self.settings.host_gib:g} GiB for offloaded spans is too small: the first frames and one chunk need "
-                f"{self.geometry.layers * self._spans(self.chunk) / GIB:.3g} GiB at one plane. Raise it, or lower the resolution or the "
-                "sink frames.")
+                f"{self.geometry.layers * self._spans(self.chunk) / GIB:.3g} GiB at the fewest bits. Raise it, or lower the resolution or "
+                "the sink frames.")
 
     def layer_bytes(self, frames: int) -> int:
         """The share of one layer when `frames` frames are to be held."""

@@ -1,9 +1,11 @@
 """QVG Settings: what its inputs make of a preset, in the process itself."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from comfy_paths import REPOSITORY
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 
 
@@ -61,3 +63,15 @@ def test_another_codec(changed):
 def test_what_a_codec_cannot_do_is_said(changed, preset, knobs, words):
     with pytest.raises(ValueError, match=words):
         changed(preset, **knobs)
+
+
+def test_the_help_page_names_the_bits():
+    """Of old, first and newest frames, as they are in `PRESETS`."""
+    page = " ".join((REPOSITORY / "web" / "docs" / "QVGSettings.md").read_text().split())
+    for name, settings in PRESETS.items():
+        (line,) = re.findall(rf"- \*\*{name.capitalize()}\*\*(.*?)(?= - \*\*| A frame )", page)
+        bits = {settings.key.bits, settings.value.bits}
+        bits |= {settings.sink_bits} if settings.sink_frames else set()
+        bits |= {settings.recent_bits} if settings.recent_frames else set()
+        found = {float(number) for number in re.findall(r"in (\d+(?:\.\d+)?)(?: bits?)?[ ,.]", line)}
+        assert found == (bits if name != "off" else set()), line
