@@ -42,8 +42,9 @@ def values_of(settings: QVGSettings) -> dict:
 
 
 async def presets(request: web.Request) -> web.Response:
-    """The values of each preset, which the node shows (web/js/settings.js)."""
-    return web.json_response({label: values_of(PRESETS[name]) for label, name in LABELS.items()})
+    """The values of each preset, which the node shows (web/js/settings.js), and those of codebooks with another codec than the preset's."""
+    codebooks = {name: value for name, value in values_of(QVGSettings()).items() if name in SHARED}
+    return web.json_response({"presets": {label: values_of(PRESETS[name]) for label, name in LABELS.items()}, "codebooks": codebooks})
 
 
 def add_route() -> None:

@@ -81,7 +81,7 @@ SET = """([name, value]) => {
 
 def test_settings_show_the_presets_numbers(canvas, comfy, tmp_path_factory):
     page = canvas
-    numbers = comfy.get(comfy.url + "/qvg/presets")
+    numbers = comfy.get(comfy.url + "/qvg/presets")["presets"]
     page.evaluate(LOAD, empty("00000000-0000-4000-8000-00000000000a"))
     page.evaluate(ADD, "QVGSettings")
     default = knobs(page)["kept"]
@@ -110,6 +110,14 @@ def test_settings_show_the_presets_numbers(canvas, comfy, tmp_path_factory):
     page.evaluate(SET, ["sink_bits", "preset"])
     back = knobs(page)
     assert back["kept"] == ["Smallest", *default[1:]] and back["shown"]["sink_bits"] == numbers["Smallest"]["sink_bits"]
+    # codebooks of another codec are those that it gets
+    page.evaluate(SET, ["preset", "Tiny"])
+    page.evaluate(SET, ["codec", "qvg"])
+    other = knobs(page)
+    assert [other["shown"][name] for name in ("codec", "stages", "centroids", "group_size")] == ["qvg", 1, 256, "64"]
+    assert [other["sent"][name] for name in ("codec", "stages", "centroids", "group_size")] == ["qvg", -1, -1, "preset"]
+    page.evaluate(SET, ["codec", "preset"])
+    assert knobs(page)["shown"]["stages"] == numbers["Tiny"]["stages"]
     page.evaluate(FIT)
     page.wait_for_timeout(1000)
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"settings {page.evaluate('LiteGraph.vueNodesMode')}.png")

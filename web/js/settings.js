@@ -15,6 +15,8 @@ const WITH_CODEBOOKS = ["qvg", "paper"]
 const unset = (name) => (COUNTS.includes(name) ? -1 : "preset")
 
 let presets = {}
+// what a codec that is not the preset's begins with
+let codebooks = {}
 
 class Knobs {
   constructor(node) {
@@ -39,10 +41,17 @@ class Knobs {
     this.show()
   }
 
+  // what is not set here
+  numbers() {
+    const preset = presets[this.preset.value]
+    const codec = this.knobs.find(({ name }) => name === "codec")
+    return preset && this.own.has("codec") && codec.value !== preset.codec ? { ...preset, ...codebooks } : preset
+  }
+
   // loaded: from a graph, where a value was set even if it equals the preset's
   adopt(widget, loaded = false) {
-    const preset = presets[this.preset.value]?.[widget.name]
-    if (widget.value === unset(widget.name) || (!loaded && widget.value === preset)) this.own.delete(widget.name)
+    const number = this.numbers()?.[widget.name]
+    if (widget.value === unset(widget.name) || (!loaded && widget.value === number)) this.own.delete(widget.name)
     else this.own.add(widget.name)
   }
 
@@ -60,7 +69,7 @@ class Knobs {
   }
 
   show() {
-    const numbers = presets[this.preset.value]
+    const numbers = this.numbers()
     if (!numbers) return
     for (const widget of this.knobs) if (!this.own.has(widget.name)) widget.value = numbers[widget.name]
     this.node.qvgText?.show(foldsKnobs() ? this.text() : "")
@@ -91,7 +100,7 @@ function allNodes(graph) {
 app.registerExtension({
   name: "QuantVideoGen.Settings",
   async setup() {
-    presets = await (await api.fetchApi("/qvg/presets")).json()
+    ({ presets, codebooks } = await (await api.fetchApi("/qvg/presets")).json())
     app.ui.settings.addEventListener(`${NODES_2}.change`, refresh)
     refresh()
   },
