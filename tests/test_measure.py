@@ -165,6 +165,14 @@ def test_all_parts_of_a_checkpoint_are_hashed(tmp_path):
     assert files_of(tmp_path / names[1]) == [{"file": name, "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in names]
 
 
+def test_a_model_that_makes_no_video(files, tmp_path, capsys):
+    state = drawn(CausalWan(WAN))
+    state["head.head.bias"][0] = torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    assert run(files, tmp_path / "out", "--frames", "3", "--chunk-frames", "1", checkpoint=tmp_path / "nan.safetensors") == 2
+    assert "exact cache is not finite" in capsys.readouterr().err
+
+
 def test_windows_of_a_video():
     windows = Windows.of([1, 3, 3, 3])
     assert windows == Windows(slice(1, 4), slice(4, 10), slice(8, 10))

@@ -71,7 +71,7 @@ def measure(loops: Sequence[Loop], methods: Mapping[str, QVGSettings], *, pictur
     """A row for each control and method, as it is done. loops: one for every video. progress: gets the row's name and the passes of its
     videos; what it raises ends the measurement. A method for which memory does not suffice has "error" and no figures.
 
-    Raises ValueError for videos of fewer than three chunks, before anything is computed.
+    Raises ValueError for videos of fewer than three chunks, before anything is computed, and for exact videos that are not finite.
     """
     windows = Windows.of(loops[0].lengths)
 
@@ -79,6 +79,9 @@ def measure(loops: Sequence[Loop], methods: Mapping[str, QVGSettings], *, pictur
         return loops[number].make(settings, lambda done, of_all: progress(name, number * of_all + done, len(loops) * of_all))
 
     exact = [made(EXACT, number, PRESETS["off"]).latents for number in range(len(loops))]
+    if not all(bool(latents.isfinite().all()) for latents in exact):
+        raise ValueError("The video with an exact cache is not finite (NaN or infinite), so nothing can be compared with it. A model that "
+                         "overflows in float16 is the usual cause; use bf16 or fp32, and see whether the embeddings are the model's own.")
     for name, settings in (CONTROLS | dict(methods)).items():
         row = {"method": name, "settings": json.loads(settings.to_json())}
         try:
