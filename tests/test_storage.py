@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
-from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
+from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
 from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 from comfyui_qvg.qvg.video import session as storage
 from comfyui_qvg.qvg.video.session import SessionError
@@ -53,6 +53,7 @@ def go(made, stop=None):
 SETTINGS = {name: PRESETS[name].both(centroids=4) for name in PRESETS} | {
     "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, codebook_frames=3),
     "recent plain": replace(PRESETS["balanced"].both(centroids=4), recent_bits=16, sink_frames=0),
+    "fractions": replace(PRESETS["tiny"], key=TensorSettings(bits=1.25), value=TensorSettings(bits=0.75), sink_bits=2.5, recent_bits=1.75),
     "asymmetric paper": PRESETS["paper"].both(centroids=4, symmetric=False),
 }
 

@@ -124,10 +124,10 @@ def _memory_note(model: str, files: list[tuple[str, str, str]]) -> str:
     lines = ["Put these files into ComfyUI/models:", ""]
     lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
     lines += ["", "KV cache at 832 x 480, from `qvg plan` (peak, workspace included):", "",
-              "| video | bf16 | Quality | Balanced | Smallest |", "|---|---|---|---|---|"]
+              "| video | bf16 | Quality | Balanced | Smallest | Tiny |", "|---|---|---|---|---|---|"]
     for seconds in (5, 15, 30, 60):
         presets = plan(model, seconds=seconds)["presets"]
-        cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest"))]
+        cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest", "tiny"))]
         lines.append(f"| {seconds} s | " + " | ".join(f"{cell / GIB:.1f} GiB" for cell in cells) + " |")
     lines += ["", "**length** counts video frames, 16 per second: 81 frames are 5 s. cfg is always 1. The model was trained on 5 s; longer "
               "videos work but drift in colour and content, whatever the cache holds."]
@@ -181,10 +181,10 @@ def _longcat_note(lora: bool, files: list[tuple[str, str, str]]) -> str:
     lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
     lines += ["", "The bf16 file on the same page and the authors' own files also work.", "",
               "KV cache at 832 x 480, from `qvg plan` (peak, workspace included):", "",
-              "| given_frames | bf16 | Quality | Balanced | Smallest |", "|---|---|---|---|---|"]
+              "| given_frames | bf16 | Quality | Balanced | Smallest | Tiny |", "|---|---|---|---|---|---|"]
     for frames in (1, 4, 9, 19):
         presets = plan("longcat", latent_frames=frames)["presets"]
-        cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest"))]
+        cells = [presets["off"]["bf16_bytes"], *(presets[name]["peak_bytes"] for name in ("quality", "balanced", "smallest", "tiny"))]
         lines.append(f"| {4 * frames - 3} | " + " | ".join(f"{cell / GIB:.1f} GiB" for cell in cells) + " |")
     lines += ["", "A segment has 93 frames, at 15 per second. Each one after the first continues **given_frames** of the one before: more "
               "keep the video more consistent, but the same length then takes more segments."]

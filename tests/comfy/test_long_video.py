@@ -311,7 +311,7 @@ def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules)
     with pytest.raises(ValueError, match=r"needs 6\d\.\d+ GiB, but it can have 24\.0+ GiB") as refused:
         check(off)
     message = str(refused.value)
-    assert "the preset Quality or Balanced or Smallest or Paper" in message and "; auto_budget in AR Video Sampler (QVG)" in message
+    assert "the preset Quality or Balanced or Smallest or Tiny or Paper" in message and "; auto_budget in AR Video Sampler (QVG)" in message
     assert "; offload in QVG Settings" not in message
     window, frames = (int(re.search(pattern, message)[1]) for pattern in (r"window_frames of at most (\d+)", r"most (\d+) latent"))
     check(replace(off, window_frames=window))

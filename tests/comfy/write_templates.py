@@ -210,14 +210,15 @@ def draw_memory(template: Template) -> Image.Image:
     caption, asked = template.bars
     presets = plan(**asked)["presets"]
     rows = [("bf16", presets["off"]["bf16_bytes"], "#8b8d98"), ("Quality", presets["quality"]["peak_bytes"], "#9b7bff"),
-            ("Balanced", presets["balanced"]["peak_bytes"], "#4c8dff"), ("Smallest", presets["smallest"]["peak_bytes"], "#37b6a5")]
+            ("Balanced", presets["balanced"]["peak_bytes"], "#4c8dff"), ("Smallest", presets["smallest"]["peak_bytes"], "#37b6a5"),
+            ("Tiny", presets["tiny"]["peak_bytes"], "#7fae3f")]
     picture = Image.new("RGB", (2 * SIZE[0], 2 * SIZE[1]), "#17181c")
     draw = ImageDraw.Draw(picture)
     # the template browser lays a badge over the upper left corner
     draw.text((48, 130), title, font=ImageFont.load_default(76), fill="#e8e8ea")
     draw.text((48, 232), f"{use}\n{caption}", font=ImageFont.load_default(40), fill="#9a9ca6")
     for number, (name, count, colour) in enumerate(rows):
-        y = 392 + 136 * number
+        y = 372 + 112 * number
         draw.text((48, y + 32), name, font=ImageFont.load_default(36), fill="#e8e8ea", anchor="lm")
         length = 480 * count / rows[0][1]
         draw.rounded_rectangle((230, y, 230 + length, y + 64), 8, fill=colour)
