@@ -23,10 +23,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from ..kernels import assign, decode, encode, hopper, jobs, rotate, store, update
+from ..kernels import (
+    assign,
+    bit_vectors,
+    decode,
+    decode_transform,
+    encode,
+    encode_transform,
+    hopper,
+    hopper_decode,
+    jobs,
+    rotate,
+    store,
+    update,
+)
 from ..kernels.tiles import Product
 from ..qvg.backends import Unsupported
 from ..qvg.codec import e4m3
+from ..qvg.codec.transform import words_of
 
 # bytes of shared memory that one program may use
 TARGETS = {
@@ -54,6 +68,11 @@ MEANS = {**SUMS, "centroids": "*fp32", "means": "*fp32", **PREPARED}
 CODEBOOKS = {**_pairs(codes="*u8", units="*bf16", channel_scale="*bf16"), **PREPARED, "factors": "*fp32"}
 ENCODED = {**_pairs(x="*bf16", codes="*u8", ids="*u8", plane0="*u8", plane1="*u8", plane2="*u8", plane3="*u8"),
            **PREPARED, "factors": "*fp32", "roots": "*fp32", **{f"b{number}": "fp32" for number in range(encode.MAX_BORDERS)}}
+READ = {"jobs": "*i64", "levels": "*fp32", "vectors": "*bf16", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
+COMPONENTS = {**_pairs(x="*bf16", mean="*bf16", vectors="*bf16", deviation="*bf16", weight="*bf16", reach="*u8"),
+              "roots": "*fp32", "parts": "*fp32", "codes": "*u8"}
+PACKED = {"codes": "*u8", "roots": "*fp32", "parts": "*fp32",
+          **_pairs(order="*u8", out="*i16", scales="*u8", exponents="*i8", fit="*fp32")}
 ROTATED = {**_pairs(x="*bf16", out="*bf16"), "cos": "*fp32", "sin": "*fp32", "value": "*bf16", "keys": "*bf16", "values": "*bf16"}
 SCALES = {"roots": "*fp32", **_pairs(scales="*u8", exponents="*i8")}
 WHOLE = {**ENCODED, **_pairs(units="*bf16", channel_scale="*bf16", scales="*u8", exponents="*i8"), "arrived": "*i32", "words": "*i32"}
@@ -117,6 +136,8 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
     for dim in (128,) if few else TIME_PAIRS:
         for kind in kinds if dim == 128 else kinds[:1]:
             yield _decode(kind, dim, name, native_e4m3, target.arch // 10 if nvidia else 0)
+        for bits in (1.25, 4) if few else (0.5, 0.75, 1.25, 2, 3, 4):
+            yield from _transform(words_of(bits, dim), dim, name, native_e4m3, nvidia and target.arch == 90 and dim <= 128)
         for places in (False, True):
             yield Variant(f"rotate-d{dim}{'-places' * places}", rotate.rotate_kernel, ROTATED,
                           {"D": dim, "LINES": 2048 // dim, "PLACES": places}, 4)
@@ -141,6 +162,9 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             yield Variant(f"means-d{dim}{'-prepares' * prepares}", update.means_kernel, MEANS,
                           {"D": dim, "SEARCH": update.SEARCH // dim, "PREPARES": prepares}, 4)
         yield Variant(f"prepare-d{dim}", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": dim, "BLOCK": assign.PREPARED}, 4)
+        yield Variant(f"encode-transform-d{dim}", encode_transform.components_kernel, COMPONENTS, {"D": dim, **product, "EXACT": False},
+                      cut.warps, stages=cut.stages)
+        yield Variant(f"pack-d{dim}", encode_transform.pack_kernel, PACKED, {"BITS": 4 * dim, "TOKENS": encode_transform.PACKED}, 4)
         yield Variant(f"encode-prepare-d{dim}", encode.prepare_kernel, CODEBOOKS,
                       {"D": dim, "STAGES": 2, "BLOCK": assign.PREPARED, "NATIVE_E4M3": native_e4m3}, 4)
         for bits, stages, groups in ((2, 2, 1), (4, 2, 2)):
@@ -193,12 +217,27 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
 def _decode(kind: jobs.Kind, dim: int, name: str, native_e4m3: bool, major: int = 0) -> Variant:
     halves = decode.computes_in_halves(name, major, torch.bfloat16) and kind.code == jobs.PLANES.value
     tile = decode.Tiling.of(dim, name, kind.bits, major, halves)
-    pointers = {"jobs": "*i64", "levels": "*fp32", "angles": "*i64", "keys": "*bf16", "values": "*bf16"}
     label = f"decode-d{dim}-kind{kind.code}-b{kind.bits}-s{kind.stages}-g{kind.groups}{'-z' if kind.zeros else ''}"
-    return Variant(label, decode.decode_kernel, pointers, {
+    return Variant(label, decode.decode_kernel, READ, {
         "KIND": kind.code, "BITS": kind.bits, "STAGES": kind.stages, "GROUPS": kind.groups, "HAS_ZEROS": kind.zeros,
         "D": dim, "TIME": TIME_PAIRS[dim], "TOKENS": tile.tokens, "HALVES": tile.halves, "NVIDIA": name == "cuda",
         "NATIVE_E4M3": native_e4m3, "PREFETCH": native_e4m3 and kind.code == jobs.PLANES.value}, tile.warps, tile.registers)
+
+
+def _transform(words: int, dim: int, name: str, native_e4m3: bool, on_hopper: bool) -> Iterator[Variant]:
+    """Decoding spans of some words, with the vectors of their bits."""
+    shared = {"WORDS": words, "D": dim, "TIME": TIME_PAIRS[dim]}
+    tile = decode_transform.tiling(words, dim, name, False)
+    yield Variant(f"decode-transform-d{dim}-w{words}", decode_transform.decode_transform_kernel, READ, {
+        **shared, "TOKENS": tile.tokens, "NVIDIA": name == "cuda", "NATIVE_E4M3": native_e4m3}, tile.warps,
+        stages=decode_transform.stages(words, dim, name))
+    for turned in (False, True) if on_hopper else (False,):
+        yield Variant(f"bit-vectors-d{dim}{'-turned' * turned}", bit_vectors.bit_vectors_kernel, {"tables": "*i64", "out": "*bf16"},
+                      {"D": dim, "BITS": 4 * dim, "DEPTHS": 8, "TURNED": turned}, 4)
+    if on_hopper:
+        cut, tile = hopper_decode.Cut.of(words), decode_transform.tiling(words, dim, name, True)
+        yield Variant(f"decode-hopper-d{dim}-w{words}", hopper_decode.decode_kernel, READ, {
+            **shared, "AHEAD": cut.ahead, "GROUP": cut.group}, tile.warps, cut.registers)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:

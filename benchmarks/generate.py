@@ -43,6 +43,7 @@ CHUNK = 3
 # besides bf16; the names are values of `--only`
 KINDS = {
     "balanced": methods.ours(PRESETS["balanced"]),
+    "transform": methods.ours(methods.TRANSFORM),
     "one-stream": methods.ours(PRESETS["balanced"], overlap=False),
     "offload": methods.ours(replace(PRESETS["balanced"], offload=True)),
     "released": methods.Released,

@@ -26,11 +26,12 @@ from ..qvg.codec import kmeans
 from ..qvg.codec import pair as codec
 from ..qvg.models.catalogue import MODELS
 from ..qvg.settings import PRESETS, QVGSettings
-from . import peers
+from . import methods, peers
 from .measure import add_places, claim, command_line, copy_bandwidth, environment, kernel_microseconds, microseconds, progress, table, write
 
 COLUMNS = ("op", "backend", "shape", "us", "MB", "% of copy", "note")
 BARE = replace(PRESETS["balanced"], name="balanced, old spans", sink_frames=0, recent_frames=0)
+TRANSFORM = replace(methods.TRANSFORM, sink_frames=0, recent_frames=0)
 # the released package encodes 24 latent frames together
 RELEASED_FRAMES = 24
 
@@ -128,7 +129,8 @@ def decode(bench: Bench, found: list[Case]) -> None:
     case = found[min(1, len(found) - 1)]
     kinds = {"2 planes, 2 stages of 128": BARE, "1 plane": BARE.both(bits=1), "3 planes": BARE.both(bits=3), "4 planes": BARE.both(bits=4),
              "no stage": BARE.both(stages=0), "1 stage of 256": BARE.both(stages=1, centroids=256)}
-    for name, settings in (kinds | {name: PRESETS[name] for name in ("quality", "smallest", "paper", "off")}).items():
+    kinds |= {f"transform, {bits:g} bits": TRANSFORM.both(bits=bits) for bits in (0.5, 1, 1.25, 2, 4)}
+    for name, settings in (kinds | {name: settings for name, settings in PRESETS.items() if name != "balanced"}).items():
         bench.add("decode", bench.backend, case.label, *reading(filled(case, settings, bench.device)), note=name)
     bench.add("decode", bench.backend, case.label, *reading(filled(case, BARE, bench.device), together=True),
               note="2 planes, 2 stages of 128, every head in one launch")
@@ -166,10 +168,8 @@ def encode(bench: Bench, found: list[Case]) -> None:
         layer = filled(replace(case, frames=case.chunk), BARE, bench.device).layers[0]
         codecs, books = [side.codec for side in layer.sides], [side.book for side in layer.sides]
         label = f"{case.model}, {case.chunk} frames, {case.heads} x {case.head_dim}"
-        spans = codec.encode(codecs, pair, (2, 2), books)
-        size = sum(x.nbytes for x in pair) + sum(span.nbytes for span in spans)
-        bench.add("encode", bench.backend, label, lambda: codec.encode(codecs, pair, (2, 2), books), size,  # noqa: B023
-                  note="K and V, 2 planes, 2 stages of 128")
+        _encode(bench, label, pair, codecs, books, 2, "2 planes, 2 stages of 128")
+        _transform(bench, case, label, pair)
         rows = torch.cat([x.transpose(0, 1) for x in pair]).contiguous()
         start = rows[:, :codecs[0].codec.book_size(codecs[0].settings, rows.shape[1])].float().contiguous()
         ids = kmeans.assign(rows, start) if bench.backend == "triton" else kmeans.assign(rows.float(), start)
@@ -181,17 +181,34 @@ def encode(bench: Bench, found: list[Case]) -> None:
                   note=f"K and V, {count} centroids, float32 tokens")
 
         for name, earlier in (("the first of a video, 8 iterations", [None, None]), ("a later codebook, 2 iterations", books)):
-            def train(earlier=earlier):
-                return codec.train(codecs, pair, [True, True], torch.Generator().manual_seed(0), earlier)  # noqa: B023
-
-            bench.add("train", bench.backend, label, train, note=f"K and V, 2 stages, {name}, with the host's time", ahead=False)
-            if bench.device.type == "cuda":
-                bench.rows.append(("train", bench.backend, label, kernel_microseconds(train), None, None,
-                                   f"K and V, 2 stages, {name}, the kernels alone"))
+            _train(bench, label, pair, codecs, earlier, f"2 stages, {name}")
         bench.add("k-means", bench.backend, label, lambda: kmeans.kmeans(exact, start, 8),  # noqa: B023
                   note=f"K and V, {count} centroids, 8 iterations, float32 tokens, with the host's time", ahead=False)
         if case.model not in ("longcat", "hy-worldplay-8b"):
             _flash_kmeans(bench, label, exact, rows, start)
+
+
+def _encode(bench: Bench, label: str, pair: list[Tensor], codecs: list, books: list, bits: float, note: str) -> None:
+    spans = codec.encode(codecs, pair, (bits, bits), books)
+    size = sum(x.nbytes for x in pair) + sum(span.nbytes for span in spans)
+    bench.add("encode", bench.backend, label, lambda: codec.encode(codecs, pair, (bits, bits), books), size, note=f"K and V, {note}")
+
+
+def _train(bench: Bench, label: str, pair: list[Tensor], codecs: list, earlier: list, note: str) -> None:
+    def train():
+        return codec.train(codecs, pair, [True, True], torch.Generator().manual_seed(0), earlier)
+
+    bench.add("train", bench.backend, label, train, note=f"K and V, {note}, with the host's time", ahead=False)
+    if bench.device.type == "cuda":
+        bench.rows.append(("train", bench.backend, label, kernel_microseconds(train), None, None, f"K and V, {note}, the kernels alone"))
+
+
+def _transform(bench: Bench, case: Case, label: str, pair: list[Tensor]) -> None:
+    layer = filled(replace(case, frames=case.chunk), TRANSFORM, bench.device).layers[0]
+    codecs, books = [side.codec for side in layer.sides], [side.book for side in layer.sides]
+    for bits in (1.25, 4):
+        _encode(bench, label, pair, codecs, books, bits, f"transform, {bits:g} bits")
+    _train(bench, label, pair, codecs, books, "transform, a later basis")
 
 
 def _flash_kmeans(bench: Bench, label: str, exact: Tensor, rows: Tensor, start: Tensor) -> None:

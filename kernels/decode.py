@@ -55,13 +55,15 @@ PROGRAM = 144
 @dataclass(frozen=True)
 class Tiling:
     """How a launch is cut. tokens: of a tile, so that a thread holds one octet, or two when it computes in halves. registers: the limit a
-    thread has, low enough that many threads are resident and none spills. `qvg bench kernels --only tune` measures alternatives.
+    thread has, low enough that many threads are resident and none spills. program: tokens of a program, if not PROGRAM.
+    `qvg bench kernels --only tune` measures alternatives.
     """
 
     tokens: int
     warps: int
     registers: int | None = None
     halves: bool = False
+    program: int | None = None
 
     @property
     def limits(self) -> dict[str, int]:
@@ -69,7 +71,7 @@ class Tiling:
 
     def share(self, frames: int) -> int:
         """Tiles of places that a program decodes in each of `frames` frames."""
-        return max(1, round(PROGRAM / (self.tokens * frames)))
+        return max(1, round((self.program or PROGRAM) / (self.tokens * frames)))
 
     @staticmethod
     def of(head_dim: int, name: str, bits: int = 2, major: int = 9, halves: bool = False) -> Tiling:
@@ -206,8 +208,8 @@ def _decode_tile(data, scales, ids, centroids, local, channel,
 
 
 @triton.jit
-def _apply_rope(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, OCTETS: tl.constexpr,
-            HALVES: tl.constexpr, NVIDIA: tl.constexpr):
+def apply_rope(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, OCTETS: tl.constexpr,
+               HALVES: tl.constexpr, NVIDIA: tl.constexpr):
     """RoPE on an octet. of_time, of_place: rows of the table of angles, in octets; the first TIME channel pairs rotate with time."""
     # the boundary may fall between the second and the third of an octet's four pairs
     left, right = of_place, of_place
@@ -232,8 +234,8 @@ def _apply_rope(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def _store(at, x, channel, up, part: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
-           NVIDIA: tl.constexpr):
+def store(at, x, channel, up, part: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+          NVIDIA: tl.constexpr):
     """Store a part of the tokens that `at` points to. up: in halves, the power of two that restores their size."""
     HALVES: tl.constexpr = PARTS == 2
     if HALVES and NVIDIA:
@@ -327,7 +329,7 @@ def decode_kernel(
                     found = found + (words[stage][part],)
                 x = dequantize_pairs(bits[part], scale[part], found, sizes, factors[part], BITS, STAGES, NVIDIA, NATIVE_E4M3)
             if not is_value:
-                x = _apply_rope(x, angles, of_time, of_place, octet, part, D, TIME, OCTETS, HALVES, NVIDIA)
+                x = apply_rope(x, angles, of_time, of_place, octet, part, D, TIME, OCTETS, HALVES, NVIDIA)
             at = out + local.to(tl.int64) * token_stride
-            _store(at, x, channel, factors[part][2] if HALVES else 1.0, part, dtype, D, TOKENS, PARTS, NVIDIA)
+            store(at, x, channel, factors[part][2] if HALVES else 1.0, part, dtype, D, TOKENS, PARTS, NVIDIA)
         frame, place, local = next_frame, next_place, next_local

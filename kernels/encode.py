@@ -157,13 +157,19 @@ def scales_kernel(roots, scales, other_scales, exponents, other_exponents, count
     row, side = tl.program_id(0).to(tl.int64), tl.program_id(1)
     roots += (side * tl.num_programs(0) + row) * count
     scales = tl.where(side == 0, scales, other_scales) + row * count
+    store_scales(roots, scales, tl.where(side == 0, exponents, other_exponents) + row, count, BLOCK)
+
+
+@triton.jit
+def store_scales(roots, scales, exponent_of_row, count, BLOCK: tl.constexpr):
+    """Scales of one row, float32 [count], to E4M3 bytes and their power of two."""
     place = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, BLOCK):
         root = tl.load(roots + start + place, mask=start + place < count, other=0.0)
         largest = tl.maximum(largest, tl.where(is_finite(root), root, 0.0))
     exponent = shared_exponent(tl.max(largest, axis=0))
-    tl.store(tl.where(side == 0, exponents, other_exponents) + row, exponent.to(tl.int8))
+    tl.store(exponent_of_row, exponent.to(tl.int8))
     for start in range(0, count, BLOCK):
         mask = start + place < count
         root = tl.load(roots + start + place, mask=mask, other=0.0)

@@ -44,7 +44,7 @@ SCALES = 8192
 START = 1.2
 
 # renamed in Triton 3.7
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -79,7 +79,7 @@ def _prepare_row(x, x_token, codes, units, channel_scale, words, rows, row, coun
         if stage == (0 if AHEAD else STAGES - 1):
             following = load_tokens(x, x_token, local, last, word)
     fence_async_shared()
-    _barrier()
+    barrier()
     if AHEAD:
         # after the fence, which would wait for these stores
         for stage in gl.static_range(STAGES):
@@ -129,7 +129,7 @@ def encode_kernel(
 
     tables, parts, factor, ones, following = _prepare_row(
         x, x_token, codes, units, channel_scale, words, rows, row, count, local, last, word, STAGES, BITS, D, C, N, T)
-    _barrier()
+    barrier()
     prefetch_tokens(x, x_token, T + local, last, T, D)
     start_turns(WARPS)
 
@@ -154,7 +154,7 @@ def encode_kernel(
             following = load_tokens(x, x_token, token + T, last, word)
 
     arrived += side * gl.num_programs(1) + row
-    _barrier()
+    barrier()
     if gl.atomic_add(arrived, 1, sem="acq_rel") == gl.num_programs(0) - 1:
         scales, exponents = gl.where(side == 0, scales, other_scales), gl.where(side == 0, exponents, other_exponents)
         total = tokens * GROUPS

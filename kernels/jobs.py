@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
 # kinds of spans
-PLANES, PAPER, INT8, PLAIN = (tl.constexpr(kind) for kind in range(4))
+PLANES, PAPER, INT8, PLAIN, TRANSFORM = (tl.constexpr(kind) for kind in range(5))
 
 # columns of a row: addresses, then sizes and positions, then strides in elements
-DATA = tl.constexpr(0)  # of up to four planes, or of packed codes or plain values in the first
+DATA = tl.constexpr(0)  # of up to four planes, or of packed codes, plain values or words in the first
 SCALES = tl.constexpr(4)
 ZEROS = tl.constexpr(5)
 IDS = tl.constexpr(6)
@@ -31,14 +32,17 @@ DATA_STRIDES = tl.constexpr(15)  # token, row
 SCALE_STRIDES = tl.constexpr(17)  # token, row
 ID_STRIDES = tl.constexpr(19)  # stage, token, row
 CENTROID_STRIDES = tl.constexpr(22)  # stage, row
-COLUMNS = tl.constexpr(24)
+MEAN = tl.constexpr(24)  # an address
+VECTORS = tl.constexpr(25)  # words of the matrices before the span's (`bit_vectors`)
+COLUMNS = tl.constexpr(26)
 
 
 @dataclass(frozen=True)
 class Kind:
     """What a span's kernel is compiled for.
 
-    code: PLANES, PAPER, INT8 or PLAIN. groups: scales of a token. zeros: whether a group has a zero point (paper, asymmetric).
+    code: PLANES, PAPER, INT8, PLAIN or TRANSFORM, for which `bits` is the number of words. groups: scales of a token. zeros: whether a
+    group has a zero point (paper, asymmetric).
     """
 
     code: int
@@ -46,6 +50,11 @@ class Kind:
     stages: int = 0
     groups: int = 1
     zeros: bool = False
+
+
+def send(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a table to the device. A copy from pageable memory would wait for all queued work."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from triton.runtime import JITFunction
 
 from .assign import assign, assign_kernel
 from .encode import encode
+from .encode_transform import encode_transform
 from .kmeans import kmeans
 from .reader import read, recover
 from .rotate import rotate, rotate_chunk
@@ -13,8 +14,8 @@ from .store import store
 from .update import update
 
 OPS = {
-    "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "rotate": rotate,
-    "rotate_chunk": rotate_chunk, "decode": read, "recover": recover,
+    "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "encode_transform": encode_transform,
+    "rotate": rotate, "rotate_chunk": rotate_chunk, "decode": read, "recover": recover,
 }
 # with TRITON_INTERPRET=1 kernels run in Python on the CPU, which only tests ask for
 FORCED_DEVICES = () if isinstance(assign_kernel, JITFunction) else ("cpu",)

@@ -20,6 +20,9 @@ from ..qvg.codec import planes
 from ..qvg.codec.paper import PaperSpan
 from ..qvg.codec.plain import PlainSpan
 from ..qvg.codec.qvg import PlaneSpan
+from ..qvg.codec.transform import TransformSpan
+from . import decode_transform
+from .bit_vectors import BitVectors
 from .decode import Tiling, computes_in_halves, decode_kernel
 from .jobs import (
     CENTROID_SCALE,
@@ -35,13 +38,17 @@ from .jobs import (
     ID_STRIDES,
     IDS,
     INT8,
+    MEAN,
     PAPER,
     PLAIN,
     PLANES,
     SCALE_STRIDES,
     SCALES,
+    TRANSFORM,
+    VECTORS,
     ZEROS,
     Kind,
+    send,
 )
 from .tiles import HEAD_DIMS, converts_e4m3, major, no_kernel_for, platform
 
@@ -96,10 +103,9 @@ class Reader:
         if head_dim not in HEAD_DIMS:
             raise Unsupported(no_kernel_for(head_dim))
         self._angles = angles or Angles(rope)
-        self._rope, self._platform, self._head_dim = rope, platform(torch.device(device)), head_dim
-        self._major = major(device)
-        self._dtype, self._device = dtype, torch.device(device)
-        self._halves = computes_in_halves(self._platform, self._major, dtype)
+        self._rope, self._head_dim, self._dtype, self._device = rope, head_dim, dtype, torch.device(device)
+        self._halves = computes_in_halves(platform(self._device), major(self._device), dtype)
+        self.on_hopper = decode_transform.on_hopper(head_dim, dtype, self._device)
         self._rows: dict[int, Row] = {}
         self._places: list[tuple[int, int, int]] | None = None
         self._launches: list[tuple[tuple, Kind, Tiling, int, int, int]] = []
@@ -115,7 +121,7 @@ class Reader:
             return
         self._places = None
         frame_tokens = self._rope.grid[0] * self._rope.grid[1]
-        kinds, kept, start = defaultdict(list), {}, 0
+        kinds, kept, start, vectors = defaultdict(list), {}, 0, BitVectors(self._head_dim, self._device)
         for key, value, frames, position in entries:
             tokens = frames * frame_tokens
             if tokens > MAX_TOKENS:
@@ -124,44 +130,58 @@ class Reader:
                 row = kept[id(span)] = self._row(span) or Row(weakref.ref(span), span.bits, *_describe(span, self._dtype, self._halves))
                 columns = row.columns.copy()
                 columns[FRAMES.value:FRAME.value + 1] = frames, start, is_value, position
+                if row.kind.code == TRANSFORM.value:
+                    columns[VECTORS.value] = vectors.add(span)
                 kinds[row.kind].append((columns, row.levels))
             start += tokens
         self._rows, self._launches = kept, []
         jobs = [job for same in kinds.values() for job in same]
         before = 0
         for kind, same in kinds.items():
-            tile = Tiling.of(self._head_dim, self._platform, kind.bits, self._major, self._halves and kind.code == PLANES.value)
+            tile = _tiling(kind, self._head_dim, self._dtype, self._device, self.on_hopper)
             variant = "decode", kind, self._head_dim, self._dtype, self._device
             before_launch(*variant)
             self._launches.append((variant, kind, tile, before, len(same), tile.share(max(columns[FRAMES.value] for columns, _ in same))))
             before += len(same)
         if jobs:
-            self._jobs = _send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64), self._device)
-            self._levels = _send(torch.tensor([levels for _, levels in jobs], dtype=torch.float32), self._device)
+            self._jobs = send(torch.tensor([columns for columns, _ in jobs], dtype=torch.int64), self._device)
+            self._levels = send(torch.tensor([levels for _, levels in jobs], dtype=torch.float32), self._device)
+            vectors.send()
             self._angles.reach(min(entry[3] for entry in entries), max(entry[3] + entry[2] for entry in entries) - 1, self._device)
-        self._places = places
+        self._vectors, self._places = vectors, places
 
     def __call__(self, heads: slice, all_heads: int, keys: Tensor, values: Tensor) -> None:
         """Write some heads of every span to keys and values [B, T, h, D]."""
         if keys.stride() != values.stride() or keys.stride(-1) != 1 or keys.dtype != self._dtype or values.dtype != self._dtype:
             raise Unsupported(f"keys and values must be {self._dtype} with equal strides, channels last")
         batch, _, count, _ = keys.shape
-        native, time = converts_e4m3(keys.device), self._rope.dims[0] // 2
-        height, width = self._rope.grid
+        places, vectors = self._rope.grid[0] * self._rope.grid[1], self._vectors.make(batch, heads, all_heads, self.on_hopper)
         for variant, kind, tile, first, spans, share in self._launches:
             launching(*variant)
-            decode_kernel[(triton.cdiv(height * width, share * tile.tokens), count, spans * batch)](
-                self._jobs, self._levels, self._angles.pairs if tile.halves else self._angles.table, keys, values,
-                first, heads.start, all_heads, batch, *keys.stride()[:3],
-                self._angles.origin, self._angles.frames, height * width, share,
-                KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
-                D=self._head_dim, TIME=time, TOKENS=tile.tokens, HALVES=tile.halves, NVIDIA=self._platform == "cuda", NATIVE_E4M3=native,
-                PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
+            _launch(kind, tile, (triton.cdiv(places, share * tile.tokens), count, spans * batch), self._head_dim, self._rope.dims[0] // 2, (
+                self._jobs, vectors if kind.code == TRANSFORM.value else self._levels,
+                self._angles.pairs if tile.halves else self._angles.table, keys, values, first, heads.start, all_heads, batch,
+                *keys.stride()[:3], self._angles.origin, self._angles.frames, places, share))
 
 
-def _send(table: Tensor, device: torch.device) -> Tensor:
-    # a copy from pageable memory would wait for all queued work of the device
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+def _tiling(kind: Kind, head_dim: int, dtype: torch.dtype, device: torch.device, on_hopper: bool) -> Tiling:
+    name, capability = platform(device), major(device)
+    if kind.code == TRANSFORM.value:
+        return decode_transform.tiling(kind.bits, head_dim, name, on_hopper)
+    return Tiling.of(head_dim, name, kind.bits, capability, kind.code == PLANES.value and computes_in_halves(name, capability, dtype))
+
+
+def _launch(kind: Kind, tile: Tiling, grid: tuple[int, int, int], head_dim: int, time: int, arguments: tuple) -> None:
+    """time: channel pairs that rotate with time. arguments: of the kernel, in order."""
+    device = arguments[0].device
+    native, shared = converts_e4m3(device), {"D": head_dim, "TIME": time, "num_warps": tile.warps, **tile.limits}
+    if kind.code == TRANSFORM.value:
+        decode_transform.launch(kind.bits, tile, grid, native, shared, arguments)
+    else:
+        decode_kernel[grid](
+            *arguments, KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros, TOKENS=tile.tokens,
+            HALVES=tile.halves, NVIDIA=platform(device) == "cuda", NATIVE_E4M3=native, PREFETCH=native and kind.code == PLANES.value,
+            **shared)
 
 
 def read(history: History, heads: slice, keys: Tensor, values: Tensor) -> None:
@@ -175,10 +195,12 @@ def read(history: History, heads: slice, keys: Tensor, values: Tensor) -> None:
     reader.update(history.held)
     try:
         reader(heads, history.heads, keys, values)
-    except BaseException:
+    except BaseException as error:
         # if one of several kinds failed, the next read must check all of them again
         history.memo.clear()
-        raise
+        if not isinstance(error, Exception) or not decode_transform.leave_hopper(reader.on_hopper, error, keys):
+            raise
+        read(history, heads, keys, values)
 
 
 def recover(spans: list, tables, like: Tensor) -> list[Tensor]:
@@ -192,21 +214,29 @@ def _recover(span, dtype: torch.dtype, device: torch.device) -> Tensor:
         raise Unsupported(no_kernel_for(dim))
     if tokens > MAX_TOKENS:
         raise Unsupported(f"a span of {tokens} tokens is longer than the {MAX_TOKENS} that the kernel's offsets allow")
-    name, capability = platform(device), major(device)
-    halves = computes_in_halves(name, capability, dtype) and isinstance(span, PlaneSpan)
-    kind, columns, levels = _describe(span, dtype, halves)
+    kind, columns, levels = _describe(span, dtype, computes_in_halves(platform(device), major(device), dtype))
     columns[FRAMES.value:FRAME.value + 1] = 1, 0, 1, 0
-    jobs, sizes = (_send(torch.tensor([row], dtype=of), device) for row, of in ((columns, torch.int64), (levels, torch.float32)))
-    tile = Tiling.of(dim, name, kind.bits, capability, halves)
-    share, native = tile.share(1), converts_e4m3(device)
+    jobs = send(torch.tensor([columns], dtype=torch.int64), device)
+    on_hopper = decode_transform.on_hopper(dim, dtype, device)
+    if kind.code == TRANSFORM.value:
+        vectors = BitVectors(dim, device)
+        vectors.add(span)
+        vectors.send()
+        levels = vectors.make(1, slice(0, rows), rows, on_hopper)
+    else:
+        levels = send(torch.tensor([levels], dtype=torch.float32), device)
+    tile = _tiling(kind, dim, dtype, device, on_hopper)
+    share = tile.share(1)
     out = torch.empty(1, tokens, rows, dim, dtype=dtype, device=device)
     before_launch("recover", kind, dim, dtype, device)
-    # values use no angles, so any table is valid
-    decode_kernel[(triton.cdiv(tokens, share * tile.tokens), rows, 1)](
-        jobs, sizes, jobs, out, out, 0, 0, rows, 1, *out.stride()[:3], 0, 0, tokens, share,
-        KIND=kind.code, BITS=kind.bits, STAGES=kind.stages, GROUPS=kind.groups, HAS_ZEROS=kind.zeros,
-        D=dim, TIME=axis_dims(dim)[0] // 2, TOKENS=tile.tokens, HALVES=tile.halves, NVIDIA=name == "cuda", NATIVE_E4M3=native,
-        PREFETCH=native and kind.code == PLANES.value, num_warps=tile.warps, **tile.limits)
+    try:
+        # values use no angles, so any table is valid
+        _launch(kind, tile, (triton.cdiv(tokens, share * tile.tokens), rows, 1), dim, axis_dims(dim)[0] // 2, (
+            jobs, levels, jobs, out, out, 0, 0, rows, 1, *out.stride()[:3], 0, 0, tokens, share))
+    except Exception as error:
+        if not decode_transform.leave_hopper(on_hopper and kind.code == TRANSFORM.value, error, out):
+            raise
+        return _recover(span, dtype, device)
     return out[0]
 
 
@@ -234,6 +264,11 @@ def _describe(span, dtype: torch.dtype, halves: bool) -> tuple[Kind, list[int], 
         columns[CENTROID_SCALE.value] = book.centroid_scale.data_ptr()
         columns[CHANNEL_SCALE.value] = book.channel_scale.data_ptr()
         columns[EXPONENTS.value] = span.exponents.data_ptr()
+    elif isinstance(span, TransformSpan):
+        if not all(part.is_contiguous() for part in span.tensors().values()):
+            raise Unsupported("the words of a span are not contiguous in memory")
+        kind, book, data, scales = Kind(TRANSFORM.value, span.words.shape[1]), span.codebook, [span.words], span.scales
+        columns[EXPONENTS.value], columns[MEAN.value] = span.exponents.data_ptr(), book.mean.data_ptr()
     elif isinstance(span, PaperSpan):
         book, data, scales = span.codebook, [span.codes.codes], span.codes.scales
         zeros = span.codes.zeros
@@ -255,5 +290,5 @@ def _describe(span, dtype: torch.dtype, halves: bool) -> tuple[Kind, list[int], 
     if kind.stages:
         columns[IDS.value], columns[CENTROIDS.value] = span.ids.data_ptr(), book.centroids.data_ptr()
         columns[ID_STRIDES.value:CENTROID_STRIDES.value] = span.ids.stride()
-        columns[CENTROID_STRIDES.value:COLUMNS.value] = book.centroids.stride()[:2]
+        columns[CENTROID_STRIDES.value:MEAN.value] = book.centroids.stride()[:2]
     return kind, columns, levels
