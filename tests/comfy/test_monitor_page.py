@@ -26,7 +26,7 @@ def files(tiny_model):
     pass
 
 
-def workflow(seed, length=45, block=3):
+def workflow(seed, length=45, block=3, preset="Balanced"):
     """The tiny template with another seed, so that nothing is cached; without its video, which takes several times as long to decode."""
     graph = json.loads(TEMPLATE.read_text())
     for node in graph["nodes"]:
@@ -38,6 +38,8 @@ def workflow(seed, length=45, block=3):
             node["widgets_values"][2] = length
         if node["type"] == "SamplerARVideo":
             node["widgets_values"] = [block]
+        if node["type"] == "QVGSettings":
+            node["widgets_values"][0] = preset
     return graph
 
 
@@ -60,12 +62,13 @@ def report_of(entry):
     return report
 
 
-@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
-def test_chart_moves_and_ends_at_the_servers_bytes(same_page, comfy, tmp_path_factory, modern):
+@pytest.mark.parametrize(("modern", "preset"), [(False, "Balanced"), (True, "Tiny")], ids=["classic", "nodes 2.0"])
+def test_chart_moves_and_ends_at_the_servers_bytes(same_page, comfy, tmp_path_factory, modern, preset):
+    """Also with fractions of a bit, whose areas have their names and order."""
     page = same_page
     page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", modern)
     page.wait_for_timeout(500)
-    before = start(page, comfy, workflow(100 + modern, length=93))
+    before = start(page, comfy, workflow(100 + modern, length=93, preset=preset))
     page.wait_for_function("document.querySelector('.qvg-monitor')?.dataset.phase === 'sampling'", timeout=120_000)
     seen = set()
     entry = None
@@ -84,7 +87,8 @@ def test_chart_moves_and_ends_at_the_servers_bytes(same_page, comfy, tmp_path_fa
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"monitor {'modern' if modern else 'classic'}.png")
     assert len(seen) > 3, "the chart stood still while the model sampled"
     assert shown["phase"] == "done" and shown["stored"] == now["stored_bytes"]
-    assert set(shown["areas"]) == {"codebooks", "workspace", *now["by_bits"]}
+    assert shown["areas"] == ["codebooks", *sorted(now["by_bits"], key=float), "workspace"]
+    assert all(f"{bits}-bit elements" in shown["text"] for bits in now["by_bits"]) and "codebooks and bases" in shown["text"]
     assert f"{now['ratio']:.1f}x" in shown["text"]
 
     page.reload(wait_until="domcontentloaded")

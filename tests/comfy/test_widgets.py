@@ -124,11 +124,16 @@ def test_settings_show_the_presets_numbers(canvas, comfy, tmp_path_factory):
 
 
 def test_graphs_that_people_have_open_as_they_were(page):
-    """Widgets of the templates, which were saved with "preset" and -1."""
+    """Widgets of the templates, which were saved with "preset" and -1, and of graphs from before there was the codec, the last of them."""
     saved = json.loads((TEMPLATES / "Self-Forcing - prompt schedule.json").read_text())
-    page.evaluate(LOAD, saved)
     (values,) = (node["widgets_values"] for node in saved["nodes"] if node["type"] == "QVGSettings")
-    assert knobs(page)["kept"][:len(values)] == values and knobs(page)["shown"]["window_frames"] == 12
+    del values[15:]
+    for preset, codec in (("Balanced", []), ("Tiny", []), ("Tiny", ["preset"]), ("Quality", ["qvg"])):
+        values[:] = [preset, *values[1:15], *codec]
+        page.evaluate(LOAD, saved)
+        now = knobs(page)
+        assert now["kept"] == [*values[:15], *(codec or ["preset"])] and now["shown"]["window_frames"] == 12
+        assert now["sent"]["codec"] == now["kept"][15]
 
 
 def test_the_panel_beside_the_graph_leaves_the_chart_on_its_node(canvas, tmp_path_factory):

@@ -33,8 +33,12 @@ class Knobs {
       widget.serializeValue = () => this.kept(widget)
     }
     for (const widget of node.widgets) if (!this.knobs.includes(widget)) chain(widget, "callback", () => this.show())
-    chain(node, "onConfigure", () => {
-      this.knobs.forEach((widget) => this.adopt(widget, true))
+    chain(node, "onConfigure", (data) => {
+      for (const widget of this.knobs) {
+        // in a graph from before there was this widget
+        if (!(node.widgets.indexOf(widget) in (data.widgets_values ?? []))) widget.value = unset(widget.name)
+        this.adopt(widget, true)
+      }
       this.show()
     })
     chain(node, "onSerialize", (data) => this.write(data))
