@@ -57,14 +57,18 @@ def train(x: Tensor, bits: int, previous: Basis | None) -> Basis:
     x = zero_nonfinite(x).float().transpose(0, 1)
     tokens, dim = x.shape[1:]
     mean, seen = x.mean(1), torch.full((1,), float(tokens), device=x.device)
-    second = torch.bmm(x.transpose(1, 2), x).div_(tokens)
+    x = x - mean[:, None]
+    covariance = torch.bmm(x.mT, x).div_(tokens)
     if previous is not None:
         before = previous.seen.clamp(max=MEMORY * tokens)
         seen = before + tokens
-        mean = mean.lerp(previous.mean.float(), before / seen)
-        second = second.lerp(_second_moment(previous), before / seen)
-    mean = mean.bfloat16()
-    variances, vectors = torch.linalg.eigh(second - _outer(mean))
+        share, moved = before / seen, previous.mean.float() - mean
+        covariance = covariance.lerp(_covariance(previous), share) + share * (1 - share) * _outer(moved)
+        mean = mean + share * moved
+    exact, mean = mean, mean.bfloat16()
+    # around the mean as it is stored
+    covariance += _outer(exact - mean.float())
+    variances, vectors = torch.linalg.eigh(covariance)
     variances, vectors = variances.flip(-1), vectors.flip(-1).mT
     least = LEAST_SHARE * variances.clamp(min=0).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
     deviation = torch.maximum(variances, least).sqrt().bfloat16()
@@ -79,14 +83,14 @@ def train(x: Tensor, bits: int, previous: Basis | None) -> Basis:
                  order.to(torch.uint8), seen)
 
 
-def _outer(mean: Tensor) -> Tensor:
-    return mean.float()[:, :, None] * mean.float()[:, None]
+def _outer(x: Tensor) -> Tensor:
+    return x[:, :, None] * x[:, None]
 
 
-def _second_moment(basis: Basis) -> Tensor:
+def _covariance(basis: Basis) -> Tensor:
     """float32 [R, D, D]"""
     scaled = basis.vectors.float() * basis.deviation.float()[..., None]
-    return torch.bmm(scaled.mT, scaled) + _outer(basis.mean)
+    return torch.bmm(scaled.mT, scaled)
 
 
 def _order(variances: Tensor) -> Tensor:
