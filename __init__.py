@@ -1,4 +1,4 @@
-"""ComfyUI-QuantVideoGen: long autoregressive video with a KV cache of about two bits per element."""
+"""ComfyUI-QuantVideoGen: long autoregressive video with a KV cache of one or two bits per element."""
 
 WEB_DIRECTORY = "./web"
 

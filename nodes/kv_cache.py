@@ -141,7 +141,7 @@ class QVGQuantizeKVCache(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QVGQuantizeKVCache", display_name="Quantize KV Cache (QVG)", category="QuantVideoGen",
-            description="Keeps the KV cache of an autoregressive video model in about two bits per element while it samples.",
+            description="Keeps the KV cache of an autoregressive video model in one or two bits per element while it samples.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg", "self forcing", "causal forcing"],
             inputs=[
                 io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), or LongCat-Video."),

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    root = Parser(prog="qvg", description="A KV cache of about two bits per element for autoregressive video models.")
+    root = Parser(prog="qvg", description="A KV cache of one or two bits per element for autoregressive video models.")
     commands = root.add_subparsers(required=True)
     for name, (module, text) in COMMANDS.items():
         # the benchmarks have help of their own
