@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from comfy_paths import REPOSITORY
-from comfyui_qvg.qvg.settings import PRESETS, QVGSettings, TensorSettings
+from comfyui_qvg.qvg.codec.qvg import QVGCodec
+from comfyui_qvg.qvg.settings import CODECS, PRESETS, QVGSettings, TensorSettings
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,27 @@ def test_every_shown_value_can_be_chosen(node):
         shown = node.values_of(settings)
         assert all(shown[knob] in options[knob] for knob in options.keys() & shown.keys() if (name, knob) != ("off", "codec"))
     assert options["codec"] == ["preset", "transform", "qvg", "paper"]
+
+
+def test_codecs_of_other_packs(node, changed):
+    """Are offered with their own bits, if they hold fewer than any codec can."""
+    class Other(QVGCodec):
+        name, widths = "other", (16, 8, 3.5)
+
+    class Exact(QVGCodec):
+        name, widths = "exact", (16,)
+
+    for codec in (Other(), Exact()):
+        CODECS.register(codec)
+    try:
+        options = {option.id: option.options for option in node.QVGSettingsNode.define_schema().inputs if hasattr(option, "options")}
+        assert "other" in options["codec"] and "exact" not in options["codec"]
+        assert options["key_bits"][-4:] == ["3.5", "4", "8", "16"]
+        found = changed("Quality", codec="other", key_bits="3.5", value_bits="3.5", sink_bits="8", recent_frames=0)
+        assert (found.codec, found.key.bits) == ("other", 3.5)
+    finally:
+        CODECS.remove("other")
+        CODECS.remove("exact")
 
 
 def test_fractions_of_a_bit(changed):
