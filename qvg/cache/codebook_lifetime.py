@@ -144,7 +144,7 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
             for span in leaving:
                 if ageing.holds_spare_bits(span, settings) and span.misfit and life.covers(span):
                     span.set_bits(*ageing.settled(span, settings), refit=True)
-    # spans that wait for a codebook have no planes to lose, and `limits.limits` keeps space for them
+    # spans that wait for a codebook have no bits to lose, and `limits.limits` keeps space for them
     share = layer.share if life.trained or not needs else Limits(cap_frames=layer.share.cap_frames)
     new = 0 if share.layer_bytes is None else entry_bytes(layer.geometry, settings, frames, bits, layer.itemsize)
     ageing.enforce_limits(layer.spans, newest, settings, share, new, layer.held, layer.evict)

@@ -153,7 +153,7 @@ class Codec(ABC):
     def check_heads(self, tensor: TensorSettings, head_dim: int) -> None:
         """Raises ValueError with a sentence when the codec cannot keep heads of so many channels."""
         if head_dim % 8:
-            raise ValueError(f"A byte of a plane holds 8 channels, so a head dim of {head_dim} cannot be packed; "
+            raise ValueError(f"A byte holds bits of 8 channels, so a head dim of {head_dim} cannot be packed; "
                              "it must be a multiple of 8.")
         tensor.groups(head_dim)
 

@@ -37,7 +37,7 @@ def require_int(name: str, value, low: int, high: int, hint: str = "") -> None:
 class TensorSettings:
     """How K or V alone is stored. Raises ValueError with a sentence for a value outside the limits.
 
-    bits: bits per element, of which each codec holds some (`Codec.widths`): 1 to 4 planes, or fractions of a bit with the transform codec;
+    bits: bits per element, of which each codec holds some (`Codec.widths`): 1 to 4, and fractions of a bit with the transform codec;
         8 or 16 for plain storage without codebooks.
     stages: codebooks subtracted one after the other (0 to 4), paper section 4.2.
     centroids: entries of each codebook (1 to 256); fewer are used where a codebook would be trained on too few tokens each.
