@@ -81,7 +81,7 @@ class Knobs {
   }
 
   text() {
-    if (this.preset.value === "Off") return say("settingsOff")
+    if (this.preset.value === "Off" && !this.own.size) return say("settingsOff")
     const now = Object.fromEntries(this.node.widgets.map((widget) => [widget.name, widget.value]))
     const lines = [say(WITH_CODEBOOKS.includes(now.codec) ? "settingsOld" : "settingsOldBits", now)]
     if (now.sink_frames) lines.push(say("settingsFirst", now))

@@ -33,7 +33,7 @@ export const ENGLISH = {
   elements: "{bits}-bit elements",
   pressure: "The KV cache will need {need}, but {free} are free. Choose a smaller preset in QVG Settings, set a budget there, or make the video shorter.",
   pressureTitle: "KV cache may not fit",
-  settingsOff: "The model's own cache. The settings below have no effect.",
+  settingsOff: "The model's own cache.",
   settingsOld: "Old frames: keys in {key_bits} bits, values in {value_bits}; {stages} stages of {centroids} centroids, one scale per {group_size} channels.",
   settingsOldBits: "Old frames: keys in {key_bits} bits, values in {value_bits}; codec {codec}.",
   settingsFirst: "First {sink_frames} latent frames: {sink_bits} bits.",
