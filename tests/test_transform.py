@@ -130,7 +130,7 @@ def test_misfit_is_one_on_the_training_and_grows_with_what_is_left(book):
     fit, broken = codec().encode(tokens(), 2, book).misfit().tolist()
     assert fit == pytest.approx(1, abs=0.02) and broken == fit
     # other tokens of the same kind, and tokens of another mixture
-    assert codec().encode(tokens(seed=5), 2, book).misfit()[0] < 1.2
+    assert codec().encode(tokens(seed=5), 2, book).misfit()[0] < 1.5
     other = tokens().roll(5, dims=2)
     assert codec().encode(other, 2, book).misfit()[0] > 3
 

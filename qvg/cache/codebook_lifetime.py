@@ -30,7 +30,7 @@ from ..registry import CODECS
 from ..settings import PLAIN_BITS, QVGSettings
 from . import ageing
 from .ageing import Limits
-from .codebooks import WAITING_BITS, keeps_spare_bits, may_wait
+from .codebooks import WAITING_BITS, keeps_spare_bits, may_wait, too_few
 from .geometry import Geometry
 from .sizes import entry_bytes
 
@@ -68,7 +68,6 @@ class Rules:
         self.waiting_bits = tuple(tuple(max(width, WAITING_BITS) if needed else width for width, needed in zip(*pair))
                                   for pair in zip(self.bits, self.needs))
         self.may_wait = may_wait(settings, geometry)
-        self.largest = max((tensor.centroids for tensor in (settings.key, settings.value) if tensor.bits not in PLAIN_BITS), default=0)
         self.keeps = keeps_spare_bits(settings)
         self._sizes: dict[tuple[int, bool], int] = {}
         self._settings = settings
@@ -129,7 +128,7 @@ def arrive(layer: Layer, first: int, frames: int, whole: tuple[int, int], train:
         helpers, leaving = _helpers(layer, whole[0]), ageing.settling(layer.spans, newest, settings, begin)
         tokens = (whole[1] + sum([span.frames for span in helpers])) * layer.geometry.frame_tokens
         size = rules.size(tokens, sink)
-        if waiting and _waits(layer, sum(whole), size, leaving, sink):
+        if waiting and _waits(layer, sum(whole), tokens, leaving, sink):
             bits = rules.waiting_bits[sink]
         else:
             if _renews(layer, first, sum(whole), size, leaving):
@@ -179,8 +178,8 @@ def _helpers(layer: Layer, first: int) -> list[Span]:
     return layer.spans[start:]
 
 
-def _waits(layer: Layer, stop: int, size: int, leaving: list[Span], sink: bool) -> bool:
-    if layer.life.trained or not layer.rules.may_wait or size >= layer.rules.largest:
+def _waits(layer: Layer, stop: int, tokens: int, leaving: list[Span], sink: bool) -> bool:
+    if layer.life.trained or not layer.rules.may_wait or not too_few(layer.settings, tokens, layer.geometry.head_dim):
         return False
     return stop < layer.settings.sink_frames if sink else bool(layer.settings.recent_frames) and not leaving
 

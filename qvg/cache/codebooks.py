@@ -29,8 +29,13 @@ def waiting_frames(settings: QVGSettings, geometry: Geometry, chunk_frames: int)
 
 def may_wait(settings: QVGSettings, geometry: Geometry) -> bool:
     """Whether a frame has too few tokens for a codebook, so that spans may wait as int8; see `codebook_lifetime`."""
+    return too_few(settings, geometry.frame_tokens, geometry.head_dim)
+
+
+def too_few(settings: QVGSettings, tokens: int, dim: int) -> bool:
+    """Whether so many tokens of a head are too few for a codebook of K or of V."""
     codec = CODECS[settings.codec]
-    return any(tensor.bits not in PLAIN_BITS and codec.waits(tensor, geometry.frame_tokens) for tensor in (settings.key, settings.value))
+    return any(tensor.bits not in PLAIN_BITS and codec.waits(tensor, tokens, dim) for tensor in (settings.key, settings.value))
 
 
 def keeps_spare_bits(settings: QVGSettings) -> bool:

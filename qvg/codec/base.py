@@ -182,7 +182,7 @@ class Codec(ABC):
         """Size of a codebook that is trained on so many tokens of a head."""
         return 0
 
-    def waits(self, tensor: TensorSettings, tokens: int) -> bool:
+    def waits(self, tensor: TensorSettings, tokens: int, dim: int) -> bool:
         """Whether so few tokens are better kept as int8 until more of them can train a codebook."""
         return False
 

@@ -141,7 +141,7 @@ class QVGCodec(PlainCodec):
         """Centroids of a stage. With fewer tokens a centroid, a codebook memorizes its tokens instead of finding what they share."""
         return max(1, min(tensor.centroids, tokens // TOKENS_PER_CENTROID))
 
-    def waits(self, tensor: TensorSettings, tokens: int) -> bool:
+    def waits(self, tensor: TensorSettings, tokens: int, dim: int) -> bool:
         return bool(tensor.stages) and self.book_size(tensor, tokens) < tensor.centroids
 
     def book_parts(self, tensor: TensorSettings, size: int | range, rows: int, dim: int) -> dict[str, Part]:

@@ -31,6 +31,11 @@ from .uniform import DEEPEST, REACHES
 WORD = 16
 # an id of a component is a byte
 MOST_CHANNELS = 256
+# with fewer tokens for each channel, a basis fits them alone
+TOKENS_PER_CHANNEL = 4
+# what a basis leaves beyond what it left in training counts this many times, so that one that leaves a fifth more is replaced: unlike
+# centroids it takes next to no bytes, and there is no search
+STRICTNESS = 2.5
 # powers of two that are normal numbers of float32
 EXPONENTS = (-126, 127)
 
@@ -77,7 +82,7 @@ class TransformSpan(Span):
         return _decode([self], rows)
 
     def misfit(self) -> Tensor:
-        fit = self.fit.mean()
+        fit = 1 + STRICTNESS * (self.fit.mean() - 1)
         return torch.stack([fit, torch.where((self.scales == e4m3.NAN).any(), torch.nan, fit)])
 
 
@@ -104,6 +109,9 @@ class TransformCodec(PlainCodec):
 
     def book_size(self, tensor: TensorSettings, tokens: int) -> int:
         return Basis.size
+
+    def waits(self, tensor: TensorSettings, tokens: int, dim: int) -> bool:
+        return tokens < TOKENS_PER_CHANNEL * dim
 
     def book_parts(self, tensor: TensorSettings, size: int | range, rows: int, dim: int) -> dict[str, Part]:
         half = torch.bfloat16
