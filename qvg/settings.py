@@ -126,22 +126,19 @@ class QVGSettings:
         return QVGSettings(**fields, **tensors)
 
 
+def _transformed(name: str, bits: float, sink_bits: float, recent_bits: float) -> QVGSettings:
+    tensor = TensorSettings(bits=bits, stages=0)
+    return QVGSettings(name=name, codec="transform", key=tensor, value=tensor, sink_bits=sink_bits, recent_bits=recent_bits)
+
+
 PRESETS = {
     "off": QVGSettings(
         name="off", codec="plain", key=TensorSettings(bits=16, stages=0), value=TensorSettings(bits=16, stages=0),
         sink_frames=0, recent_frames=0, sink_bits=16, recent_bits=16),
-    "quality": QVGSettings(
-        name="quality", key=TensorSettings(bits=4, stages=2, group=64), value=TensorSettings(bits=4, stages=2, group=64),
-        sink_bits=16),
-    "balanced": QVGSettings(
-        name="balanced", key=TensorSettings(stages=2, centroids=128, group=128),
-        value=TensorSettings(stages=2, centroids=128, group=128)),
-    "smallest": QVGSettings(
-        name="smallest", key=TensorSettings(bits=1, stages=2, centroids=128, group=128),
-        value=TensorSettings(bits=1, stages=2, centroids=128, group=128), codebook_frames=48),
-    "tiny": QVGSettings(
-        name="tiny", codec="transform", key=TensorSettings(bits=0.5, stages=0), value=TensorSettings(bits=0.5, stages=0), sink_bits=2,
-        recent_bits=2),
+    "quality": _transformed("quality", 2.5, 16, 4),
+    "balanced": _transformed("balanced", 1.25, 4, 4),
+    "smallest": _transformed("smallest", 0.75, 3, 3),
+    "tiny": _transformed("tiny", 0.5, 2, 2),
     "paper": QVGSettings(
         name="paper", codec="paper", key=TensorSettings(group=64), value=TensorSettings(group=64),
         sink_frames=0, recent_frames=0, iterations=2, codebook_frames=1),

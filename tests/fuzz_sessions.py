@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfyui_qvg.benchmarks import soak
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
@@ -153,8 +154,8 @@ class Sessions:
 
     def _causal(self):
         made = {name: PRESETS[name].both(centroids=4) for name in PRESETS} | {
-            "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, codebook_frames=3),
-            "plain": replace(PRESETS["balanced"].both(centroids=4), recent_bits=16, sink_bits=8, sink_frames=3),
+            "window": replace(PLANES["balanced"].both(centroids=4), window_frames=3, sink_frames=1, codebook_frames=3),
+            "plain": replace(PLANES["balanced"].both(centroids=4), recent_bits=16, sink_bits=8, sink_frames=3),
             "asymmetric": PRESETS["paper"].both(centroids=4, symmetric=False)}
         for number, settings in enumerate(made.values()):
             sampler, parts = self.sampler(settings, conditions=1 + number % 2), []

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.rope import Rope
@@ -15,7 +16,6 @@ from comfyui_qvg.qvg.backends import Backend, launches, registry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.codec import kmeans, smoothing
 from comfyui_qvg.qvg.commands import cli
-from comfyui_qvg.qvg.settings import PRESETS
 
 X, TABLE = torch.randn(2, 30, 64), torch.randn(2, 5, 64)
 
@@ -285,7 +285,7 @@ def test_a_kind_of_span_that_fails_is_the_one_given_up(monkeypatch):
 
     monkeypatch.setattr(reader, "decode_kernel", Broken())
     assert ops.OPS["decode"] is reader.read
-    settings = replace(PRESETS["balanced"], sink_frames=1, sink_bits=4, recent_frames=0)
+    settings = replace(PLANES["balanced"], sink_frames=1, sink_bits=4, recent_frames=0)
     found = []
     for variant in (settings, replace(settings, sink_frames=0)):
         cache = KVCache(variant, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
@@ -304,7 +304,7 @@ def test_the_bytes_of_a_cache_come_with_its_backends_and_their_reasons():
     found = {}
     for dim in (48, 64):
         # one centroid, so that no span waits for more tokens
-        settings = PRESETS["balanced"].both(group=16, centroids=1)
+        settings = PLANES["balanced"].both(group=16, centroids=1)
         cache = KVCache(settings, layers=1, heads=1, head_dim=dim, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32)
         for frame in range(2):
             q, k, v = torch.randn(3, 1, 4, 1, dim, device=DEVICE)
@@ -350,7 +350,7 @@ def test_listeners_hear_of_a_kernel_before_it_is_compiled(fresh):
 
 def test_listeners_hear_of_every_variant_of_a_video_once(fresh):
     """Older frames are decoded by another variant, in the middle of a run."""
-    settings = replace(PRESETS["balanced"], sink_frames=1, recent_frames=1)
+    settings = replace(PLANES["balanced"], sink_frames=1, recent_frames=1)
     cache = KVCache(settings, layers=1, heads=1, head_dim=64, grid=(2, 2), rope=Rope, device=DEVICE, dtype=torch.float32, chunk_frames=1)
     said = []
     with backends.force("triton"), backends.on_compile(said.append):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.functions import sdpa
@@ -142,13 +143,13 @@ def run(settings, frames=15, chunk=3, store=True, seed=0, **kwargs):
     return cache, torch.cat(outs, dim=1)
 
 
-CASES = {name: PRESETS[name] for name in PRESETS} | {
-    "sink inside a chunk": replace(PRESETS["balanced"], sink_frames=1, sink_bits=16),
-    "recent plain": replace(PRESETS["balanced"], recent_bits=16),
-    "window": replace(PRESETS["balanced"], window_frames=4),
-    "short epochs": replace(PRESETS["smallest"], codebook_frames=3),
-    "budget": replace(PRESETS["quality"], budget_gib=1_300_000 / GIB, sink_frames=0),
-    "value plain": replace(PRESETS["balanced"], value=TensorSettings(bits=8)),
+CASES = PRESETS | {f"{name} planes": settings for name, settings in PLANES.items()} | {
+    "sink inside a chunk": replace(PLANES["balanced"], sink_frames=1, sink_bits=16),
+    "recent plain": replace(PLANES["balanced"], recent_bits=16),
+    "window": replace(PLANES["balanced"], window_frames=4),
+    "short epochs": replace(PLANES["smallest"], codebook_frames=3),
+    "budget": replace(PLANES["quality"], budget_gib=1_300_000 / GIB, sink_frames=0),
+    "value plain": replace(PLANES["balanced"], value=TensorSettings(bits=8)),
 }
 
 
@@ -165,13 +166,13 @@ def test_forecast_is_exact(name, frames, chunk, misfit, monkeypatch):
         assert stats.peak_bytes <= CASES[name].budget_gib * GIB
 
 
-@pytest.mark.parametrize("name", ["quality", "balanced", "smallest"])
+@pytest.mark.parametrize("name", ["quality", "balanced", "smallest", "quality planes", "balanced planes", "smallest planes"])
 def test_a_budget_that_is_accepted_is_kept(name):
     """Down to the smallest budget that is not refused, whatever is kept wider for a while."""
     kept = 0
     for chunk, sink, recent in product((1, 3), (0, 3), (0, 3)):
-        for mebi, misfit in product((1.5, 2, 2.5, 3, 4, 6), (False, True)):
-            settings = replace(PRESETS[name], sink_frames=sink, recent_frames=recent, budget_gib=mebi / 1024)
+        for mebi, misfit in product((1.5, 2, 2.5, 3, 4, 6, 8, 12), (False, True)):
+            settings = replace(CASES[name], sink_frames=sink, recent_frames=recent, budget_gib=mebi / 1024)
             try:
                 planned = forecast(settings, Geometry(6, 2, 128, (8, 12)), 60, chunk, itemsize=4, misfit=misfit)
             except ValueError:
@@ -184,10 +185,12 @@ def test_a_budget_that_is_accepted_is_kept(name):
 def test_accounting_at_self_forcing_geometry():
     """The ratios that the presets are made for: 30 layers, 12 heads of 128, 1560 tokens a frame, 180 latent frames."""
     geometry = Geometry(30, 12, 128, (30, 52), buffers=2)
-    bare = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
+    bare = replace(PLANES["balanced"], sink_frames=0, recent_frames=0)
     assert forecast(bare, geometry, 180).stored_ratio >= 7.0
-    assert forecast(PRESETS["balanced"], geometry, 180).peak_ratio >= 6.0
-    assert forecast(PRESETS["smallest"], geometry, 180).stored_ratio >= 10
+    assert forecast(PLANES["balanced"], geometry, 180).peak_ratio >= 6.0
+    assert forecast(PLANES["smallest"], geometry, 180).stored_ratio >= 10
+    for name, ratio in (("quality", 5.6), ("balanced", 11), ("smallest", 17), ("tiny", 24)):
+        assert forecast(PRESETS[name], geometry, 180).stored_ratio >= ratio
 
 
 def test_off_is_exact_attention():
@@ -205,7 +208,7 @@ def test_more_planes_come_closer():
     exact = run(PRESETS["off"])[1]
     errors = []
     for bits in (1, 2, 3, 4):
-        settings = replace(PRESETS["balanced"].both(bits=bits), sink_frames=0, recent_frames=0)
+        settings = replace(PLANES["balanced"].both(bits=bits), sink_frames=0, recent_frames=0)
         errors.append((run(settings)[1] - exact).square().mean().item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
@@ -228,7 +231,7 @@ def test_free_gives_everything_back():
     ({"codec": "zip"}, "choose one of")])
 def test_impossible_settings_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
-        replace(PRESETS["balanced"], **change)
+        replace(PLANES["balanced"], **change)
 
 
 def test_small_budget_is_refused():

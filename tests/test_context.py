@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.catalogue import MODELS
-from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
+from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.units import GIB
 
 GEOMETRY = Geometry(layers=2, heads=4, head_dim=32, grid=(4, 6))
@@ -40,7 +41,7 @@ def test_the_forecast_is_what_is_held(preset, given, new):
 
 
 def test_a_budget_narrows_and_then_refuses():
-    balanced = QVGSettings.preset("balanced")
+    balanced = PLANES["balanced"]
     wide = forecast_context(context_settings(balanced.both(bits=4), GEOMETRY, 5, 2), GEOMETRY, 5, 2).peak_bytes
     narrow = context_settings(replace(balanced.both(bits=4), budget_gib=(wide - 1) / GIB), GEOMETRY, 5, 2)
     assert (narrow.key.bits, narrow.value.bits) == (3, 3)
@@ -53,7 +54,7 @@ def test_a_budget_narrows_and_then_refuses():
 def test_longcat_at_every_context(given):
     """Up to 19 given latent frames at 832 x 480 stay within 3.6 GiB with Balanced, the workspace of a GPU included."""
     geometry = replace(MODELS["longcat"].geometry(), buffers=2)
-    settings = context_settings(QVGSettings.preset("balanced"), geometry, given, 24 - given)
+    settings = context_settings(PLANES["balanced"], geometry, given, 24 - given)
     found = forecast_context(settings, geometry, given, 24 - given)
     assert (settings.recent_frames, settings.recent_bits) == (3, 3)
     assert found.bf16_bytes == given * 1170 << 20
@@ -66,7 +67,7 @@ def test_longcat_at_every_context(given):
 def test_the_newest_frames_hold_one_plane_more(changes, recent):
     """Only where recent frames are asked to hold more than old ones; sinks and windows are left out."""
     changes = dict(changes)
-    balanced = QVGSettings.preset("balanced")
+    balanced = PLANES["balanced"]
     if "bits" in changes:
         balanced = balanced.both(bits=changes.pop("bits"))
     if "value_bits" in changes:
@@ -77,14 +78,17 @@ def test_the_newest_frames_hold_one_plane_more(changes, recent):
 
 
 def test_presets_without_planes_are_stored_whole():
-    for name in ("off", "quality", "paper"):
-        assert context_settings(PRESETS[name], GEOMETRY, 8, 2).recent_frames == 0
+    for settings in (PRESETS["off"], PLANES["quality"], PRESETS["paper"]):
+        assert context_settings(settings, GEOMETRY, 8, 2).recent_frames == 0
+    # a bit more than 1.25 is 2.5, the next that the codec holds
+    found = context_settings(PRESETS["balanced"], GEOMETRY, 8, 2)
+    assert (found.key.bits, found.recent_bits, found.recent_frames) == (1.25, 2.5, 3)
 
 
 @pytest.mark.parametrize("given", [2, 3, 8])
 def test_old_given_frames_are_what_they_were_without_recent_ones(given):
     """One codebook serves both spans; the newest three are nearer to what was stored, the others equal to the bit."""
-    settings = context_settings(QVGSettings.preset("balanced"), GEOMETRY, given, 2)
+    settings = context_settings(PLANES["balanced"], GEOMETRY, given, 2)
     plain = replace(settings, recent_frames=0)
     draw = torch.Generator().manual_seed(0)
     shape = 1, given * GEOMETRY.frame_tokens, GEOMETRY.heads, GEOMETRY.head_dim
@@ -107,7 +111,7 @@ def test_old_given_frames_are_what_they_were_without_recent_ones(given):
 
 
 def test_a_budget_gives_the_newest_frames_up_before_a_plane_of_all():
-    balanced = QVGSettings.preset("balanced")
+    balanced = PLANES["balanced"]
     whole = forecast_context(context_settings(balanced, GEOMETRY, 8, 2), GEOMETRY, 8, 2).peak_bytes
     found = context_settings(replace(balanced, budget_gib=(whole - 1) / GIB), GEOMETRY, 8, 2)
     assert (found.key.bits, found.value.bits, found.recent_frames) == (2, 2, 0)

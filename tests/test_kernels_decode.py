@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.functions import sdpa
@@ -66,7 +67,7 @@ def test_rotate_some_heads():
     assert_close([[found] for found in both(rotate, x, angles.cos(), angles.sin())], torch.float32)
 
 
-QVG = PRESETS["balanced"]
+QVG = PLANES["balanced"]
 BARE = replace(QVG, sink_frames=0, recent_frames=0)
 PAPER = PRESETS["paper"]
 TRANSFORM = replace(QVG, codec="transform").both(bits=1.25, stages=0)

@@ -4,15 +4,18 @@ Everything runs on a CPU with plain host tensors; on a GPU the same tests run ov
 """
 
 import gc
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.cached import CachedAttention
 from comfyui_qvg.qvg.attention.functions import sdpa
 from comfyui_qvg.qvg.attention.rope import Rope
+from comfyui_qvg.qvg.cache import codebook_lifetime
 from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.geometry import Geometry, buffers_on
@@ -30,7 +33,8 @@ pytestmark = [pytest.mark.usefixtures("poison"), *([pytest.mark.gpu] if ON_GPU e
 
 
 # small codebooks, which take little time and are not what is tested
-SMALL = {name: replace(PRESETS[name].both(centroids=4), iterations=1) for name in PRESETS}
+SMALL = {name: replace(settings.both(centroids=4), iterations=1) for name, settings in {
+    **PRESETS, **{f"{name} planes": settings for name, settings in PLANES.items()}}.items()}
 CASES = SMALL | {
     "sink inside a chunk": replace(SMALL["balanced"], sink_frames=1, sink_bits=16),
     "recent plain": replace(SMALL["balanced"], recent_bits=16),
@@ -86,7 +90,8 @@ def test_offloaded_spans_give_the_same_numbers(name, layers, batch):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("frames", "chunk"), [(15, 3), (7, 1), (8, 3)])
-def test_the_forecast_is_exact(name, frames, chunk):
+def test_the_forecast_is_exact(name, frames, chunk, monkeypatch):
+    monkeypatch.setattr(codebook_lifetime, "LARGEST_MISFIT", math.inf)
     settings = replace(CASES[name], offload=True)
     cache = cache_of(settings, frames, chunk)
     run(cache, frames, chunk)
@@ -101,16 +106,17 @@ def test_the_forecast_is_exact(name, frames, chunk):
 def test_the_device_holds_two_layers():
     """At the shape of Self-Forcing, 180 latent frames: what it takes with and without, and the host's part."""
     geometry = Geometry(30, 12, 128, (30, 52), buffers=2)
-    resident = forecast(PRESETS["balanced"], geometry, 180)
-    planned = forecast(replace(PRESETS["balanced"], offload=True), geometry, 180)
+    resident = forecast(PLANES["balanced"], geometry, 180)
+    planned = forecast(replace(PLANES["balanced"], offload=True), geometry, 180)
     layer = resident.stored_bytes / 30
     assert planned.peak_bytes < resident.workspace_bytes + 3 * layer + 0.06 * resident.stored_bytes
     assert 0.93 * resident.stored_bytes < planned.host_bytes < 1.02 * resident.stored_bytes
 
 
-@pytest.mark.parametrize("name", ["quality", "balanced", "smallest"])
-def test_budgets_of_device_and_host_are_kept(name):
+@pytest.mark.parametrize("name", ["quality", "balanced", "smallest", "quality planes", "balanced planes", "smallest planes"])
+def test_budgets_of_device_and_host_are_kept(name, monkeypatch):
     """Down to the smallest that are not refused. The cache obeys, and is what was forecast."""
+    monkeypatch.setattr(codebook_lifetime, "LARGEST_MISFIT", math.inf)
     free = replace(SMALL[name], offload=True, sink_frames=2, sink_bits=4, codebook_frames=9)
     geometry = Geometry(3, HEADS, DIM, GRID, buffers=buffers_on(DEVICE.type, HEADS))
     whole, kept = forecast(free, geometry, 24, 3, itemsize=4), 0
@@ -136,7 +142,7 @@ def test_budgets_of_device_and_host_are_kept(name):
 @pytest.mark.parametrize("limit", [{"budget_gib": 0.0001}, {"host_gib": 0.00001}])
 def test_limits_that_hold_nothing_are_refused(limit):
     with pytest.raises(ValueError, match=r"GiB.* is too small: the first frames"):
-        cache_of(replace(PRESETS["balanced"], offload=True, **limit), 15)
+        cache_of(replace(PLANES["balanced"], offload=True, **limit), 15)
 
 
 def test_a_host_limit_needs_offload():
@@ -177,7 +183,7 @@ def test_a_buffer_grows_where_the_length_is_unknown():
 def test_a_context_is_offloaded_as_it_is_forecast():
     """A rebuilt context (LongCat-Video) is one span a layer, whose staging is no larger than that span."""
     geometry = Geometry(4, HEADS, DIM, GRID)
-    settings = context_settings(replace(PRESETS["balanced"], offload=True), geometry, 4, 8, DTYPE.itemsize)
+    settings = context_settings(replace(PLANES["balanced"], offload=True), geometry, 4, 8, DTYPE.itemsize)
     outs = []
     for chosen in (replace(settings, offload=False), settings):
         cache = KVCache(chosen, layers=4, heads=HEADS, head_dim=DIM, grid=GRID, rope=Rope, device=DEVICE, dtype=DTYPE, max_frames=12,
@@ -188,7 +194,7 @@ def test_a_context_is_offloaded_as_it_is_forecast():
     assert torch.equal(outs[1], outs[4]) and torch.equal(outs[2], outs[5])
     planned = forecast_context(settings, cache.geometry, 4, 8, DTYPE.itemsize)
     assert (cache.stats().peak_bytes, cache.stats().host_bytes) == (planned.peak_bytes, planned.host_bytes)
-    narrow = context_settings(replace(PRESETS["quality"], offload=True, host_gib=planned.host_bytes / GIB), geometry, 4, 8)
+    narrow = context_settings(replace(PLANES["quality"], offload=True, host_gib=planned.host_bytes / GIB), geometry, 4, 8)
     assert (narrow.key.bits, narrow.value.bits) == (2, 2)
     with pytest.raises(ValueError, match=r"limit of .* GiB for offloaded spans is too small"):
         context_settings(replace(settings, host_gib=1000 / GIB), geometry, 4, 8)
@@ -267,7 +273,7 @@ def test_late_copies_change_nothing(slow, backend, monkeypatch):
     found = []
     with backends.force(backend):
         for offload in (False, True):
-            settings = replace(PRESETS["balanced"], offload=offload, window_frames=6, recent_bits=16)
+            settings = replace(PLANES["balanced"], offload=offload, window_frames=6, recent_bits=16)
             cache = KVCache(settings, layers=4, heads=12, head_dim=64, grid=GRID, rope=Rope, device=DEVICE, dtype=DTYPE, max_frames=24)
             outs = []
             for start in range(0, 24, 3):
@@ -297,7 +303,7 @@ def test_memory_that_cannot_be_pinned_serves_all_the_same(monkeypatch, caplog):
 @pytest.mark.skipif(not ON_GPU, reason="device memory is that of a GPU")
 def test_device_memory_is_what_is_counted():
     """Bytes that torch holds on the GPU when a video is made, against the count; the host's bytes are not among them."""
-    settings = replace(PRESETS["balanced"], offload=True)
+    settings = replace(PLANES["balanced"], offload=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     cache = KVCache(settings, layers=8, heads=12, head_dim=128, grid=(15, 26), rope=Rope, device=DEVICE, dtype=DTYPE, max_frames=60)

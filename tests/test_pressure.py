@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.backends.memory import ran_out
 from comfyui_qvg.qvg.cache.forecast import forecast
@@ -17,7 +18,7 @@ from comfyui_qvg.qvg.units import GIB
 from comfyui_qvg.qvg.video import Adapted, CachedNetwork, ChunkDone, Condition, Run, Sampler, guided
 
 HEADS, DIM = 8, 64
-SETTINGS = replace(PRESETS["quality"].both(centroids=4), sink_frames=1, iterations=1)
+SETTINGS = replace(PLANES["quality"].both(centroids=4), sink_frames=1, iterations=1)
 
 
 def too_much() -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
@@ -51,8 +52,8 @@ def go(made, stop=None):
 
 
 SETTINGS = {name: PRESETS[name].both(centroids=4) for name in PRESETS} | {
-    "window": replace(PRESETS["balanced"].both(centroids=4), window_frames=3, sink_frames=1, codebook_frames=3),
-    "recent plain": replace(PRESETS["balanced"].both(centroids=4), recent_bits=16, sink_frames=0),
+    "window": replace(PLANES["balanced"].both(centroids=4), window_frames=3, sink_frames=1, codebook_frames=3),
+    "recent plain": replace(PLANES["balanced"].both(centroids=4), recent_bits=16, sink_frames=0),
     "fractions": replace(PRESETS["tiny"], key=TensorSettings(bits=1.25), value=TensorSettings(bits=0.75), sink_bits=2.5, recent_bits=1.75),
     "asymmetric paper": PRESETS["paper"].both(centroids=4, symmetric=False),
 }

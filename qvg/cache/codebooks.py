@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ..registry import CODECS
 from ..settings import PLAIN_BITS, QVGSettings
+from .ageing import first_bits
 from .geometry import Geometry
 
 # in which spans wait for the first codebook; see `codebook_lifetime`
@@ -25,6 +26,13 @@ def waiting_frames(settings: QVGSettings, geometry: Geometry, chunk_frames: int)
     if settings.sink_frames and settings.sink_bits not in PLAIN_BITS:
         return settings.sink_frames - 1
     return settings.recent_frames and settings.recent_frames + chunk_frames - 1
+
+
+def waiting_behind(settings: QVGSettings, sink: int) -> tuple[int, tuple[float, float]]:
+    """Frames of a plain sink that are held before those that wait, and the bits of K and V in which they wait. sink: its latent frames."""
+    plain = settings.sink_bits in PLAIN_BITS
+    bits = first_bits(settings, sink=bool(sink) and not plain)
+    return sink if plain else 0, (max(WAITING_BITS, bits[0]), max(WAITING_BITS, bits[1]))
 
 
 def may_wait(settings: QVGSettings, geometry: Geometry) -> bool:

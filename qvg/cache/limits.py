@@ -8,7 +8,7 @@ from ..registry import CODECS
 from ..settings import PLAIN_BITS, QVGSettings
 from ..units import GIB
 from .ageing import Limits, first_bits
-from .codebooks import WAITING_BITS, pool_frames, shortest_life, waiting_frames
+from .codebooks import pool_frames, shortest_life, waiting_behind, waiting_frames
 from .geometry import ALIGN, Geometry, workspace_bytes
 from .sizes import codebook_bytes, entry_bytes
 
@@ -43,8 +43,9 @@ class _Share:
         # the newest is encoded before it can lose bits
         self.newest = self._entry(chunk_frames, first_bits(settings, sink=False))
         self.encoding = max(self.newest, self.sink and self._entry(min(self.sink, chunk_frames), first_bits(settings, sink=True)))
-        waiting_bits = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(self.sink)))
-        self.waiting = self._entry(waiting_frames(settings, geometry, chunk_frames), waiting_bits) + self.newest
+        behind, waiting_bits = waiting_behind(settings, self.sink)
+        self.waiting = (self._entry(waiting_frames(settings, geometry, chunk_frames), waiting_bits) + self.newest
+                        + (behind and self._entry(behind, first_bits(settings, sink=True))))
         # the largest that a codebook can be: trained on a chunk and all that is recent
         self.codebook = sum(codebook_bytes(geometry, settings.codec, tensor, pool_frames(settings, chunk_frames) * geometry.frame_tokens)
                             for tensor in tensors if tensor.bits not in PLAIN_BITS)
@@ -133,8 +134,10 @@ def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, 
     most = sum(frames * entry_bytes(geometry, settings, 1, bits, itemsize) for frames, bits in (
         (sink, first_bits(settings, sink=True)), (recent, first_bits(settings, sink=False)),
         (history - sink - recent, (settings.key.bits, settings.value.bits))))
-    waiting = tuple(max(WAITING_BITS, bits) for bits in first_bits(settings, sink=bool(sink)))
-    most = max(most, min(history, waiting_frames(settings, geometry, chunk_frames)) * entry_bytes(geometry, settings, 1, waiting, itemsize))
+    behind, waiting_bits = waiting_behind(settings, sink)
+    waiting = min(history - behind, waiting_frames(settings, geometry, chunk_frames))
+    most = max(most, behind * entry_bytes(geometry, settings, 1, first_bits(settings, sink=True), itemsize)
+               + waiting * entry_bytes(geometry, settings, 1, waiting_bits, itemsize))
     return most if share.layer_bytes is None else min(most, share.layer_bytes)
 
 
