@@ -92,4 +92,4 @@ def test_twice_the_length_takes_twice_the_time(name, change):
 
 def test_two_hours_are_planned_in_seconds():
     """28,803 latent frames of Self-Forcing at every preset, the usual case and the worst; some 900,000 calls take a second."""
-    assert calls(lambda: plan("self-forcing", seconds=7200, vram_gib=24)) < 1_700_000 * len(PRESETS)
+    assert calls(lambda: plan("self-forcing", seconds=7200, vram_gib=24)) < 1_800_000 * len(PRESETS)
