@@ -19,6 +19,9 @@ from .uniform import DEEPEST, REACH, REACHES, amplitudes, distortions
 
 # bits of a token in `Basis.order`, times D
 MOST_BITS = 4
+# bits per element for which quantizers have their best reach: between those of recent spans, which gain most by it, and of settled ones,
+# which lose little
+TUNED_BITS = 3
 # a component below this share of the mean variance has rounding errors for a direction
 LEAST_SHARE = 1e-6
 # tokens seen before count at most this many times the new ones, so that a basis follows a cut
@@ -53,7 +56,7 @@ class Basis:
 
 
 def train(x: Tensor, bits: int, previous: Basis | None) -> Basis:
-    """The basis of tokens x [T, R, D] and of those that `previous` has seen. bits: of a token, on which quantizers are tuned."""
+    """The basis of tokens x [T, R, D] and of those that `previous` has seen. bits: of a settled token, whose error `weight` measures."""
     x = zero_nonfinite(x).float().transpose(0, 1)
     tokens, dim = x.shape[1:]
     mean, seen = x.mean(1), torch.full((1,), float(tokens), device=x.device)
@@ -74,11 +77,10 @@ def train(x: Tensor, bits: int, previous: Basis | None) -> Basis:
     deviation = torch.maximum(variances, least).sqrt().bfloat16()
     variances = deviation.float().square()
     order = _order(variances)[:, :MOST_BITS * dim]
-    held = torch.zeros_like(variances, dtype=torch.int64).scatter_add_(1, order[:, :bits], torch.ones_like(order[:, :bits]))
-    left = torch.tensor(distortions(), device=x.device)[held]
+    left = torch.tensor(distortions(), device=x.device)[_held(order[:, :bits], dim)]
     # a component cannot exceed the token's scale by more than this; a sixteenth more, because the scale is rounded
     bound = (8 * (1 + 1 / 16) * (variances.sum(-1, keepdim=True) / variances).sqrt()).ceil().clamp(max=REACHES - 1)
-    reach = torch.minimum(torch.tensor(REACH, device=x.device)[held], bound)
+    reach = torch.minimum(torch.tensor(REACH, device=x.device)[_held(order[:, :TUNED_BITS * dim], dim)], bound)
     return Basis(mean, vectors.bfloat16(), deviation, (left / (variances * left).sum(-1, keepdim=True)).bfloat16(), reach.to(torch.uint8),
                  order.to(torch.uint8), seen)
 
@@ -98,6 +100,11 @@ def _order(variances: Tensor) -> Tensor:
     left = torch.tensor(distortions(), device=variances.device)
     taken = variances[:, :, None] * (left[:-1] - left[1:])
     return taken.flatten(1).argsort(dim=1, descending=True, stable=True) // DEEPEST
+
+
+def _held(order: Tensor, components: int) -> Tensor:
+    """Bits of each component [R, D] among bits that belong to components order [R, N]."""
+    return order.new_zeros(len(order), components).scatter_add_(1, order, torch.ones_like(order))
 
 
 def places(order: Tensor) -> tuple[Tensor, Tensor]:
