@@ -360,7 +360,8 @@ def test_listeners_hear_of_every_variant_of_a_video_once(fresh):
             if frame == 1:
                 early = len(said)
     # fused kernels run instead of the first three, and the last is of another codec
-    assert {sentence.rpartition(" ")[2] for sentence in said if sentence} == set(backends.OPS) - {"assign", "update", "rotate", "encode_transform"}
+    told = {sentence.rpartition(" ")[2] for sentence in said if sentence}
+    assert told == set(backends.OPS) - {"assign", "update", "rotate", "encode_transform"}
     assert said[-1] == "" and TOLD.format("decode") in said[early:]
     seen = len(said)
     with backends.force("triton"), backends.on_compile(said.append):
