@@ -56,7 +56,9 @@ def test_report_chart_and_forecast(comfy, block):
     chunks = [min(start + block, 12) for start in range(0, 12, block)]
     assert [point["frames"] for point in report["history"]] == chunks
     assert now["bf16_bytes"] == 2 * 2 * 2 * 12 * 24 * 2 * 128 and now["stored_bytes"] == sum(now["by_layer"])
-    assert now["stored_bytes"] == sum(now["by_kind"].values()) < now["bf16_bytes"]
+    assert now["stored_bytes"] == sum(now["by_kind"].values())
+    # bases are as large as those of a real model, and for so few tokens they weigh more than the tokens
+    assert now["stored_bytes"] - now["by_kind"]["codebooks"] < now["bf16_bytes"] / 4
     # the forecast made before the first step is the count, to the byte
     assert report["forecast"]["stored_bytes"] == now["stored_bytes"]
     assert report["forecast"]["peak_bytes"] == now["peak_bytes"]

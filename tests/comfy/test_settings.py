@@ -80,7 +80,7 @@ def test_another_codec(changed):
     ("Tiny", {"codec": "qvg", "key_bits": "1"}, r"value is to hold 0\.5 bits"),
     ("Paper", {"key_bits": "1.25"}, r"stores 2 or 4 bits, not 1\.25; choose 2 or 4, or the qvg codec"),
     ("Paper", {"sink_frames": 3, "sink_bits": "2.5"}, r"cannot hold a sink in 2\.5 bits; choose 2, 4, 8 or 16"),
-    ("Quality", {"codec": "paper"}, "set recent_frames to 0, or recent_bits to 8 or 16"),
+    ("Quality", {"codec": "paper", "key_bits": "2", "value_bits": "2"}, "set recent_frames to 0, or recent_bits to 8 or 16"),
     ("Off", {"value_bits": "2"}, "value is to hold 2 bits, but .* holds 8 or 16 alone; choose one of them, or another preset")])
 def test_what_a_codec_cannot_do_is_said(changed, preset, knobs, words):
     with pytest.raises(ValueError, match=words):
