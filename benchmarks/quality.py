@@ -8,11 +8,13 @@ Every method makes the same videos from the same noise: once free-running (its o
 history is the exact video's, encoded once, so a chunk has the error that a method adds, without the error that it propagates). Figures are
 PSNR and SSIM of decoded frames against the exact cache: of the first chunk that reads a quantized history, and the mean from the third
 chunk on; the spread is the standard error over videos. A second exact run and a cache with 1e-3 noise are the controls. With --patterns the
-presets and the released method make videos in every pattern of `patterns`: chunks of other lengths, a start image, frames of twice the
+presets, the released method, the QVG codec and, without sinks and recent frames, each codec at several sizes make videos in every pattern
+of `patterns`: chunks of other lengths, a start image, frames of twice the
 size, a prompt switch, a cut, 20 chunks. Figures are dB of latents against the exact cache, from the third chunk on, and over the last
 quarter of the video.
 
-Bits include codes, scales, ids and codebooks of the tensors that are held when the video ends. The model is tiny and made for tests: the
+Bits include codes, scales, ids, codebooks and bases of the tensors that are held when the video ends. Those "at 180 frames" are of a video
+of 180 frames at Self-Forcing's size, with as many codebooks and bases as this one needed. The model is tiny and made for tests: the
 order of methods is an indication, the decibels are its own.
 """
 
@@ -36,15 +38,18 @@ from ..qvg.measure.loop import CausalLoop
 from ..qvg.measure.noise import NOISY
 from ..qvg.measure.rows import error_of_mean
 from ..qvg.models.wan_vae import denormalize
+from ..qvg.registry import CODECS
 from ..qvg.report import scatter
 from ..qvg.report.metrics import similarity
-from ..qvg.settings import PRESETS, QVGSettings
+from ..qvg.settings import PLAIN_BITS, PRESETS, QVGSettings
 from ..qvg.video import Run, Sampler
 from . import baselines
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
-from .patterns import PATTERNS, PatternLoop
+from .patterns import PATTERNS, PatternLoop, bits_at_size
+from .planes import PLANES
 
-BARE = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
+BARE = replace(PLANES["balanced"], sink_frames=0, recent_frames=0)
+TRANSFORM = replace(PRESETS["balanced"], sink_frames=0, recent_frames=0)
 COLUMNS = ("method", "bits per element", "first chunk dB", "free dB", "+-", "forced dB", "+-", "free SSIM")
 
 
@@ -64,7 +69,14 @@ def ways(small: bool) -> list[Way]:
     if small:
         return [*found, Way("paper", "paper int2", PRESETS["paper"]),
                 Way("baseline", "RTN asymmetric int2", BARE.both(stages=0), baselines.BASELINES["RTN asymmetric"])]
-    found += [Way("preset", name, PRESETS[name]) for name in ("quality", "balanced", "smallest")]
+    found += [Way("preset", name, PRESETS[name]) for name in ("quality", "balanced", "smallest", "tiny")]
+    found += [Way("planes", settings.name, settings) for settings in PLANES.values()]
+    found += [Way("transform", f"{bits:g}t", TRANSFORM.both(bits=bits)) for bits in CODECS["transform"].widths if bits not in PLAIN_BITS]
+    for gain in ("unbiased", "mse"):
+        found.append(Way("transform", f"1.25t {gain}", TRANSFORM.both(gain=gain)))
+    found += [Way("transform", f"K {k:g}t V {v:g}t", replace(TRANSFORM, key=replace(TRANSFORM.key, bits=k),
+                                                           value=replace(TRANSFORM.value, bits=v)))
+              for k, v in ((1.5, 1), (1, 1.5), (1.75, 0.75), (0.75, 1.75))]
     for stages in range(5):
         found += [Way("qvg", f"{bits}p s{stages}", BARE.both(bits=bits, stages=stages)) for bits in (1, 2, 3, 4)]
     for gain in ("unbiased", "mse"):
@@ -130,31 +142,37 @@ class Loop(CausalLoop):
         return {**{name: psnr(*pair) for name, pair in pairs.items()}, "ssim": ssim(*pairs["later"])}
 
 
-PATTERN_COLUMNS = ("pattern", "method", "bits", "later dB", "+-", "last quarter dB", "+-", "closer than paper int2", "its bytes, %")
-# name -> settings, and whether on the released schedule
+PATTERN_COLUMNS = ("pattern", "method", "bits", "at 180 frames", "later dB", "+-", "last quarter dB", "+-", "closer than paper int2")
 PATTERN_METHODS = {
-    "1e-3 noise": (NOISY, False), "paper int2": (PRESETS["paper"], False),
-    "paper int2, released schedule": (PRESETS["paper"], True),
-    "quality": (PRESETS["quality"], False), "balanced": (PRESETS["balanced"], False), "smallest": (PRESETS["smallest"], False),
-    "balanced, codebooks kept": (PRESETS["balanced"], False)}
+    "1e-3 noise": NOISY, "paper int2": PRESETS["paper"], "paper int2, released schedule": PRESETS["paper"],
+    **{name: PRESETS[name] for name in ("quality", "balanced", "smallest", "tiny")},
+    **{settings.name: settings for settings in PLANES.values()}, "2 planes, codebooks kept": PLANES["balanced"],
+    "2 planes, bare": BARE, "1 plane, bare": BARE.both(bits=1),
+    **{f"{bits:g} bits, bare": TRANSFORM.both(bits=bits) for bits in (2, 1.25, 0.75)},
+    "1.25 bits, bare, basis of other videos": TRANSFORM}
 
 
-def in_patterns(device: torch.device, names: list[str], videos: int, only: list[str] | None) -> list[dict]:
+def in_patterns(device: torch.device, options: argparse.Namespace) -> list[dict]:
     """One row per pattern and method, with the dB of every video."""
-    network, rows = load_tiny()[0].to(device), []
+    network, rows, only = load_tiny()[0].to(device), [], options.only
+    videos = options.videos or (1 if options.small else 4)
     for pattern in PATTERNS:
-        if names and pattern.name not in names:
+        if options.patterns and pattern.name not in options.patterns:
             continue
+        if options.frames:
+            pattern = replace(pattern, frames=options.frames + pattern.first_alone)
         loop = PatternLoop(network, pattern, videos, device)
-        for name, (settings, released) in PATTERN_METHODS.items():
+        for name, settings in PATTERN_METHODS.items():
             # the released method is the reference for the others
             if only and name not in only and name != "paper int2":
                 continue
+            books = loop.other_books(settings) if name.endswith("other videos") else None
             with largest_misfit(math.inf if name.endswith("kept") else codebook_lifetime.LARGEST_MISFIT):
-                latents, cache = loop.make(settings, released)
+                latents, cache = loop.make(settings, released=name.endswith("schedule"), books=books)
             found, stats = loop.closeness(latents), cache.stats()
             rows.append({
-                "pattern": pattern.name, "method": name, "bits": stats.bits_per_element, "stored_bytes": stats.stored_bytes,
+                "pattern": pattern.name, "method": name, "bits": stats.bits_per_element, "bits_at_180_frames": bits_at_size(cache, pattern),
+                "stored_bytes": stats.stored_bytes,
                 "peak_bytes": stats.peak_bytes, "later": found[:, pattern.later:].mean(1).tolist(),
                 "last_quarter": found[:, -(pattern.frames // 4):].mean(1).tolist(), "frames": found.mean(0).tolist()})
             progress(f"{pattern.name}, {name}: {stats.bits_per_element:.2f} bits, {statistics.mean(rows[-1]['later']):.1f} dB")
@@ -163,10 +181,9 @@ def in_patterns(device: torch.device, names: list[str], videos: int, only: list[
 
 def pattern_table(rows: list[dict]) -> list[tuple]:
     paper = {row["pattern"]: row for row in rows if row["method"] == "paper int2"}
-    return [(row["pattern"], row["method"], row["bits"], statistics.mean(row["later"]), error_of_mean(row["later"]),
-             statistics.mean(row["last_quarter"]), error_of_mean(row["last_quarter"]),
-             statistics.mean(row["later"]) - statistics.mean(paper[row["pattern"]]["later"]),
-             100 * row["stored_bytes"] / paper[row["pattern"]]["stored_bytes"]) for row in rows]
+    return [(row["pattern"], row["method"], row["bits"], row["bits_at_180_frames"], statistics.mean(row["later"]),
+             error_of_mean(row["later"]), statistics.mean(row["last_quarter"]), error_of_mean(row["last_quarter"]),
+             statistics.mean(row["later"]) - statistics.mean(paper[row["pattern"]]["later"])) for row in rows]
 
 
 def psnr(a: Tensor, b: Tensor) -> list[float]:
@@ -188,7 +205,7 @@ def patterns(parser: argparse.ArgumentParser, options: argparse.Namespace, comma
             parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     claim(options, "quality_patterns")
     device = torch.device(options.device)
-    rows = in_patterns(device, options.patterns, options.videos or (1 if options.small else 4), options.only)
+    rows = in_patterns(device, options)
     result = {"environment": environment(device, command), "videos": len(rows[0]["later"]), "rows": rows}
     write(options.out, "quality_patterns", result, table(PATTERN_COLUMNS, pattern_table(rows)))
 
