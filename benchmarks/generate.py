@@ -36,6 +36,7 @@ from ..qvg.video import SELF_FORCING_SIGMAS
 from . import longcat, methods, peers
 from .kernels import Case, tokens
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
+from .planes import PLANES
 
 FULL = WanSizes(dim=1536, ffn_dim=8960, layers=30, text_dim=4096)
 SMALL = WanSizes(dim=256, ffn_dim=128, layers=2, text_dim=16)
@@ -43,7 +44,7 @@ CHUNK = 3
 # besides bf16; the names are values of `--only`
 KINDS = {
     "balanced": methods.ours(PRESETS["balanced"]),
-    "transform": methods.ours(methods.TRANSFORM),
+    "planes": methods.ours(PLANES["balanced"]),
     "one-stream": methods.ours(PRESETS["balanced"], overlap=False),
     "offload": methods.ours(replace(PRESETS["balanced"], offload=True)),
     "released": methods.Released,

@@ -26,12 +26,12 @@ from ..qvg.codec import kmeans
 from ..qvg.codec import pair as codec
 from ..qvg.models.catalogue import MODELS
 from ..qvg.settings import PRESETS, QVGSettings
-from . import methods, peers
+from . import peers
 from .measure import add_places, claim, command_line, copy_bandwidth, environment, kernel_microseconds, microseconds, progress, table, write
+from .planes import PLANES
 
 COLUMNS = ("op", "backend", "shape", "us", "MB", "% of copy", "note")
-BARE = replace(PRESETS["balanced"], name="balanced, old spans", sink_frames=0, recent_frames=0)
-TRANSFORM = replace(methods.TRANSFORM, sink_frames=0, recent_frames=0)
+BARE, TRANSFORM = (replace(settings, sink_frames=0, recent_frames=0) for settings in (PLANES["balanced"], PRESETS["balanced"]))
 # the released package encodes 24 latent frames together
 RELEASED_FRAMES = 24
 

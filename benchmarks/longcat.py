@@ -32,7 +32,7 @@ from ..qvg.models.longcat import LongCat, LongCatSizes
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.units import GIB
 from .measure import add_places, claim, command_line, environment, progress, table, write
-from .methods import TRANSFORM
+from .planes import PLANES
 
 FULL = LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096)
 SMALL = LongCatSizes(dim=64, head_dim=16, ffn_dim=64, layers=2, text_dim=16, time_dim=16, freq_dim=16)
@@ -281,7 +281,7 @@ def main(arguments: list[str]) -> None:
 
     reference, row = stored(scene, Bf16)
     report.add(stepped(scene, reference, row, options.rounds, reference))
-    for settings in (PRESETS["balanced"], TRANSFORM, PRESETS["smallest"], PRESETS["quality"]):
+    for settings in (PRESETS["balanced"], PLANES["balanced"], PRESETS["smallest"], PRESETS["quality"]):
         measure(lambda scene, settings=settings: Encoded(scene, settings), f"qvg {settings.name}", reference)
     # the released order needs the reference's memory for its own bf16 layers
     del reference

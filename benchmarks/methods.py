@@ -6,8 +6,6 @@ memory. All use the same functions for RoPE, attention and copies; they differ i
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,6 @@ from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
 
 # settled frames as `qvg bench quality` compares them
-TRANSFORM = replace(PRESETS["balanced"], name="transform", codec="transform").both(bits=1.25, stages=0)
 # the released scripts for Self-Forcing encode eight chunks of three frames together and keep newer ones in bf16
 RELEASED_FRAMES = 24
 

@@ -38,7 +38,7 @@ def test_kernels(tmp_path):
 def test_generate(tmp_path):
     rows = bench("generate", tmp_path, "--contexts", "6", "--rounds", "1")["rows"]
     assert [row["method"] for row in rows] == [
-        "bf16", "qvg balanced", "qvg balanced, one stream", "qvg balanced, offloaded", "released method", "bf16"]
+        "bf16", "qvg balanced", "qvg 2 planes", "qvg balanced, one stream", "qvg balanced, offloaded", "released method", "bf16"]
     assert rows[0]["state_bytes"] > rows[1]["state_bytes"] > 0
     assert all(row["ms"] > 0 for row in rows)
     assert [row["host_bytes"] > 0 for row in rows] == [row["method"].endswith("offloaded") for row in rows]
@@ -49,18 +49,21 @@ def test_generate_one_method(tmp_path, capsys):
     assert [row["method"] for row in rows] == ["bf16", "qvg balanced, offloaded", "bf16"]
     with pytest.raises(SystemExit):
         cli.main(["bench", "generate", "--help"])
-    assert "balanced,one-stream,offload,released,package" in capsys.readouterr().out
+    assert "balanced,planes,one-stream,offload,released,package" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not NETWORK_PATH.is_file(), reason="the tiny model's weights are not in this checkout")
 def test_quality_in_patterns(tmp_path):
     """A start image in front, one video: what broke once."""
-    found = bench("quality", tmp_path, "--patterns", "1,3,3", "--only", "balanced", "balanced, codebooks kept", written="quality_patterns")
+    found = bench("quality", tmp_path, "--patterns", "1,3,3", "--only", "2 planes", "2 planes, codebooks kept", "1.25 bits, bare",
+                  "1.25 bits, bare, basis of other videos", written="quality_patterns")
     rows = {row["method"]: row for row in found["rows"]}
-    assert set(rows) == {"paper int2", "balanced", "balanced, codebooks kept"}
-    assert rows["balanced"]["later"][0] > rows["paper int2"]["later"][0] + 4
-    assert rows["balanced"]["stored_bytes"] <= 1.05 * rows["paper int2"]["stored_bytes"]
-    assert "| 1,3,3 | balanced |" in (tmp_path / "quality_patterns.md").read_text()
+    assert set(rows) == {"paper int2", "2 planes", "2 planes, codebooks kept", "1.25 bits, bare", "1.25 bits, bare, basis of other videos"}
+    for name in ("2 planes", "1.25 bits, bare"):
+        assert rows[name]["later"][0] > rows["paper int2"]["later"][0] + 4
+    assert rows["2 planes"]["stored_bytes"] <= 1.05 * rows["paper int2"]["stored_bytes"]
+    assert [round(rows[name]["bits_at_180_frames"], 1) for name in ("paper int2", "2 planes", "1.25 bits, bare")] == [3.1, 2.3, 1.3]
+    assert "| 1,3,3 | 2 planes |" in (tmp_path / "quality_patterns.md").read_text()
 
 
 @pytest.mark.skipif(not NETWORK_PATH.is_file(), reason="the tiny model's weights are not in this checkout")
@@ -102,7 +105,7 @@ def test_frontier():
     assert scatter.frontier([(3, 5), (1, 1), (2, 4), (2, 3), (4, 5)]) == [(1, 1), (2, 4), (3, 5)]
 
 
-LONGCAT = ["bf16 cache", "qvg balanced", "qvg smallest", "qvg quality", "paper, all layers in bf16 first"]
+LONGCAT = ["bf16 cache", "qvg balanced", "qvg 2 planes", "qvg smallest", "qvg quality", "paper, all layers in bf16 first"]
 
 
 def longcat_rows(tmp_path, code=0):
@@ -184,8 +187,9 @@ def test_without_the_folder(tmp_path):
 
 
 def test_longest_videos_that_are_tried():
-    """More frames fit with a smaller cache, and each guess is worth trying."""
+    """More frames fit with a smaller cache, and each guess is worth trying. Of frames as small as these, bases take more than the spans."""
     guesses = generate.guesses(generate.make(torch.device("cpu"), small=True), 1 / 64)
     frames = {name: count for name, _, count in guesses}
     assert list(frames) == ["bf16", "qvg balanced", "qvg smallest", "released method"]
-    assert 2 * generate.CHUNK < frames["bf16"] < frames["released method"] < frames["qvg balanced"] < frames["qvg smallest"]
+    assert 2 * generate.CHUNK < frames["bf16"] < frames["qvg balanced"] < frames["qvg smallest"]
+    assert frames["bf16"] < frames["released method"]
