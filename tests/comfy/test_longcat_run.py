@@ -260,7 +260,7 @@ def test_a_cache_that_exceeds_the_device_is_refused(loaded, recorded, monkeypatc
     import comfy.model_management
 
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: 15_000)
-    with pytest.raises(ValueError, match=r"of 2 given latent frames needs 15\.\d+ KiB.* in all\. Choose the preset .*Balanced or Smallest"):
+    with pytest.raises(ValueError, match=r"of 2 given latent frames needs 15\.\d+ KiB.* in all\. Choose the preset .*Paper of"):
         sample(loaded, recorded, "off")
     monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: 100)
     with pytest.raises(ValueError, match=r"in all\. Choose fewer given_frames"):

@@ -159,7 +159,7 @@ def test_core_is_asked_for_a_chunk_and_not_for_the_whole_video(patched, asked, m
     frame = estimate([1, 16, 1, 8, 12])
     for (most, least), bytes_ in zip(asked, expected):
         assert bytes_ <= least <= bytes_ + frame and most >= least
-    assert asked[1][1] < estimate([1, 16, 60, 8, 12]) / 4
+    assert asked[1][1] < estimate([1, 16, 60, 8, 12]) / 3
 
 
 def test_frames_given_to_core_are_one_pass(patched, asked, monkeypatch):
