@@ -28,6 +28,7 @@ from ..kernels import (
     bit_vectors,
     decode,
     decode_transform,
+    eigh,
     encode,
     encode_transform,
     hopper,
@@ -136,8 +137,15 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
     for dim in (128,) if few else TIME_PAIRS:
         for kind in kinds if dim == 128 else kinds[:1]:
             yield _decode(kind, dim, name, native_e4m3, target.arch // 10 if nvidia else 0)
+        on_hopper = nvidia and target.arch == 90 and dim <= 128
         for bits in (1.25, 4) if few else (0.5, 0.75, 1.25, 2, 3, 4):
-            yield from _transform(words_of(bits, dim), dim, name, native_e4m3, nvidia and target.arch == 90 and dim <= 128)
+            yield from _transform(words_of(bits, dim), dim, name, native_e4m3, on_hopper)
+        for turned in (False, True) if on_hopper else (False,):
+            yield Variant(f"bit-vectors-d{dim}{'-turned' * turned}", bit_vectors.bit_vectors_kernel, {"tables": "*i64", "out": "*bf16"},
+                          {"D": dim, "BITS": 4 * dim, "DEPTHS": 8, "TURNED": turned}, 4)
+        if nvidia:
+            yield Variant(f"eigh-d{dim}", eigh.eigh_kernel, dict.fromkeys(("matrices", "turned", "vectors", "values"), "*fp32"),
+                          {"D": dim, "PAIRS": min(dim // 2, eigh.HELD // dim), "SWEEPS": eigh.SWEEPS}, 32, stages=1)
         for places in (False, True):
             yield Variant(f"rotate-d{dim}{'-places' * places}", rotate.rotate_kernel, ROTATED,
                           {"D": dim, "LINES": 2048 // dim, "PLACES": places}, 4)
@@ -162,8 +170,9 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
             yield Variant(f"means-d{dim}{'-prepares' * prepares}", update.means_kernel, MEANS,
                           {"D": dim, "SEARCH": update.SEARCH // dim, "PREPARES": prepares}, 4)
         yield Variant(f"prepare-d{dim}", assign.prepare_kernel, {"centroids": "*fp32", **PREPARED}, {"D": dim, "BLOCK": assign.PREPARED}, 4)
-        yield Variant(f"encode-transform-d{dim}", encode_transform.components_kernel, COMPONENTS, {"D": dim, **product, "EXACT": False},
-                      cut.warps, stages=cut.stages)
+        yield Variant(f"encode-transform-d{dim}", encode_transform.components_kernel, COMPONENTS, {
+            "D": dim, "TOKENS": cut.tokens, "BLOCK": encode_transform.block_of(name, cut, dim), "EXACT": False}, cut.warps,
+            stages=cut.stages)
         yield Variant(f"pack-d{dim}", encode_transform.pack_kernel, PACKED, {"BITS": 4 * dim, "TOKENS": encode_transform.PACKED}, 4)
         yield Variant(f"encode-prepare-d{dim}", encode.prepare_kernel, CODEBOOKS,
                       {"D": dim, "STAGES": 2, "BLOCK": assign.PREPARED, "NATIVE_E4M3": native_e4m3}, 4)
@@ -225,19 +234,16 @@ def _decode(kind: jobs.Kind, dim: int, name: str, native_e4m3: bool, major: int 
 
 
 def _transform(words: int, dim: int, name: str, native_e4m3: bool, on_hopper: bool) -> Iterator[Variant]:
-    """Decoding spans of some words, with the vectors of their bits."""
+    """Decoding spans of some words."""
     shared = {"WORDS": words, "D": dim, "TIME": TIME_PAIRS[dim]}
     tile = decode_transform.tiling(words, dim, name, False)
     yield Variant(f"decode-transform-d{dim}-w{words}", decode_transform.decode_transform_kernel, READ, {
         **shared, "TOKENS": tile.tokens, "NVIDIA": name == "cuda", "NATIVE_E4M3": native_e4m3}, tile.warps,
         stages=decode_transform.stages(words, dim, name))
-    for turned in (False, True) if on_hopper else (False,):
-        yield Variant(f"bit-vectors-d{dim}{'-turned' * turned}", bit_vectors.bit_vectors_kernel, {"tables": "*i64", "out": "*bf16"},
-                      {"D": dim, "BITS": 4 * dim, "DEPTHS": 8, "TURNED": turned}, 4)
     if on_hopper:
         cut, tile = hopper_decode.Cut.of(words), decode_transform.tiling(words, dim, name, True)
         yield Variant(f"decode-hopper-d{dim}-w{words}", hopper_decode.decode_kernel, READ, {
-            **shared, "AHEAD": cut.ahead, "GROUP": cut.group}, tile.warps, cut.registers)
+            **shared, **cut.constants}, tile.warps, cut.registers)
 
 
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:

@@ -19,7 +19,6 @@ from ..qvg.codec.base import Tables
 from ..qvg.settings import PRESETS, QVGSettings
 from . import peers
 
-# settled frames as `qvg bench quality` compares them
 # the released scripts for Self-Forcing encode eight chunks of three frames together and keep newer ones in bf16
 RELEASED_FRAMES = 24
 

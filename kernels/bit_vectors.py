@@ -24,13 +24,17 @@ VECTORS, DEVIATION, REACH, ORDER, AMPLITUDES, WORDS, BEFORE, COLUMNS = (tl.const
 
 
 @triton.jit
-def places(order, bit, count, BITS: tl.constexpr):
-    """Of some bits [16] of a token with `count` bits, of up to BITS: the component of each, its place among that component's bits, and how
+def places(order, bit, count):
+    """Of some bits [16] of a token with `count` bits: the component of each, its place among that component's bits, and how
     many those are."""
-    component, other = tl.load(order + bit).to(tl.int32), tl.arange(0, BITS)[None, :]
-    same = (tl.load(order + other).to(tl.int32) == component[:, None]) & (other < count)
-    # both are counted in one sum
-    counts = tl.sum(tl.where(same, tl.where(other < bit[:, None], 0x10001, 1), 0), axis=1)
+    component = tl.load(order + bit).to(tl.int32)
+    counts = tl.zeros((16, 128), tl.int32)
+    for start in range(0, count, 128):
+        other = start + tl.arange(0, 128)[None, :]
+        same = (tl.load(order + other).to(tl.int32) == component[:, None]) & (other < count)
+        # both are counted in one number
+        counts += tl.where(same, tl.where(other < bit[:, None], 0x10001, 1), 0)
+    counts = tl.sum(counts, axis=1)
     return component, counts >> 16, counts & 0xFFFF
 
 
@@ -44,6 +48,10 @@ def bit_vectors_kernel(tables, out, first_head, heads, all_heads,
     """
     table = tables + tl.program_id(2) * COLUMNS
     word, line, words = tl.program_id(0), tl.program_id(1), tl.load(table + WORDS).to(tl.int32)
+    # loads that depend on each other take most of the time, so all others come first
+    vectors, deviation = address(table, VECTORS, tl.bfloat16), address(table, DEVIATION, tl.bfloat16)
+    reach, order, amplitudes = address(table, REACH, tl.uint8), address(table, ORDER, tl.uint8), address(table, AMPLITUDES, tl.float32)
+    before_all = tl.load(table + BEFORE)
     if word < words:
         row = (line // heads * all_heads + first_head + line % heads).to(tl.int64)
         place, channel = tl.arange(0, 16), tl.arange(0, D)
@@ -51,13 +59,12 @@ def bit_vectors_kernel(tables, out, first_head, heads, all_heads,
         if TURNED:
             bit = 16 * word + 15 - (place & 6) * 2 - (place >> 3) * 2 - (place & 1)
             column = (channel & -31) + (channel & 6) * 4 + (channel & 24) // 4
-        order = address(table, ORDER, tl.uint8) + row * BITS
-        component, before, held = places(order, bit, 16 * words, BITS)
-        reach = tl.load(address(table, REACH, tl.uint8) + row * D + component).to(tl.int32)
-        amplitude = tl.load(address(table, AMPLITUDES, tl.float32) + (reach * (DEPTHS + 1) + held) * DEPTHS + before)
-        amplitude *= tl.load(address(table, DEVIATION, tl.bfloat16) + row * D + component).to(tl.float32)
-        vector = tl.load(address(table, VECTORS, tl.bfloat16) + (row * D + component)[:, None] * D + channel[None, :]).to(tl.float32)
-        start = (tl.load(table + BEFORE) * tl.num_programs(1) + line * words + word) * 16
+        component, before, held = places(order + row * BITS, bit, 16 * words)
+        vector = tl.load(vectors + (row * D + component)[:, None] * D + channel[None, :]).to(tl.float32)
+        size = tl.load(deviation + row * D + component).to(tl.float32)
+        half = tl.load(reach + row * D + component).to(tl.int32)
+        amplitude = tl.load(amplitudes + (half * (DEPTHS + 1) + held) * DEPTHS + before) * size
+        start = (before_all * tl.num_programs(1) + line * words + word) * 16
         at = (start + place)[:, None] * D + column[None, :]
         tl.store(out + at, round_to_bfloat16(amplitude[:, None] * vector).to(out.dtype.element_ty))
 

@@ -55,15 +55,13 @@ PROGRAM = 144
 @dataclass(frozen=True)
 class Tiling:
     """How a launch is cut. tokens: of a tile, so that a thread holds one octet, or two when it computes in halves. registers: the limit a
-    thread has, low enough that many threads are resident and none spills. program: tokens of a program, if not PROGRAM.
-    `qvg bench kernels --only tune` measures alternatives.
+    thread has, low enough that many threads are resident and none spills. `qvg bench kernels --only tune` measures alternatives.
     """
 
     tokens: int
     warps: int
     registers: int | None = None
     halves: bool = False
-    program: int | None = None
 
     @property
     def limits(self) -> dict[str, int]:
@@ -71,7 +69,7 @@ class Tiling:
 
     def share(self, frames: int) -> int:
         """Tiles of places that a program decodes in each of `frames` frames."""
-        return max(1, round((self.program or PROGRAM) / (self.tokens * frames)))
+        return max(1, round(PROGRAM / (self.tokens * frames)))
 
     @staticmethod
     def of(head_dim: int, name: str, bits: int = 2, major: int = 9, halves: bool = False) -> Tiling:
@@ -209,22 +207,24 @@ def _decode_tile(data, scales, ids, centroids, local, channel,
 
 @triton.jit
 def apply_rope(x, angles, of_time, of_place, octet, part: tl.constexpr, D: tl.constexpr, TIME: tl.constexpr, OCTETS: tl.constexpr,
-               HALVES: tl.constexpr, NVIDIA: tl.constexpr):
-    """RoPE on an octet. of_time, of_place: rows of the table of angles, in octets; the first TIME channel pairs rotate with time."""
+               HALVES: tl.constexpr, NVIDIA: tl.constexpr, ALONE: tl.constexpr):
+    """RoPE on an octet. of_time, of_place: rows of the table of angles, in octets; the first TIME channel pairs rotate with time. ALONE:
+    whether a thread holds one octet of a token."""
     # the boundary may fall between the second and the third of an octet's four pairs
     left, right = of_place, of_place
     if 4 * part * OCTETS < TIME:
         pairs = 4 * (octet + part * OCTETS)
         left = tl.where(pairs < TIME, of_time, of_place)
         right = tl.where(pairs + 2 < TIME, of_time, of_place)
-    # the hint is wrong at the boundary, but a thread holds one octet, and what matters is that threads lie along a row
+    # the hint is wrong at the boundary, but where a thread holds one octet, what matters is that threads lie along a row
+    RUN: tl.constexpr = OCTETS if ALONE else 1
     if HALVES:
-        left = angles + tl.max_contiguous(2 * left + octet, (1, OCTETS))
-        right = angles + tl.max_contiguous(2 * right + octet, (1, OCTETS))
+        left = angles + tl.max_contiguous(2 * left + octet, (1, RUN))
+        right = angles + tl.max_contiguous(2 * right + octet, (1, RUN))
         x = rotate_pairs(x, tl.load(left + part * OCTETS), tl.load(right + (part * OCTETS + D // 8)), NVIDIA)
     else:
-        left = angles + tl.max_contiguous(4 * left + octet, (1, OCTETS))
-        right = angles + tl.max_contiguous(4 * right + octet, (1, OCTETS))
+        left = angles + tl.max_contiguous(4 * left + octet, (1, RUN))
+        right = angles + tl.max_contiguous(4 * right + octet, (1, RUN))
         x0, x1 = rotate(x[0], x[1], tl.load(left))
         x2, x3 = rotate(x[2], x[3], tl.load(left + D // 8))
         x4, x5 = rotate(x[4], x[5], tl.load(right + D // 4))
@@ -329,7 +329,7 @@ def decode_kernel(
                     found = found + (words[stage][part],)
                 x = dequantize_pairs(bits[part], scale[part], found, sizes, factors[part], BITS, STAGES, NVIDIA, NATIVE_E4M3)
             if not is_value:
-                x = apply_rope(x, angles, of_time, of_place, octet, part, D, TIME, OCTETS, HALVES, NVIDIA)
+                x = apply_rope(x, angles, of_time, of_place, octet, part, D, TIME, OCTETS, HALVES, NVIDIA, True)
             at = out + local.to(tl.int64) * token_stride
             store(at, x, channel, factors[part][2] if HALVES else 1.0, part, dtype, D, TOKENS, PARTS, NVIDIA)
         frame, place, local = next_frame, next_place, next_local

@@ -22,6 +22,8 @@ from .jobs import COLUMNS, DATA, EXPONENTS, FRAME, FRAMES, IS_VALUE, MEAN, SCALE
 from .octets import octets
 from .tiles import major, platform, power_of_two, scale_to_float32
 
+# of a multiprocessor in a launch on Hopper, and tiles of places that one decodes at most
+PROGRAMS, MOST_TILES = 4, 8
 ON_HOPPER = "decode on Hopper"
 _hopper_failures = Failures()
 
@@ -46,11 +48,22 @@ def leave_hopper(used: bool, error: Exception, out: Tensor) -> bool:
 def tiling(words: int, head_dim: int, name: str, on_hopper: bool) -> Tiling:
     """For a platform name (`tiles.platform`)."""
     if on_hopper:
-        return Tiling(tokens=64, warps=4, halves=True, program=1024)
+        from . import hopper_decode
+
+        cut = hopper_decode.Cut.of(words)
+        return Tiling(tokens=cut.tokens, warps=cut.tokens // 16, registers=cut.registers, halves=True)
     if name == "interpreter":
         return Tiling(tokens=4096 // head_dim, warps=8)
-    # more words would spill in four warps; RDNA has few registers
-    return Tiling(tokens=(2048 if name == "rdna" else 8192) // head_dim, warps=8 if words * head_dim > 2048 else 4)
+    # more words, or more tokens on RDNA, would spill
+    tokens = (2048 if name == "rdna" else 8192 if words * head_dim <= 4096 else 4096) // head_dim
+    return Tiling(tokens=tokens, warps=8 if words * head_dim > 2048 else 4)
+
+
+def share_of(tiles: int, device: torch.device) -> int:
+    """Tiles of places of a program on Hopper, of so many in a launch: few enough that all multiprocessors have work to the end, and many,
+    because every program loads its vectors."""
+    places = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(MOST_TILES, round(tiles / places)))
 
 
 def stages(words: int, head_dim: int, name: str) -> int:
@@ -141,7 +154,7 @@ def decode_transform_kernel(
         x = octets(tile * scale[:, None] + mean, TOKENS, D)
         of_time, of_place = (first_frame + frame) * (D // 8), ((frames + place) * (D // 8))[:, None]
         if not is_value:
-            x = apply_rope(x, angles, of_time, of_place, octet, 0, D, TIME, D // 8, False, NVIDIA)
+            x = apply_rope(x, angles, of_time, of_place, octet, 0, D, TIME, D // 8, False, NVIDIA, False)
         store(out + local.to(tl.int64)[:, None] * token_stride, x, channel, 1.0, 0, dtype, D, TOKENS, 1, NVIDIA)
         more = frame + 1 < span_frames
         first = tl.where(more, first, first + TOKENS)

@@ -1,9 +1,9 @@
 """Encode tokens to the bits of their components. Reference: `qvg.codec.transform`.
 
-K and V are encoded together, in two launches. The first transforms the tokens twice, because registers that keep all components would cost
-occupancy: for their scales, and for their codes, a byte for each component, token after token. The second picks the bits of the words from
-these, and writes the bytes of the scales: those share a power of two, which depends on the largest scale of the row, and codes do not
-depend on it unless a token is 2^14 times smaller than the largest of its head.
+K and V are encoded together, in two launches. The first transforms the tokens and writes their codes, a byte for each component, token
+after token. Where registers do not hold all components, it transforms them twice, the first time for their scales. The second picks the
+bits of the words from these, and writes the bytes of the scales: those share a power of two, which depends on the largest scale of the row,
+and codes do not depend on it unless a token is 2^14 times smaller than the largest of its head.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..qvg.codec.basis import MOST_BITS, Basis
 from ..qvg.codec.transform import TransformSpan, words_of
 from .bit_vectors import places
 from .encode import store_scales
-from .tiles import Product, is_finite, require_channels_last, round_to_e4m3
+from .tiles import Product, is_finite, platform, require_channels_last, round_to_e4m3
 
 # tokens of a program of `pack_kernel`
-PACKED = 256
+PACKED = 512
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def components_kernel(
     tile = tile.to(tl.float32 if EXACT else tl.bfloat16)
     power, left = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
     variance = tl.zeros((BLOCK,), tl.float32)
+    y = tl.zeros((TOKENS, BLOCK), tl.float32)
     for start in range(0, D, BLOCK):
         y = _components(tile, vectors, start + block, D)
         power += tl.sum(y * y, axis=1)
@@ -75,9 +76,10 @@ def components_kernel(
     inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
     codes += line * D * tokens + first
     for start in range(0, D, BLOCK):
-        y = _components(tile, vectors, start + block, D) * inverse[:, None]
+        if BLOCK < D:
+            y = _components(tile, vectors, start + block, D)
         step = 1024.0 / (tl.load(reach + start + block).to(tl.float32) * tl.load(deviation + start + block).to(tl.float32))
-        code = tl.minimum(tl.maximum(tl.floor(y * step[None, :]), -128.0), 127.0).to(tl.int32) + 128
+        code = tl.minimum(tl.maximum(tl.floor(y * inverse[:, None] * step[None, :]), -128.0), 127.0).to(tl.int32) + 128
         tl.store(codes + ((start + block).to(tl.int64)[None, :] * tokens + local[:, None]), code.to(tl.uint8), mask=mask[:, None])
 
 
@@ -96,7 +98,7 @@ def pack_kernel(
     if word < count:
         bit = tl.arange(0, 16)
         order = tl.where(side == 0, order, other_order) + row * BITS
-        component, place, _ = places(order, 16 * word + bit, 16 * count, BITS)
+        component, place, _ = places(order, 16 * word + bit, 16 * count)
         token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         mask = (token < tokens)[None, :]
         code = tl.load(codes + (line * (BITS // 4) + component)[:, None] * tokens + token[None, :], mask=mask, other=0).to(tl.int32)
@@ -110,6 +112,11 @@ def pack_kernel(
             left += tl.load(parts + (line * blocks + block) * 2)
             good += tl.load(parts + (line * blocks + block) * 2 + 1)
         tl.store(tl.where(side == 0, fit, other_fit) + row, left / tl.maximum(good, 1.0))
+
+
+def block_of(name: str, product: Product, head_dim: int) -> int:
+    """Components that a program of `components_kernel` holds: all, where registers and shared memory suffice. name: of the platform."""
+    return head_dim if name == "cuda" and head_dim <= 128 else product.block
 
 
 def encode_transform(bits: list[float], gains: list[str], bases: list[Basis], *xs: Tensor) -> list[TransformSpan]:
@@ -136,8 +143,8 @@ def encode_transform(bits: list[float], gains: list[str], bases: list[Basis], *x
     before_launch("encode_transform", dim, x.dtype, x.device)
     components_kernel[(blocks, rows, len(xs))](
         xs[0], xs[-1], *both("mean"), *both("vectors"), *both("deviation"), *both("weight"), *both("reach"), roots, parts, codes,
-        tokens, x.stride(0), x.stride(1), D=dim, TOKENS=product.tokens, BLOCK=product.block, EXACT=product.dtype == tl.float32,
-        num_warps=product.warps, num_stages=product.stages)
+        tokens, x.stride(0), x.stride(1), D=dim, TOKENS=product.tokens, BLOCK=block_of(platform(x.device), product, dim),
+        EXACT=product.dtype == tl.float32, num_warps=product.warps, num_stages=product.stages)
     words = [span.words.shape[1] for span in (spans[0], spans[-1])]
     pack_kernel[(triton.cdiv(tokens, PACKED), max(words) + 1, len(xs) * rows)](
         codes, *both("order"), *both("words"), roots, *both("scales"), *both("exponents"), parts, *both("fit"),

@@ -25,16 +25,18 @@ def word_layout(tokens, dim):
 
 
 @gluon.constexpr_function
-def sign_layout():
-    """[64, 8], pairs of the 16 bits of a word of 64 tokens, in the threads that hold them as an operand."""
-    return gl.DistributedLinearLayout([[8, 0], [0, 4]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 8])
+def sign_layout(tokens):
+    """[tokens, 8], pairs of the 16 bits of a word, in the threads that hold them as an operand."""
+    warps = [[16 << bit, 0] for bit in range(log2(tokens // 16))]
+    return gl.DistributedLinearLayout([[8, 0], [0, 4]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], warps, [], [tokens, 8])
 
 
 @gluon.constexpr_function
-def octet_layout(dim):
-    """[64, dim / 2], pairs of channels: a thread holds an octet of every 32 channels, of a token and of the eighth after it."""
+def octet_layout(tokens, dim):
+    """[tokens, dim / 2], pairs of channels: a thread holds an octet of every 32 channels, of a token and of the eighth after it."""
     registers = [[0, 1], [0, 2], *([0, 16 << bit] for bit in range(log2(dim // 32))), [8, 0]]
-    return gl.DistributedLinearLayout(registers, [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, dim // 2])
+    warps = [[16 << bit, 0] for bit in range(log2(tokens // 16))]
+    return gl.DistributedLinearLayout(registers, [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], warps, [], [tokens, dim // 2])
 
 
 @gluon.constexpr_function

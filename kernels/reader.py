@@ -158,6 +158,8 @@ class Reader:
         places, vectors = self._rope.grid[0] * self._rope.grid[1], self._vectors.make(batch, heads, all_heads, self.on_hopper)
         for variant, kind, tile, first, spans, share in self._launches:
             launching(*variant)
+            if kind.code == TRANSFORM.value and self.on_hopper:
+                share = decode_transform.share_of(triton.cdiv(places, tile.tokens) * count * spans * batch, self._device)
             _launch(kind, tile, (triton.cdiv(places, share * tile.tokens), count, spans * batch), self._head_dim, self._rope.dims[0] // 2, (
                 self._jobs, vectors if kind.code == TRANSFORM.value else self._levels,
                 self._angles.pairs if tile.halves else self._angles.table, keys, values, first, heads.start, all_heads, batch,
@@ -227,6 +229,8 @@ def _recover(span, dtype: torch.dtype, device: torch.device) -> Tensor:
         levels = send(torch.tensor([levels], dtype=torch.float32), device)
     tile = _tiling(kind, dim, dtype, device, on_hopper)
     share = tile.share(1)
+    if kind.code == TRANSFORM.value and on_hopper:
+        share = decode_transform.share_of(triton.cdiv(tokens, tile.tokens) * rows, device)
     out = torch.empty(1, tokens, rows, dim, dtype=dtype, device=device)
     before_launch("recover", kind, dim, dtype, device)
     try:

@@ -22,6 +22,7 @@ OPS = {
     "kmeans": "centroids of tokens, repeated steps of those two",
     "store": "centroids to bytes, and the tokens minus their centroids",
     "encode": "tokens to bit planes", "encode_transform": "tokens to bits of components",
+    "eigh": "eigenvectors of symmetric matrices",
     "rotate": "RoPE on tokens",
     "rotate_chunk": "RoPE on a chunk's own queries and keys, and its tokens into the workspace",
     "recover": "spans to tokens, keys before RoPE",

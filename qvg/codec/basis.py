@@ -9,13 +9,16 @@ Axes: T tokens, R rows (batch x heads), D channels of a head, which are as many 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from .finite import zero_nonfinite
-from .uniform import DEEPEST, REACH, REACHES, amplitudes, distortions
+from .smoothing import row_slices
+from .uniform import DEEPEST, REACHES, amplitudes, tables
 
 # bits of a token in `Basis.order`, times D
 MOST_BITS = 4
@@ -55,13 +58,25 @@ class Basis:
         return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
 
 
-def train(x: Tensor, bits: int, previous: Basis | None) -> Basis:
-    """The basis of tokens x [T, R, D] and of those that `previous` has seen. bits: of a settled token, whose error `weight` measures."""
-    x = zero_nonfinite(x).float().transpose(0, 1)
-    tokens, dim = x.shape[1:]
-    mean, seen = x.mean(1), torch.full((1,), float(tokens), device=x.device)
-    x = x - mean[:, None]
-    covariance = torch.bmm(x.mT, x).div_(tokens)
+def train(xs: Sequence[Tensor], bits: Sequence[int], previous: Sequence[Basis | None]) -> list[Basis]:
+    """The bases of tensors [T, R, D], each of its tokens and of those that its previous basis has seen. bits: of a settled token
+    of each, whose error `weight` measures. The eigenvectors of all are found together, which takes a GPU as long as those of one."""
+    means, covariances, seen = zip(*map(_moments, xs, previous))
+    found = backends.run("eigh", torch.linalg.eigh, torch.cat(covariances))
+    variances, vectors = (part.split([x.shape[1] for x in xs]) for part in found)
+    return list(map(_basis, means, seen, variances, vectors, bits))
+
+
+def _moments(x: Tensor, previous: Basis | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean bfloat16 [R, D] of tokens [T, R, D] and those that `previous` has seen, covariance [R, D, D] around it, and their number [1]."""
+    tokens, rows, dim = x.shape
+    mean, covariance = torch.empty(rows, dim, device=x.device), torch.empty(rows, dim, dim, device=x.device)
+    for part in row_slices(rows, 8 * tokens * dim):
+        y = zero_nonfinite(x[:, part]).float().transpose(0, 1)
+        mean[part] = y.mean(1)
+        y = y - mean[part, None]
+        covariance[part] = torch.bmm(y.mT, y).div_(tokens)
+    seen = torch.full((1,), float(tokens), device=x.device)
     if previous is not None:
         before = previous.seen.clamp(max=MEMORY * tokens)
         seen = before + tokens
@@ -70,19 +85,24 @@ def train(x: Tensor, bits: int, previous: Basis | None) -> Basis:
         mean = mean + share * moved
     exact, mean = mean, mean.bfloat16()
     # around the mean as it is stored
-    covariance += _outer(exact - mean.float())
-    variances, vectors = torch.linalg.eigh(covariance)
+    return mean, covariance + _outer(exact - mean.float()), seen
+
+
+def _basis(mean: Tensor, seen: Tensor, variances: Tensor, vectors: Tensor, bits: int) -> Basis:
+    """From eigenvalues [R, D], ascending, and eigenvectors [R, D, D], one a column."""
     variances, vectors = variances.flip(-1), vectors.flip(-1).mT
     least = LEAST_SHARE * variances.clamp(min=0).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
     deviation = torch.maximum(variances, least).sqrt().bfloat16()
     variances = deviation.float().square()
-    order = _order(variances)[:, :MOST_BITS * dim]
-    left = torch.tensor(distortions(), device=x.device)[_held(order[:, :bits], dim)]
+    distortion, best = tables(mean.device)
+    dim = variances.shape[1]
+    order = _order(variances, distortion)[:, :MOST_BITS * dim]
+    left = distortion[_held(order[:, :bits], dim)]
     # a component cannot exceed the token's scale by more than this; a sixteenth more, because the scale is rounded
     bound = (8 * (1 + 1 / 16) * (variances.sum(-1, keepdim=True) / variances).sqrt()).ceil().clamp(max=REACHES - 1)
-    reach = torch.minimum(torch.tensor(REACH, device=x.device)[_held(order[:, :TUNED_BITS * dim], dim)], bound)
-    return Basis(mean, vectors.bfloat16(), deviation, (left / (variances * left).sum(-1, keepdim=True)).bfloat16(), reach.to(torch.uint8),
-                 order.to(torch.uint8), seen)
+    reach = torch.minimum(best[_held(order[:, :TUNED_BITS * dim], dim)], bound)
+    weight = left / (variances * left).sum(-1, keepdim=True)
+    return Basis(mean, vectors.bfloat16().contiguous(), deviation, weight.bfloat16(), reach.to(torch.uint8), order.to(torch.uint8), seen)
 
 
 def _outer(x: Tensor) -> Tensor:
@@ -95,10 +115,9 @@ def _covariance(basis: Basis) -> Tensor:
     return torch.bmm(scaled.mT, scaled)
 
 
-def _order(variances: Tensor) -> Tensor:
+def _order(variances: Tensor, distortion: Tensor) -> Tensor:
     """Variances [R, D] to the component of each of 8 D bits, in the order of the squared error that they take away."""
-    left = torch.tensor(distortions(), device=variances.device)
-    taken = variances[:, :, None] * (left[:-1] - left[1:])
+    taken = variances[:, :, None] * (distortion[:-1] - distortion[1:])
     return taken.flatten(1).argsort(dim=1, descending=True, stable=True) // DEEPEST
 
 

@@ -137,7 +137,12 @@ class TransformCodec(PlainCodec):
             raise ValueError(f"the values that {where} stands for are up to {largest:g}; they must be at most {LARGEST:g}")
 
     def train_one(self, x: Tensor, tensor: TensorSettings, iterations: int, generator: torch.Generator, previous) -> Basis:
-        return basis.train(x, int(tensor.bits * x.shape[2]), previous)
+        return basis.train([x], [int(tensor.bits * x.shape[2])], [previous])[0]
+
+    def train(self, xs, tensors, needed, iterations, generator, previous) -> list:
+        if not all(needed):
+            return super().train(xs, tensors, needed, iterations, generator, previous)
+        return basis.train(xs, [int(tensor.bits * x.shape[2]) for tensor, x in zip(tensors, xs)], previous)
 
     def encode(self, xs, tensors, bits, codebooks) -> list[Span]:
         if set(bits) & set(PLAIN_BITS):

@@ -39,6 +39,12 @@ def distortions() -> tuple[float, ...]:
     return 1.0, *(_fit(REACH[bits] / 8, bits)[1] for bits in range(1, DEEPEST + 1))
 
 
+@lru_cache(maxsize=8)
+def tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """`distortions` and REACH on a device, kept because a copy would wait for all that the device has to do."""
+    return torch.tensor(distortions(), device=device), torch.tensor(REACH, device=device)
+
+
 def _amplitudes(reach: float, bits: int, gain: str) -> list[float]:
     if bits > FITTED:
         return [reach / 2 ** (place + 1) for place in range(bits)]
