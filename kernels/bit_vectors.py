@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..qvg.codec.basis import MOST_BITS
+from ..qvg.backends import Unsupported
+from ..qvg.codec.basis import MOST_BITS, Basis
 from ..qvg.codec.transform import TransformSpan
 from ..qvg.codec.uniform import DEEPEST, amplitudes
 from .jobs import address, send
@@ -69,6 +70,12 @@ def bit_vectors_kernel(tables, out, first_head, heads, all_heads,
         tl.store(out + at, round_to_bfloat16(amplitude[:, None] * vector).to(out.dtype.element_ty))
 
 
+def require_contiguous(book: Basis) -> None:
+    """Raises Unsupported unless the rows of a basis's tensors follow each other in memory."""
+    if not all(getattr(book, name).is_contiguous() for name in book.__dataclass_fields__):
+        raise Unsupported("the tensors of a basis are not contiguous in memory")
+
+
 class BitVectors:
     """The matrices of some spans: one for every basis, number of words and gain among them. It keeps addresses, not tensors."""
 
@@ -80,6 +87,7 @@ class BitVectors:
     def add(self, span: TransformSpan) -> int:
         """Words of the matrices before that of this span."""
         book, words = span.codebook, span.words.shape[1]
+        require_contiguous(book)
         key = id(book), words, span.gain
         if key not in self._rows:
             parts = book.vectors, book.deviation, book.reach, book.order, amplitudes_on(self._device, span.gain)

@@ -22,8 +22,8 @@ from .jobs import COLUMNS, DATA, EXPONENTS, FRAME, FRAMES, IS_VALUE, MEAN, SCALE
 from .octets import octets
 from .tiles import major, platform, power_of_two, scale_to_float32
 
-# of a multiprocessor in a launch on Hopper, and tiles of places that one decodes at most
-PROGRAMS, MOST_TILES = 4, 8
+# of a multiprocessor in a launch on Hopper, and tiles of places that one decodes at least and at most
+PROGRAMS, LEAST_TILES, MOST_TILES = 4, 2, 8
 ON_HOPPER = "decode on Hopper"
 _hopper_failures = Failures()
 
@@ -63,7 +63,7 @@ def share_of(tiles: int, device: torch.device) -> int:
     """Tiles of places of a program on Hopper, of so many in a launch: few enough that all multiprocessors have work to the end, and many,
     because every program loads its vectors."""
     places = PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(MOST_TILES, round(tiles / places)))
+    return max(LEAST_TILES, min(MOST_TILES, round(tiles / places)))
 
 
 def stages(words: int, head_dim: int, name: str) -> int:

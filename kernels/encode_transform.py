@@ -16,7 +16,7 @@ from torch import Tensor
 from ..qvg.backends import Unsupported, before_launch
 from ..qvg.codec.basis import MOST_BITS, Basis
 from ..qvg.codec.transform import TransformSpan, words_of
-from .bit_vectors import places
+from .bit_vectors import places, require_contiguous
 from .encode import store_scales
 from .tiles import Product, is_finite, platform, require_channels_last, round_to_e4m3
 
@@ -121,8 +121,9 @@ def block_of(name: str, product: Product, head_dim: int) -> int:
 
 def encode_transform(bits: list[float], gains: list[str], bases: list[Basis], *xs: Tensor) -> list[TransformSpan]:
     """One or two tensors [T, R, D] of one shape, each with its bits per element, gain and basis -> a span of each."""
-    for x in xs:
+    for x, book in zip(xs, bases):
         require_channels_last(x)
+        require_contiguous(book)
     if any(x.shape != xs[0].shape or x.dtype != xs[0].dtype for x in xs):
         raise Unsupported("tensors that are encoded together differ in shape or dtype")
     if any(x.stride() != xs[0].stride() for x in xs):
