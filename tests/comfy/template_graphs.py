@@ -94,7 +94,8 @@ The tiny model comes with the pack (16 MB, trained on drawn scenes), so there is
 what a large model can do.
 
 - **QVG Settings**: set the preset to Off and run again for the same video from the model's own cache.
-- **length**: make it longer and watch the monitor.
+- **length**: make it longer and watch the monitor. A basis is as large as that of a large model, but a frame has a sixteenth of \
+its tokens, so the cache shrinks less than there.
 - The model knows few words; hover over the prompt to see them."""
 
 
