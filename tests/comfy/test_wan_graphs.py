@@ -127,9 +127,13 @@ def test_off_is_bit_identical(comfy, extra):
     assert torch.equal(run(comfy, build(preset=None, **extra))[0], run(comfy, build(preset="Off", **extra))[0])
 
 
+PLANES = {"codec": "qvg", "key_bits": "2", "value_bits": "2", "stages": 2, "centroids": 128, "group_size": "128"}
+
+
 @pytest.mark.parametrize(("settings", "held"), [
-    ({"budget_gib": 0.0012}, 24), ({"budget_gib": 0.0006}, None), ({"preset": "Paper", "budget_gib": 0.0006}, None),
-    ({"window_frames": 6}, 9), ({"preset": "Quality", "sink_frames": 0, "window_frames": 6, "budget_gib": 0.01}, 6)])
+    ({"budget_gib": 0.0012} | PLANES, 24), ({"budget_gib": 0.0006} | PLANES, None), ({"preset": "Paper", "budget_gib": 0.0006}, None),
+    ({"window_frames": 6} | PLANES, 9), ({"budget_gib": 0.0009}, None), ({"window_frames": 6}, 9),
+    ({"preset": "Quality", "sink_frames": 0, "window_frames": 6, "budget_gib": 0.01}, 6)])
 def test_budget_and_window_hold(comfy, settings, held):
     """held: latent frames still in the cache at the end, None where the budget decides and some must have left."""
     graph = build(frames=24)
@@ -138,8 +142,10 @@ def test_budget_and_window_hold(comfy, settings, held):
     now, forecast = report["now"], report["forecast"]
     assert latent.isfinite().all()
     assert 0 < now["held_frames"] < 24 if held is None else now["held_frames"] == held
-    assert (now["stored_bytes"], now["peak_bytes"], now["held_frames"]) == (
-        forecast["stored_bytes"], forecast["peak_bytes"], forecast["held_frames"])
+    if "codec" in settings or settings.get("preset") == "Paper":
+        # the forecast is exact where codebooks serve as long as they may; a basis that fits poorly is renewed at another chunk
+        assert [now[name] for name in ("stored_bytes", "peak_bytes", "held_frames")] == [
+            forecast[name] for name in ("stored_bytes", "peak_bytes", "held_frames")]
     if "budget_gib" in settings:
         assert now["peak_bytes"] <= settings["budget_gib"] * 2**30
 
