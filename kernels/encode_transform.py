@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..qvg.backends import Unsupported, before_launch
+from ..qvg.codec import transform
 from ..qvg.codec.basis import MOST_BITS, Basis
 from ..qvg.codec.transform import TransformSpan, words_of
 from .bit_vectors import places, require_contiguous
@@ -22,6 +23,7 @@ from .tiles import Product, is_finite, platform, require_channels_last, round_to
 
 # tokens of a program of `pack_kernel`
 PACKED = 512
+HALF_STEPS, WITH_BITS = (tl.constexpr(value) for value in (transform.HALF_STEPS, transform.WITH_BITS))
 
 
 @triton.jit
@@ -56,16 +58,22 @@ def components_kernel(
     x = tl.where(side == 0, x, other_x) + row * x_row + first * x_token
     tile = tl.load(x + (held[:, None] * x_token + channel)).to(tl.float32) - tl.load(mean + channel).to(tl.float32)
     tile = tile.to(tl.float32 if EXACT else tl.bfloat16)
-    power, left = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
+    power, left, far = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
     variance = tl.zeros((BLOCK,), tl.float32)
     y = tl.zeros((TOKENS, BLOCK), tl.float32)
+    without_bits = WITH_BITS * tl.max(tl.load(weight + tl.arange(0, D)).to(tl.float32), axis=0)
     for start in range(0, D, BLOCK):
         y = _components(tile, vectors, start + block, D)
         power += tl.sum(y * y, axis=1)
-        left += tl.sum(y * y * tl.load(weight + start + block).to(tl.float32)[None, :], axis=1)
+        of_left = tl.load(weight + start + block).to(tl.float32)
+        left += tl.sum(y * y * of_left[None, :], axis=1)
         of_block = tl.load(deviation + start + block).to(tl.float32)
         variance += of_block * of_block
-    root = tl.sqrt(power / tl.sum(variance, axis=0))
+        step = tl.where(of_left < without_bits, 1024.0 / (tl.load(reach + start + block).to(tl.float32) * of_block), 0.0)
+        far = tl.maximum(far, tl.max(tl.abs(y) * step[None, :], axis=1))
+    root, least = tl.sqrt(power / tl.sum(variance, axis=0)), far / HALF_STEPS
+    # of a token that is not finite the root is not
+    root = tl.where(least > root, least, root)
     tl.store(roots + line * tokens + first + local, root, mask=mask)
     good = mask & is_finite(root)
     parts += (line * tl.num_programs(0) + tl.program_id(0)) * 2

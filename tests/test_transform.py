@@ -88,6 +88,20 @@ def test_a_large_mean_costs_nothing():
     assert shares[1] < 1.1 * shares[0]
 
 
+def test_tokens_far_out_in_one_component(book):
+    """Their scale grows until the component is in its range, but not for one that has no bits."""
+    x = tokens(seed=3)
+    for component, grows in ((10, True), (DIM - 1, False)):
+        far = x.clone()
+        far[7] = book.mean + 12 * (book.deviation[:, component, None] * book.vectors[:, component]).float()
+        span = codec().encode(far, 2, book)
+        scale = torch.ldexp(e4m3.decode_scales(span.scales), span.exponents[:, None].int())[:, 7]
+        norm = 12 * book.deviation[:, component].float() / book.deviation.float().square().sum(-1).sqrt()
+        assert ((scale > 1.2 * norm) == grows).all()
+        error = (decoded(span)[7] - far[7]).square().sum(-1) / (far[7] - book.mean.float()).square().sum(-1)
+        assert ((error < 0.2) == grows).all()
+
+
 def test_a_token_is_its_bits_times_their_vectors(book):
     """The format, bit by bit, without the codec's own packing."""
     x = tokens(5, seed=4)

@@ -36,6 +36,11 @@ TOKENS_PER_CHANNEL = 4
 # what a basis leaves beyond what it left in training counts this many times, so that one that leaves a fifth more is replaced: unlike
 # centroids it takes next to no bytes, and there is no search
 STRICTNESS = 2.5
+# a token's scale is at least that of its largest component over half the steps of its range: the few components out of range would
+# otherwise leave half of the error
+HALF_STEPS = 128
+# components with bits have less than this share of the largest weight of a row, those without it
+WITH_BITS = 0.5
 # powers of two that are normal numbers of float32
 EXPONENTS = (-126, 127)
 
@@ -192,18 +197,25 @@ def _encode_tokens(x: Tensor, bits: float, gain: str, book: Basis) -> TransformS
         y = torch.bmm(zero_nonfinite(kept).float() - book.mean[part, None].float(), book.vectors[part].float().mT)
         deviation = book.deviation[part].float()
         squares = y.square().masked_fill_(bad[..., None], 0)
-        fit[part] = (squares.sum(1) * book.weight[part].float()).sum(-1) / (~bad).sum(-1).clamp(min=1)
-        scale = (squares.sum(-1) / deviation.square().sum(-1, keepdim=True)).sqrt()
+        weight = book.weight[part].float()
+        fit[part] = (squares.sum(1) * weight).sum(-1) / (~bad).sum(-1).clamp(min=1)
+        step = 2 ** DEEPEST * 4 / (book.reach[part].float() * deviation)
+        scale = torch.maximum((squares.sum(-1) / deviation.square().sum(-1, keepdim=True)).sqrt(), _least_scale(squares, step, weight))
         # frexp: as in `qvg.codec.qvg`, the largest scale of a row is in [128, 256)
         exponent = torch.frexp(scale.amax(1)).exponent.clamp(-100, 100) - 8
         scaled = e4m3.encode_scales(torch.ldexp(scale, -exponent[:, None]))
         stored = torch.ldexp(e4m3.decode(scaled), exponent[:, None])
         exponents[part], scales[part] = exponent.to(torch.int8), scaled.masked_fill_(bad, e4m3.NAN)
         z = y * torch.where(stored > 0, stored.reciprocal(), 0)[..., None]
-        step = 2 ** DEEPEST * 4 / (book.reach[part].float() * deviation)
         codes = (z * step[:, None]).floor_().clamp_(-128, 127).add_(128).to(torch.uint8)
         words[part] = _packed(codes, book.order[part, :WORD * width].long()).mT
     return TransformSpan(words, scales, exponents, fit, bits, book, gain)
+
+
+def _least_scale(squares: Tensor, step: Tensor, weight: Tensor) -> Tensor:
+    """Squared components [R, T, D] to the scale [R, T] below which one with bits would be too far out of its range."""
+    step = torch.where(weight < WITH_BITS * weight.amax(-1, keepdim=True), step, 0)
+    return (squares * step.square()[:, None]).amax(-1).sqrt_().div_(HALF_STEPS)
 
 
 def _packed(codes: Tensor, order: Tensor) -> Tensor:
