@@ -54,9 +54,11 @@ def tiling(words: int, head_dim: int, name: str, on_hopper: bool) -> Tiling:
         return Tiling(tokens=cut.tokens, warps=cut.tokens // 16, registers=cut.registers, halves=True)
     if name == "interpreter":
         return Tiling(tokens=4096 // head_dim, warps=8)
-    # more words, or more tokens on RDNA, would spill
-    tokens = (2048 if name == "rdna" else 8192 if words * head_dim <= 4096 else 4096) // head_dim
-    return Tiling(tokens=tokens, warps=8 if words * head_dim > 2048 else 4)
+    if name == "rdna":
+        return Tiling(tokens=16, warps=8 if words * head_dim >= 2048 else 4)
+    # more words would spill
+    size = words * head_dim
+    return Tiling(tokens=(8192 if size < 768 or (head_dim > 64 and size <= 4096) else 4096) // head_dim, warps=8 if size >= 2048 else 4)
 
 
 def share_of(tiles: int, device: torch.device) -> int:
@@ -99,13 +101,14 @@ def _add_words(tile, words, tokens, local, vectors, FIRST: tl.constexpr, COUNT: 
 
 @triton.jit
 def _product(words, tokens, local, vectors, WORDS: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
-    """Bits times their vectors, float32 [TOKENS, D], up to eight words at a time."""
+    """Bits times their vectors, float32 [TOKENS, D], as many words at a time as registers allow."""
+    MOST: tl.constexpr = 8 if D <= 128 else 4 if WORDS <= 32 else 2
     tile = tl.zeros((TOKENS, D), tl.float32)
-    for word in tl.static_range(0, WORDS - 7, 8):
-        tile = _add_words(tile, words, tokens, local, vectors, word, 8, D, TOKENS)
+    for word in tl.static_range(0, WORDS - MOST + 1, MOST):
+        tile = _add_words(tile, words, tokens, local, vectors, word, MOST, D, TOKENS)
     for power in tl.static_range(3):
         # the words that are left, four, two and one at a time
-        if WORDS & (4 >> power):
+        if MOST > (4 >> power) and WORDS & (4 >> power):
             tile = _add_words(tile, words, tokens, local, vectors, WORDS - WORDS % (8 >> power), 4 >> power, D, TOKENS)
     return tile
 
