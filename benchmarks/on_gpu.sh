@@ -22,7 +22,7 @@ bench() {
 
 "$python" -c "from comfyui_qvg.qvg import backends; print(*backends.report('cuda'), sep='\n')"
 # the kernels of different tests compile side by side
-"$python" -m pytest -q --collect-only tests/test_kernels.py tests/test_kernels_decode.py tests/test_backends.py tests/test_offload.py | grep :: |
+"$python" -m pytest -q --collect-only tests/test_kernels.py tests/test_kernels_decode.py tests/test_kernels_transform.py tests/test_backends.py tests/test_offload.py | grep :: |
     timeout "${TESTS_LIMIT:-120}" xargs -d '\n' -n 6 -P "$(nproc)" "$python" -m pytest -q --tb=short >"$out/tests.log" 2>&1
 echo "== tests ended at ${SECONDS}s with $?: $(grep -Eo '[0-9]+ passed' "$out/tests.log" | awk '{n += $1} END {print n}') passed"
 grep -E "^(FAILED|ERROR)" "$out/tests.log"

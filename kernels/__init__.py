@@ -2,7 +2,7 @@
 
 - `assign`, `update`, `kmeans`, `store`: codebooks
 - `encode`, `quantize`: tokens to bit planes on any GPU; `hopper` and its parts: the same on compute capability 9
-- `encode_transform`: tokens to bits of components
+- `encode_transform`: tokens to bits of components; `eigh`: the components
 - `decode`, `reader`, `jobs`: spans to keys and values in the workspace
 - `decode_transform`, `bit_vectors`: the same for transform spans; `hopper_decode`: on compute capability 9
 - `octets`, `octet_pairs`, `halves`: eight channels of a token in the registers of a thread, in float32 or as pairs of float16
