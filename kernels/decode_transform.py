@@ -139,7 +139,7 @@ def decode_transform_kernel(
     words = address(job, DATA, tl.int16) + row * WORDS * tokens
     scales = address(job, SCALES, tl.uint8) + row * tokens
     unit = power_of_two(tl.load(address(job, EXPONENTS, tl.int8) + row))
-    mean = tl.load(address(job, MEAN, tl.bfloat16) + row * D + channel).to(tl.float32)
+    mean = tl.load(address(job, MEAN, tl.float32) + row * D + channel)
     line, lines = batch * tl.num_programs(1) + head, batches * tl.num_programs(1)
     vectors += (tl.load(job + VECTORS) * lines + line * WORDS) * (16 * D)
     vectors = tl.multiple_of(vectors, 16)

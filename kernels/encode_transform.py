@@ -56,7 +56,7 @@ def components_kernel(
     line = side * tl.num_programs(1) + row
 
     x = tl.where(side == 0, x, other_x) + row * x_row + first * x_token
-    tile = tl.load(x + (held[:, None] * x_token + channel)).to(tl.float32) - tl.load(mean + channel).to(tl.float32)
+    tile = tl.load(x + (held[:, None] * x_token + channel)).to(tl.float32) - tl.load(mean + channel)
     tile = tile.to(tl.float32 if EXACT else tl.bfloat16)
     power, left, far = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
     variance = tl.zeros((BLOCK,), tl.float32)

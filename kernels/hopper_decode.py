@@ -152,7 +152,7 @@ def decode_kernel(
     tables = _load_vectors(gl.multiple_of(vectors, 16), WORDS, D, T)
     channel = gl.arange(0, D, layout=gl.BlockedLayout([1], [32], [T // 16], [0]))
     mean = gl.allocate_shared_memory(gl.float32, (1, D), gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    mean.index(0).store(gl.load(_address(job, MEAN, gl.bfloat16) + row * D + channel).to(gl.float32))
+    mean.index(0).store(gl.load(_address(job, MEAN, gl.float32) + row * D + channel))
     fence_async_shared()
     barrier()
     for _ in range(gl.minimum(share, gl.cdiv(places - first, T)) * span_frames):

@@ -80,10 +80,11 @@ def test_a_large_mean_costs_nothing():
     for mean in (0, 30):
         first, second = x[:300] + mean, x[300:] + mean
         book = codec(4).train(second, torch.Generator(), codec(4).train(first, torch.Generator()))
-        around = torch.cat([first, second]) - book.mean.float()
+        around = torch.cat([first, second]) - book.mean
         covariance = torch.einsum("trc,trd->rcd", around, around) / len(x)
         found = torch.einsum("rkc,rk,rkd->rcd", book.vectors.float(), book.deviation.float().square(), book.vectors.float())
         assert (found - covariance).norm() < 0.01 * covariance.norm()
+        assert book.mean.dtype == torch.float32 and torch.allclose(book.mean, torch.cat([first, second]).mean(0), rtol=1e-5, atol=1e-5)
         shares.append(share(decoded(codec(4).encode(second, 4, book)), second))
     assert shares[1] < 1.1 * shares[0]
 
@@ -98,7 +99,7 @@ def test_tokens_far_out_in_one_component(book):
         scale = torch.ldexp(e4m3.decode_scales(span.scales), span.exponents[:, None].int())[:, 7]
         norm = 12 * book.deviation[:, component].float() / book.deviation.float().square().sum(-1).sqrt()
         assert ((scale > 1.2 * norm) == grows).all()
-        error = (decoded(span)[7] - far[7]).square().sum(-1) / (far[7] - book.mean.float()).square().sum(-1)
+        error = (decoded(span)[7] - far[7]).square().sum(-1) / (far[7] - book.mean).square().sum(-1)
         assert ((error < 0.2) == grows).all()
 
 
@@ -115,11 +116,11 @@ def test_a_token_is_its_bits_times_their_vectors(book):
         place = order[:number].count(component)
         amplitude = table[int(book.reach[row, component]), order.count(component), place] * book.deviation[row, component].float()
         expected += (2 * bit - 1) * scale * (amplitude * book.vectors[row, component].float()).bfloat16().float()
-    torch.testing.assert_close(decoded(span)[token, row], expected + book.mean[row].float())
+    torch.testing.assert_close(decoded(span)[token, row], expected + book.mean[row])
 
 
 def test_a_basis_diagonalizes_and_bits_follow_variance(book):
-    x = tokens().transpose(0, 1) - book.mean.float()[:, None]
+    x = tokens().transpose(0, 1) - book.mean[:, None]
     vectors = book.vectors.float()
     torch.testing.assert_close(vectors @ vectors.mT, torch.eye(DIM).expand(2, -1, -1), atol=0.02, rtol=0)
     covariance = vectors @ (x.mT @ x / x.shape[1]) @ vectors.mT

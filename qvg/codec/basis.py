@@ -35,7 +35,7 @@ MEMORY = 8
 class Basis:
     """What spans of a head share.
 
-    mean: bfloat16 [R, D]
+    mean: float32 [R, D]; rounded to bfloat16 it would shift all keys of a span against those of others
     vectors: bfloat16 [R, D, D], a component a row, by falling variance
     deviation: bfloat16 [R, D], square roots of the variances
     weight: bfloat16 [R, D], share of a component's variance that bits leave, over the sum of what they leave of all
@@ -68,7 +68,7 @@ def train(xs: Sequence[Tensor], bits: Sequence[int], previous: Sequence[Basis | 
 
 
 def _moments(x: Tensor, previous: Basis | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean bfloat16 [R, D] of tokens [T, R, D] and those that `previous` has seen, covariance [R, D, D] around it, and their number [1]."""
+    """Mean [R, D] of tokens [T, R, D] and those that `previous` has seen, covariance [R, D, D] around it, and their number [1]."""
     tokens, rows, dim = x.shape
     mean, covariance = torch.empty(rows, dim, device=x.device), torch.empty(rows, dim, dim, device=x.device)
     for part in row_slices(rows, 8 * tokens * dim):
@@ -80,12 +80,10 @@ def _moments(x: Tensor, previous: Basis | None) -> tuple[Tensor, Tensor, Tensor]
     if previous is not None:
         before = previous.seen.clamp(max=MEMORY * tokens)
         seen = before + tokens
-        share, moved = before / seen, previous.mean.float() - mean
+        share, moved = before / seen, previous.mean - mean
         covariance = covariance.lerp(_covariance(previous), share) + share * (1 - share) * _outer(moved)
         mean = mean + share * moved
-    exact, mean = mean, mean.bfloat16()
-    # around the mean as it is stored
-    return mean, covariance + _outer(exact - mean.float()), seen
+    return mean, covariance, seen
 
 
 def _basis(mean: Tensor, seen: Tensor, variances: Tensor, vectors: Tensor, bits: int) -> Basis:

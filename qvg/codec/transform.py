@@ -120,7 +120,8 @@ class TransformCodec(PlainCodec):
 
     def book_parts(self, tensor: TensorSettings, size: int | range, rows: int, dim: int) -> dict[str, Part]:
         half = torch.bfloat16
-        stated = {"mean": Part(half, (rows, dim), "codebooks"), "vectors": Part(half, (rows, dim, dim), "codebooks", (-1, 1)),
+        stated = {"mean": Part(torch.float32, (rows, dim), "codebooks", (-LARGEST, LARGEST)),
+                  "vectors": Part(half, (rows, dim, dim), "codebooks", (-1, 1)),
                   "deviation": Part(half, (rows, dim), "codebooks", (0, LARGEST)),
                   "weight": Part(half, (rows, dim), "codebooks", (0, torch.finfo(half).max)),
                   "reach": Part(torch.uint8, (rows, dim), "codebooks", (1, REACHES - 1)),
@@ -177,7 +178,7 @@ def _decode(spans: Sequence[TransformSpan], rows: slice) -> Tensor:
     vectors = basis.bit_vectors(first.codebook, bits.shape[2], rows, first.gain).float()
     scale = torch.cat([torch.ldexp(e4m3.decode_scales(span.scales[rows]), span.exponents[rows, None].int()) for span in spans], dim=1)
     signs = bits.float().mul_(2).sub_(1)
-    return torch.bmm(signs, vectors).mul_(scale[..., None]).add_(first.codebook.mean[rows, None].float()).transpose(0, 1)
+    return torch.bmm(signs, vectors).mul_(scale[..., None]).add_(first.codebook.mean[rows, None]).transpose(0, 1)
 
 
 def _encode(bits: list[float], gains: list[str], bases: list[Basis], *xs: Tensor) -> list[TransformSpan]:
@@ -194,7 +195,7 @@ def _encode_tokens(x: Tensor, bits: float, gain: str, book: Basis) -> TransformS
     for part in row_slices(rows, 4 * tokens * (4 * dim + 2 * WORD * width)):
         kept = x[:, part].transpose(0, 1)
         bad = (kept != zero_nonfinite(kept)).any(-1)
-        y = torch.bmm(zero_nonfinite(kept).float() - book.mean[part, None].float(), book.vectors[part].float().mT)
+        y = torch.bmm(zero_nonfinite(kept).float() - book.mean[part, None], book.vectors[part].float().mT)
         deviation = book.deviation[part].float()
         squares = y.square().masked_fill_(bad[..., None], 0)
         weight = book.weight[part].float()
