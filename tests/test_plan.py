@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg.cache.forecast import forecast
+from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.commands import cli
 from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.models.weights import WEIGHTS
-from comfyui_qvg.qvg.report.plan import BESIDE_GIB, CARDS, brief, left_for_cache, longest, plan, render_cards
+from comfyui_qvg.qvg.report.plan import BESIDE_GIB, CARDS, brief, left_for_cache, longest, plan, predict, render_cards
 from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.units import GIB
 
@@ -210,3 +211,13 @@ def test_bad_length(capsys):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_worst_case_is_no_better_than_the_usual_one(preset):
+    """Within a window, too, from which bases are evicted with the spans that they serve."""
+    geometry = Geometry(30, 12, 128, (30, 52), buffers=2)
+    for window in (0, 3, 6, 9):
+        settings = replace(PRESETS[preset], window_frames=window)
+        usual, worst = (predict(MODELS["self-forcing"], settings, geometry, 60, misfit=misfit).peak_bytes for misfit in (False, True))
+        assert usual <= worst

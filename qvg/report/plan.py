@@ -26,7 +26,11 @@ def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames
     """The bytes of a video of `frames` latent frames, or of one segment's context where the model rebuilds its context. misfit: see
     `forecast`."""
     if not shape.segment_frames:
-        return forecast(settings, geometry, frames, shape.chunk_frames, misfit=misfit)
+        found = forecast(settings, geometry, frames, shape.chunk_frames, misfit=misfit)
+        if misfit and settings.window_frames:
+            # within a window, codebooks that are replaced as often as can be are evicted as early, so the usual case may hold more of them
+            found = max(found, forecast(settings, geometry, frames, shape.chunk_frames), key=lambda one: one.peak_bytes)
+        return found
     given = min(frames, shape.segment_frames - shape.chunk_frames)
     new = shape.segment_frames - given
     return forecast_context(context_settings(settings, geometry, given, new), geometry, given, new)
