@@ -85,6 +85,11 @@ def change_fields(draw: random.Random, fields, path_of_none=("tensors",)) -> str
     return f"field {path} {kind}"
 
 
+def poison(draw, dtype: torch.dtype) -> float:
+    """A value of POISON in a floating-point dtype, in some of which it is infinite."""
+    return torch.tensor(draw.choice(POISON), dtype=torch.float64).to(dtype).item()
+
+
 def change_tensor(draw: random.Random, tensors: dict) -> str:
     name, other = draw.choice(sorted(tensors)), draw.choice(sorted(tensors))
     x, kind = tensors[name], draw.randrange(9)
@@ -101,13 +106,13 @@ def change_tensor(draw: random.Random, tensors: dict) -> str:
     elif kind == 3:
         tensors[name] = x.to(draw.choice(TYPES))
     elif kind == 4 and x.is_floating_point():
-        tensors[name] = x.clone().fill_(draw.choice(POISON))
+        tensors[name] = torch.full_like(x, poison(draw, x.dtype))
     elif kind in (5, 6) and x.numel():
         y = tensors[name] = x.clone()
-        values = POISON if x.is_floating_point() else [0, 1, 127, 128, 255, -128]
+        values = [0, 1, 127, 128, 255, -128]
         at = draw.randrange(x.numel()) if kind == 5 else slice(None)
         if x.is_floating_point() or x.dtype in (torch.uint8, torch.int8):
-            value = draw.choice(values)
+            value = poison(draw, x.dtype) if x.is_floating_point() else draw.choice(values)
             y.view(-1)[at] = value if x.is_floating_point() else torch.tensor(value % 256, dtype=torch.uint8).view(x.dtype).item()
     elif x.numel() and x.ndim:
         data = bytearray(x.contiguous().view(torch.uint8).numpy().tobytes())
@@ -169,7 +174,7 @@ class Sessions:
 
     def _generated(self):
         for cfg in (1.0, 2.0):
-            todo = replace(soak.job(self.folder, self.small[3], 3, steps=1, budget_mib=1), cfg=cfg, negative="b")
+            todo = replace(soak.job(self.folder, self.small[3], 3, steps=1, budget_mib=2), cfg=cfg, negative="b")
             for _ in generate(*self.small[:3], todo):
                 pass
             shutil.move(todo.out, self.folder / f"{cfg}.mp4")
