@@ -120,14 +120,13 @@ class TransformCodec(PlainCodec):
 
     def book_parts(self, tensor: TensorSettings, size: int | range, rows: int, dim: int) -> dict[str, Part]:
         half = torch.bfloat16
-        stated = {"mean": Part(torch.float32, (rows, dim), "codebooks", (-LARGEST, LARGEST)),
-                  "vectors": Part(half, (rows, dim, dim), "codebooks", (-1, 1)),
-                  "deviation": Part(half, (rows, dim), "codebooks", (0, LARGEST)),
-                  "weight": Part(half, (rows, dim), "codebooks", (0, torch.finfo(half).max)),
-                  "reach": Part(torch.uint8, (rows, dim), "codebooks", (1, REACHES - 1)),
-                  "order": Part(torch.uint8, (rows, basis.MOST_BITS * dim), "codebooks", (0, dim - 1)),
-                  "seen": Part(torch.float32, (1,), "codebooks", (1, LARGEST))}
-        return stated
+        return {"mean": Part(torch.float32, (rows, dim), "codebooks", (-LARGEST, LARGEST)),
+                "vectors": Part(half, (rows, dim, dim), "codebooks", (-1, 1)),
+                "deviation": Part(half, (rows, dim), "codebooks", (0, LARGEST)),
+                "weight": Part(half, (rows, dim), "codebooks", (0, torch.finfo(half).max)),
+                "reach": Part(torch.uint8, (rows, dim), "codebooks", (1, REACHES - 1)),
+                "order": Part(torch.uint8, (rows, basis.MOST_BITS * dim), "codebooks", (0, dim - 1)),
+                "seen": Part(torch.float32, (1,), "codebooks", (1, LARGEST))}
 
     def make_book(self, tensors: Mapping[str, Tensor]) -> Basis:
         return Basis(**tensors)
