@@ -7,7 +7,7 @@ import torch
 
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.cache.sizes import span_bytes
-from comfyui_qvg.qvg.codec import Tables, TensorCodec, TensorSettings, e4m3, uniform
+from comfyui_qvg.qvg.codec import Tables, TensorCodec, TensorSettings, basis, e4m3, uniform
 from comfyui_qvg.qvg.codec.transform import TRANSFORM, words_of
 from comfyui_qvg.qvg.settings import PRESETS
 
@@ -192,6 +192,15 @@ def test_amplitudes_fit_a_gaussian(reach, bits):
     if bits <= uniform.FITTED:
         assert float(found["energy"].square().mean()) == pytest.approx(1, rel=0.02)
         assert float((found["unbiased"] * x).mean()) == pytest.approx(1, rel=0.02)
+
+
+def test_places_of_bits():
+    order = torch.randint(0, 9, (3, 50), generator=torch.Generator().manual_seed(0))
+    place, held = basis.places(order)
+    for row, (places, counts) in enumerate(zip(place.tolist(), held.tolist())):
+        listed = order[row].tolist()
+        assert places == [listed[:number].count(one) for number, one in enumerate(listed)]
+        assert counts == [listed.count(one) for one in listed]
 
 
 def test_heads_that_are_too_wide_are_refused():

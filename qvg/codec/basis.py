@@ -126,8 +126,10 @@ def _held(order: Tensor, components: int) -> Tensor:
 
 def places(order: Tensor) -> tuple[Tensor, Tensor]:
     """Of bits that belong to components order [R, N]: the place of each among its component's bits, and how many those are."""
-    same = order[:, :, None] == order[:, None]
-    return same.tril(-1).sum(-1), same.sum(-1)
+    components, bit = order.sort(dim=1, stable=True)
+    first, end = (torch.searchsorted(components, components, right=right) for right in (False, True))
+    number = torch.arange(order.shape[1], device=order.device)
+    return tuple(torch.empty_like(order).scatter_(1, bit, found) for found in (number - first, end - first))
 
 
 def bit_vectors(basis: Basis, bits: int, rows: slice, gain: str) -> Tensor:
