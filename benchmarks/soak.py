@@ -31,13 +31,13 @@ import torch
 from ..qvg.commands.results import prepare_folder
 from ..qvg.models.wan import CausalWan, WanSizes
 from ..qvg.models.wan_vae import WanVAE
-from ..qvg.settings import QVGSettings
 from ..qvg.units import GIB
 from ..qvg.video import ChunkDone, Run, Schedule
 from ..qvg.video import session as storage
 from ..qvg.video.generate import generate
 from ..qvg.video.job import Job, resumed
 from .measure import progress
+from .planes import PLANES
 
 MEBI = 1 << 20
 TINY_PROMPTS = "0s: red circle moving right, over green dots still\n20s: blue star still, over yellow waves still"
@@ -63,7 +63,8 @@ MODELS = {"small": small_model, "tiny": tiny_model}
 
 
 def job(folder: Path, latent: tuple[int, int], chunks: int, steps: int, budget_mib: float, checkpoint: int = 4) -> Job:
-    settings = replace(QVGSettings.preset("balanced").both(centroids=32), window_frames=12, budget_gib=budget_mib * MEBI / GIB)
+    # of frames as small as these, bases take more than the budget
+    settings = replace(PLANES["balanced"].both(centroids=32), window_frames=12, budget_gib=budget_mib * MEBI / GIB)
     sigmas = (1.0, 0.9375, 5 / 6, 0.625, 0.0) if steps == 4 else tuple(1 - step / steps for step in range(steps)) + (0.0,)
     return Job(out=folder / "video.mp4", session=folder / "video.session.safetensors", schedule=Schedule.parse(TINY_PROMPTS),
                run=Run(frames=3 * chunks, sigmas=sigmas, recache_frames=6), settings=settings, latent=latent, checkpoint=checkpoint)

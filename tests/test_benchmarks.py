@@ -187,9 +187,9 @@ def test_without_the_folder(tmp_path):
 
 
 def test_longest_videos_that_are_tried():
-    """More frames fit with a smaller cache, and each guess is worth trying. Of frames as small as these, bases take more than the spans."""
+    """More frames fit with a smaller cache, and each guess is worth trying. Of such small frames, bases alone take more than bf16."""
     guesses = generate.guesses(generate.make(torch.device("cpu"), small=True), 1 / 64)
     frames = {name: count for name, _, count in guesses}
     assert list(frames) == ["bf16", "qvg balanced", "qvg smallest", "released method"]
-    assert 2 * generate.CHUNK < frames["bf16"] < frames["qvg balanced"] < frames["qvg smallest"]
-    assert frames["bf16"] < frames["released method"]
+    assert 2 * generate.CHUNK < frames["bf16"] < frames["released method"]
+    assert 2 * generate.CHUNK < frames["qvg balanced"] < frames["qvg smallest"]

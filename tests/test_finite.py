@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 
+from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg import backends
 from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
@@ -65,10 +66,13 @@ def test_ids_are_of_the_codebook(backend, value, count):
     assert ids.min() >= 0 and ids.max() < count
 
 
-BARE = {name: replace(PRESETS[name].both(centroids=8), sink_frames=0, recent_frames=0, iterations=1) for name in PRESETS}
+BARE, BARE_PLANES = (
+    {name: replace(settings.both(centroids=8), sink_frames=0, recent_frames=0, iterations=1) for name, settings in of.items()}
+    for of in (PRESETS, PLANES))
 CASES = {
-    "balanced": BARE["balanced"], "two groups": BARE["quality"].both(group=32), "smallest": BARE["smallest"],
-    "no stage": BARE["balanced"].both(stages=0), "int8": BARE["balanced"].both(bits=8, group=64), "paper": BARE["paper"],
+    "balanced": BARE["balanced"], "smallest": BARE["smallest"], "planes": BARE_PLANES["balanced"],
+    "two groups": BARE_PLANES["quality"].both(group=32), "no stage": BARE_PLANES["balanced"].both(stages=0),
+    "int8": BARE["balanced"].both(bits=8, group=64), "paper": BARE["paper"],
     "paper asymmetric": BARE["paper"].both(symmetric=False, bits=4), "off": PRESETS["off"]}
 
 
@@ -76,7 +80,7 @@ CASES = {
 @pytest.mark.parametrize(("name", "value"), [
     *product(CASES, ["nan", "inf"]),
     # only planes take squares; int8 has a scale for it, and the released codec saturates
-    *product(["balanced", "two groups", "smallest", "no stage"], ["too large"])])
+    *product(["balanced", "two groups", "smallest", "planes", "no stage"], ["too large"])])
 def test_a_broken_token_spoils_no_other(fast_backend, name, value, dtype):
     """In the span that trains the codebook and in a later one: everything else reads back as well as without it, and it as NaN."""
     settings, tokens = CASES[name], 2 * FRAME

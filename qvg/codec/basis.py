@@ -89,7 +89,10 @@ def _moments(x: Tensor, previous: Basis | None) -> tuple[Tensor, Tensor, Tensor]
 def _basis(mean: Tensor, seen: Tensor, variances: Tensor, vectors: Tensor, bits: int) -> Basis:
     """From eigenvalues [R, D], ascending, and eigenvectors [R, D, D], one a column."""
     variances, vectors = variances.flip(-1), vectors.flip(-1).mT
-    least = LEAST_SHARE * variances.clamp(min=0).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    mean_variance = variances.clamp(min=0).mean(-1, keepdim=True)
+    # one token says nothing of how far the next is from it, and a few next to nothing; from a hundred on this is negligible
+    unknown = (mean.square().mean(-1, keepdim=True) + mean_variance) / seen ** 3
+    least = LEAST_SHARE * mean_variance + unknown + torch.finfo(torch.float32).tiny
     deviation = torch.maximum(variances, least).sqrt().bfloat16()
     variances = deviation.float().square()
     distortion, best = tables(mean.device)
