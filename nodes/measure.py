@@ -1,4 +1,4 @@
-"""Measure Presets (QVG): what each preset does to the videos of a person's own model, on the device it runs on.
+"""Measure Presets (QVG): what each preset does to the videos of your own model, on the device it runs on.
 
     QVGMeasurePresets  MODEL, CONDITIONING -> chart, table, JSON (also a file in the output folder)
 """

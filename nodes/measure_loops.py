@@ -129,7 +129,7 @@ class SegmentLoop:
     @property
     def lengths(self) -> Sequence[int]:
         source, first = self.source, min(self.source.frames, GIVEN + self.source.chunk_frames)
-        return [first] + [min(source.chunk_frames, source.frames - at) for at in range(first, source.frames, source.chunk_frames)]
+        return [first, *Run(frames=source.frames, chunk_frames=source.chunk_frames).chunk_lengths(first, source.frames)]
 
     def make(self, settings: QVGSettings, progress: Progress = silent) -> Made:
         source, lengths, steps = self.source, self.lengths, len(self.source.sigmas) - 1

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 
-from .codec.tensor_settings import PLAIN_BITS, PLANE_BITS, TensorSettings, require, require_bits, require_int
+from .codec.tensor_settings import PLAIN_BITS, TensorSettings, require, require_bits, require_int
 from .registry import CODECS
 
-__all__ = ["CODECS", "PLAIN_BITS", "PLANE_BITS", "PRESETS", "QVGSettings", "TensorSettings"]
+__all__ = ["CODECS", "PLAIN_BITS", "PRESETS", "QVGSettings", "TensorSettings"]
 
 VERSION = 1
 # fields of settings that older sessions hold under another name

@@ -58,7 +58,7 @@ def context_settings(settings: QVGSettings, geometry: Geometry, given: int, new:
 def _with_recent(whole: QVGSettings, chosen: QVGSettings) -> QVGSettings:
     """`whole` with recent frames of about one bit more, if `chosen` has recent frames and its codec can hold that."""
     codec, least = CODECS[whole.codec], min(whole.key.bits, whole.value.bits)
-    bits = min(chosen.recent_bits, min(width for width in codec.widths if width >= least + 1)) if least < max(codec.widths) else least
+    bits = min(chosen.recent_bits, min((width for width in codec.widths if width >= least + 1), default=least))
     if not codec.nested or bits in PLAIN_BITS or bits <= least:
         return whole
     return replace(whole, recent_frames=chosen.recent_frames, recent_bits=bits)

@@ -117,7 +117,7 @@ class Codec(ABC):
 
     nested: whether a span can drop bits without being encoded anew. adaptive: whether a codebook is replaced as soon as it no longer fits
     (see `cache.codebook_lifetime`); others serve for `codebook_frames`. widths: bits per element that a span can hold, widest first.
-    accumulates: whether a codebook stands for all tokens that it and those before it were trained on, and so settles as a video goes on.
+    accumulates: whether a codebook is of all tokens that it and those before it were trained on, and so settles as a video goes on.
     options: the codec's own settings with their defaults, see `TensorSettings.options`.
     """
 
@@ -218,6 +218,12 @@ def check_ids(ids: Tensor, centroids: int, where: str) -> None:
     """Raises ValueError when an id names no centroid."""
     if ids.numel() and int(ids.max()) >= centroids:
         raise ValueError(f"{where}.ids holds {int(ids.max())}, but its codebook has {centroids} centroids")
+
+
+def check_largest(largest: float, where: str) -> None:
+    """Raises ValueError when a span can represent values that are too large, or not finite."""
+    if not largest <= LARGEST:
+        raise ValueError(f"the values that {where} stands for are up to {largest:g}; they must be at most {LARGEST:g}")
 
 
 def owned(span: Span, decoded: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ from torch import Tensor
 from .. import backends
 from .finite import zero_nonfinite
 from .smoothing import row_slices
+from .tensor_settings import MOST_BITS
 from .uniform import DEEPEST, REACHES, amplitudes, tables
 
-# bits of a token in `Basis.order`, times D
-MOST_BITS = 4
 # bits per element for which quantizers have their best reach: between those of recent spans, which gain most by it, and of settled ones,
 # which lose little
 TUNED_BITS = 3

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 MAX = 448.0
+# of a row's scales in a file: powers of two that are normal numbers of float32
+EXPONENTS = (-126, 127)
 NAN = 0x7F
 # from this many codes on, a CPU converts faster by way of float16, for which it has instructions
 MANY = 16384
@@ -36,6 +38,17 @@ def encode_scales(x: Tensor) -> Tensor:
 def decode_scales(codes: Tensor) -> Tensor:
     """uint8 codes, some of which may be NaN -> float32."""
     return decode(codes).masked_fill_((codes & NAN) == NAN, torch.nan)
+
+
+def row_exponents(largest: Tensor) -> Tensor:
+    """Largest scale of each row -> int32, the power of two that the row's scales are divided by, so that their largest is in [128, 256)."""
+    # frexp: largest = mantissa * 2 ** exponent with the mantissa in [0.5, 1)
+    return torch.frexp(largest).exponent.clamp(-100, 100) - 8
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """int8 -> float32, exactly."""
+    return exponents.int().add_(127).bitwise_left_shift_(23).view(torch.float32)
 
 
 def rounded(x: Tensor) -> Tensor:

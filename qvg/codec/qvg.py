@@ -20,13 +20,12 @@ from torch import Tensor
 from .. import backends
 from ..registry import CODECS
 from . import e4m3, planes, smoothing
-from .base import LARGEST, Part, Span, SpanShape, Tables, check_ids
+from .base import LARGEST, Part, Span, SpanShape, Tables, check_ids, check_largest
 from .plain import PlainCodec, PlainSpan
 from .smoothing import TOKENS_PER_CENTROID, Codebook
 from .tensor_settings import PLAIN_BITS, PLANE_BITS, TensorSettings
 
-# in a file: powers of two that are normal numbers of float32, and the smallest channel scale, by which residuals are divided
-EXPONENTS = (-126, 127)
+# in a file: the smallest channel scale, by which residuals are divided
 SMALLEST_SCALE = 2.0**-50
 
 
@@ -116,7 +115,7 @@ class PlaneSpan(Span):
         return _decode_planes([[self]], rows, tables)[0]
 
     def misfit(self) -> Tensor:
-        squares = (e4m3.decode_scales(self.scales) * _powers_of_two(self.exponents)[:, None]).square()
+        squares = (e4m3.decode_scales(self.scales) * e4m3.powers_of_two(self.exponents)[:, None]).square()
         return torch.stack([squares.nanmean(), squares.mean()])
 
 
@@ -131,7 +130,7 @@ class QVGCodec(PlainCodec):
         named = {f"plane{number}": Part(torch.uint8, (tokens, rows, dim // 8), "planes") for number in range(bits)}
         return named | {
             "scales": Part(torch.uint8, (tokens, rows, tensor.groups(dim)), "scales", e4m3=True),
-            "exponents": Part(torch.int8, (rows,), "scales", EXPONENTS),
+            "exponents": Part(torch.int8, (rows,), "scales", e4m3.EXPONENTS),
             "ids": Part(torch.uint8, (tensor.stages, tokens, rows), "ids")}
 
     def make_coded(self, tensor: TensorSettings, bits: int, tensors: Mapping[str, Tensor], codebook: Codebook) -> PlaneSpan:
@@ -156,12 +155,11 @@ class QVGCodec(PlainCodec):
 
     def check_stored(self, tensors: Mapping[str, Tensor], codebook: Codebook, where: str) -> None:
         check_ids(tensors["ids"], codebook.size, where)
-        # the largest value that the span can stand for
+        # the largest value that the span can represent
         factors = torch.ldexp(codebook.channel_scale.float().amax(-1), tensors["exponents"].int())
         centroids = codebook.centroid_scale.float().abs().sum(0).max().item() if codebook.stages else 0.0
         most = e4m3.MAX * (4 * factors.max().item() + centroids)
-        if not most <= LARGEST:
-            raise ValueError(f"the values that {where} stands for are up to {most:g}; they must be at most {LARGEST:g}")
+        check_largest(most, where)
 
     def train(self, xs, tensors, needed, iterations, generator, previous) -> list:
         """K and V in one go where they are alike. Both ways give the same, on a GPU up to the order of additions. On a CPU one after the
@@ -211,11 +209,6 @@ class QVGCodec(PlainCodec):
         return _decode_planes([spans], rows, tables)[0]
 
 
-def _powers_of_two(exponents: Tensor) -> Tensor:
-    """int8 -> float32, exactly."""
-    return exponents.int().add_(127).bitwise_left_shift_(23).view(torch.float32)
-
-
 def _decode_planes(sides: Sequence[Sequence[PlaneSpan]], rows: slice, tables: Tables) -> Tensor:
     """float32 [sides, T of all, r, D] of sides that agree in everything but their codebooks."""
     spans = [span for side in sides for span in side]
@@ -238,7 +231,7 @@ def _decode_planes(sides: Sequence[Sequence[PlaneSpan]], rows: slice, tables: Ta
     levels = tables.get(("levels", first.gain), lambda device: planes.LevelTable(first.gain, device))
     x = levels(held.unflatten(1, (most, len(sides), -1)), widths)
     scale = e4m3.decode_scales(joined([part.scales for part in parts])).unflatten(1, (len(spans), -1))
-    powers = _powers_of_two(torch.stack([span.exponents for span in spans], dim=1)[rows])
+    powers = e4m3.powers_of_two(torch.stack([span.exponents for span in spans], dim=1)[rows])
     scale = scale.mul_(powers[..., None, None]).unflatten(1, (len(sides), -1)).flatten(2, 3)
     x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None])
     ids = joined([part.ids for part in parts], axis=1).unflatten(2, (len(sides), -1))
@@ -260,8 +253,7 @@ def _encode_planes(x: Tensor, bits: int, codebook: Codebook, groups: int, gain: 
         y = residual.transpose(0, 1) * codebook.channel_scale[part].float().reciprocal()
         grouped = y.unflatten(-1, (groups, -1))
         rms = grouped.square().mean(-1).sqrt()
-        # frexp: largest = mantissa * 2 ** exponent with the mantissa in [0.5, 1), so that the row's largest scale is in [128, 256)
-        exponent = torch.frexp(rms.where(rms.isfinite(), 0).amax((0, 2))).exponent.clamp(-100, 100) - 8
+        exponent = e4m3.row_exponents(rms.where(rms.isfinite(), 0).amax((0, 2)))
         span.exponents[part] = exponent.to(torch.int8)
         span.scales[:, part] = e4m3.encode_scales(torch.ldexp(rms, -exponent[:, None]))
         # planes are independent of the power of two, so that a kernel can compute them before it has seen the whole row

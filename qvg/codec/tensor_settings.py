@@ -7,7 +7,7 @@ from dataclasses import dataclass
 GAINS = ("energy", "unbiased", "mse")
 PLANE_BITS = (1, 2, 3, 4)
 PLAIN_BITS = (8, 16)
-# what any codec may hold besides: eighths of a bit per element, up to this many bits
+# what any codec may hold besides 8 and 16: eighths of a bit per element, from and up to so many bits
 MOST_BITS, LEAST_BITS, EIGHTHS = 4, 0.25, 8
 GROUPS = (8, 16, 32, 64, 128, 256)
 MAX_STAGES = 4

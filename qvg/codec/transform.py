@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..registry import CODECS
 from . import basis, e4m3
-from .base import LARGEST, Part, Span, SpanShape, Tables
+from .base import LARGEST, Part, Span, SpanShape, Tables, check_largest
 from .basis import Basis
 from .finite import zero_nonfinite
 from .plain import PlainCodec, PlainSpan
@@ -41,8 +41,6 @@ STRICTNESS = 2.5
 HALF_STEPS = 128
 # components with bits have less than this share of the largest weight of a row, those without it
 WITH_BITS = 0.5
-# powers of two that are normal numbers of float32
-EXPONENTS = (-126, 127)
 
 
 def words_of(bits: float, dim: int) -> int:
@@ -107,7 +105,8 @@ class TransformCodec(PlainCodec):
         tokens, rows, dim = shape
         return {"words": Part(torch.int16, (rows, words_of(bits, dim), tokens), "planes"),
                 "scales": Part(torch.uint8, (rows, tokens), "scales", e4m3=True),
-                "exponents": Part(torch.int8, (rows,), "scales", EXPONENTS), "fit": Part(torch.float32, (rows,), "scales", (0, LARGEST))}
+                "exponents": Part(torch.int8, (rows,), "scales", e4m3.EXPONENTS),
+                "fit": Part(torch.float32, (rows,), "scales", (0, LARGEST))}
 
     def make_coded(self, tensor: TensorSettings, bits: float, tensors: Mapping[str, Tensor], codebook: Basis) -> TransformSpan:
         return TransformSpan(**tensors, width=bits, codebook=codebook, gain=tensor.gain)
@@ -135,11 +134,9 @@ class TransformCodec(PlainCodec):
         most = int(torch.nn.functional.one_hot(codebook.order.long()).sum(1).max())
         if most > DEEPEST:
             raise ValueError(f"the basis of {where} gives a component {most} bits; it must be at most {DEEPEST}")
-        # the largest value that the span can stand for
+        # the largest value that the span can represent
         scale = e4m3.MAX * torch.ldexp(codebook.deviation.float().amax(-1), tensors["exponents"].int()).max().item()
-        largest = REACHES * codebook.mean.shape[1] * scale
-        if not largest <= LARGEST:
-            raise ValueError(f"the values that {where} stands for are up to {largest:g}; they must be at most {LARGEST:g}")
+        check_largest(REACHES * codebook.mean.shape[1] * scale, where)
 
     def train_one(self, x: Tensor, tensor: TensorSettings, iterations: int, generator: torch.Generator, previous) -> Basis:
         return basis.train([x], [int(tensor.bits * x.shape[2])], [previous])[0]
@@ -175,7 +172,7 @@ def _decode(spans: Sequence[TransformSpan], rows: slice) -> Tensor:
     words = torch.cat([span.words[rows].mT for span in spans], dim=1)[..., None]
     bits = (words >> torch.arange(WORD, dtype=torch.int16, device=words.device)).bitwise_and_(1).flatten(2)
     vectors = basis.bit_vectors(first.codebook, bits.shape[2], rows, first.gain).float()
-    scale = torch.cat([torch.ldexp(e4m3.decode_scales(span.scales[rows]), span.exponents[rows, None].int()) for span in spans], dim=1)
+    scale = torch.cat([e4m3.decode_scales(span.scales[rows]) * e4m3.powers_of_two(span.exponents[rows, None]) for span in spans], dim=1)
     signs = bits.float().mul_(2).sub_(1)
     return torch.bmm(signs, vectors).mul_(scale[..., None]).add_(first.codebook.mean[rows, None]).transpose(0, 1)
 
@@ -201,8 +198,7 @@ def _encode_tokens(x: Tensor, bits: float, gain: str, book: Basis) -> TransformS
         fit[part] = (squares.sum(1) * weight).sum(-1) / (~bad).sum(-1).clamp(min=1)
         step = 2 ** DEEPEST * 4 / (book.reach[part].float() * deviation)
         scale = torch.maximum((squares.sum(-1) / deviation.square().sum(-1, keepdim=True)).sqrt(), _least_scale(squares, step, weight))
-        # frexp: as in `qvg.codec.qvg`, the largest scale of a row is in [128, 256)
-        exponent = torch.frexp(scale.amax(1)).exponent.clamp(-100, 100) - 8
+        exponent = e4m3.row_exponents(scale.amax(1))
         scaled = e4m3.encode_scales(torch.ldexp(scale, -exponent[:, None]))
         stored = torch.ldexp(e4m3.decode(scaled), exponent[:, None])
         exponents[part], scales[part] = exponent.to(torch.int8), scaled.masked_fill_(bad, e4m3.NAN)

@@ -54,7 +54,7 @@ def _amplitudes(reach: float, bits: int, gain: str) -> list[float]:
 
 
 def _fit(reach: float, bits: int) -> tuple[list[float], float, float]:
-    """Amplitudes with least squared error, that error, and the mean square of what they stand for."""
+    """Amplitudes with least squared error, that error, and the mean square of the values they represent."""
     cells = 2 ** (bits - 1)
     borders = torch.arange(cells + 1, dtype=torch.float64) * (reach / cells)
     borders[-1] = torch.inf
