@@ -2,5 +2,6 @@
 
 if __name__ == "__main__":
     from .qvg.commands.cli import main
+    from .qvg.commands.processes import leave
 
-    raise SystemExit(main())
+    raise SystemExit(leave(main()))

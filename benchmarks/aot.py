@@ -1,6 +1,6 @@
 """Compile every kernel ahead of time and report its registers, spills and shared memory. This needs no GPU.
 
-    python -m comfyui_qvg.benchmarks.aot            # one JSON line per kernel variant and target; fails if one spills
+    python -m comfyui_qvg.benchmarks.aot            # one JSON line per kernel variant and target; fails if one spills more than SPILLS
     python -m comfyui_qvg.benchmarks.aot --few --targets cuda:90 hip:gfx942
 
 The report decides whether a kernel can run on a GPU that is not available for tests, so a test reads these lines.
@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ..kernels import (
     assign,
+    attend,
+    attend_pack,
     bit_vectors,
     decode,
     decode_transform,
@@ -32,13 +35,17 @@ from ..kernels import (
     encode,
     encode_transform,
     hopper,
+    hopper_attend,
+    hopper_attend_join,
     hopper_decode,
     jobs,
+    project,
     rotate,
     store,
     update,
 )
 from ..kernels.tiles import Product
+from ..qvg.attention import fast
 from ..qvg.backends import Unsupported
 from ..qvg.codec import e4m3
 from ..qvg.codec.transform import words_of
@@ -53,6 +60,17 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 65_536,
     GPUTarget("hip", "gfx1100", 32): 65_536,
 }
+# bytes on the stack of a thread that are accepted, by target and variant, as Triton 3.9 compiles them; every other variant spills nothing.
+# Eight bytes are two registers of a thread that loads and stores kilobytes. Presets read two of these: 2 bits (sinks and recent frames of
+# Tiny) and, in heads of 256 channels, 4 bits (those of Balanced, recent ones of Quality)
+SPILLS = {
+    "cuda:80": {"decode-d128-kind0-b3-s1-g2": 8, "decode-d128-kind0-b4-s2-g2": 8},
+    "cuda:90": {"decode-d128-kind0-b4-s2-g2": 8},
+    "cuda:100": {"decode-transform-d128-w16": 8},
+    "cuda:120": {"decode-transform-d256-w64": 8},
+}
+# ends of the names of strides that are multiples of 16 in a run
+ALIGNED = ("_stride", "_stage", "_token", "_row", "_batch", "_head")
 # channel pairs that rotate with time, by head dim
 TIME_PAIRS = {64: 12, 128: 22, 256: 44}
 
@@ -75,8 +93,14 @@ COMPONENTS = {**_pairs(x="*bf16", mean="*bf16", vectors="*bf16", deviation="*bf1
 PACKED = {"codes": "*u8", "roots": "*fp32", "parts": "*fp32",
           **_pairs(order="*u8", out="*i16", scales="*u8", exponents="*i8", fit="*fp32")}
 ROTATED = {**_pairs(x="*bf16", out="*bf16"), "cos": "*fp32", "sin": "*fp32", "value": "*bf16", "keys": "*bf16", "values": "*bf16"}
+PROJECTED = dict.fromkeys(("x", "other", "out", "other_out", "rotated"), "*bf16") | dict.fromkeys(("matrices", "cos", "sin"), "*fp32")
+ATTENDED = {"q": "*bf16", "keys": "*i8", "key_scales": "*fp32", "key_mean": "*fp32", "value_scales": "*fp32", "out": "*bf16",
+            "lse": "*fp32"}
+PAIR_PACKED = {"k": "*bf16", "v": "*bf16", "keys": "*i8", **dict.fromkeys(("sums", "most", "mean", "key_scales", "value_scales"), "*fp32")}
 SCALES = {"roots": "*fp32", **_pairs(scales="*u8", exponents="*i8")}
 WHOLE = {**ENCODED, **_pairs(units="*bf16", channel_scale="*bf16", scales="*u8", exponents="*i8"), "arrived": "*i32", "words": "*i32"}
+JOINED = {"parts": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
+ATTENDED_ON_HOPPER = {**JOINED, **ATTENDED, "scale": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -94,31 +118,43 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """The compiler's report. registers: of a thread. spilled, shared, shared_limit: in bytes. stuck: see `barriers_in_turns`."""
+    """The compiler's report. registers: of a thread. spilled, shared and their limits: in bytes. stuck, running:
+    see `barriers_in_turns` and `running_products`."""
 
     name: str
     target: str
     registers: int
     spilled: int
+    spilled_limit: int
     shared: int
     shared_limit: int
     stuck: int
+    running: int = 0
 
     @property
     def fits(self) -> bool:
-        return not self.spilled and self.shared <= self.shared_limit and not self.stuck
+        return self.spilled <= self.spilled_limit and self.shared <= self.shared_limit and not self.stuck and not self.running
 
 
 def barriers_in_turns(ptx: str) -> int:
     """Number of barriers of a whole program where one warp group has its turn at the matrix units (`kernels/hopper_assign.py`), which would
-    be a deadlock: the group waits for the others, and they for their turn. The compiler inserts barriers where it likes."""
+    be a deadlock: the group waits for the others, and they for their turn. The compiler inserts barriers where it likes; those of 128
+    threads are of one group."""
     found, turn = 0, False
     for line in ptx.splitlines():
         if re.search(r"\bbar\.(sync|arrive) \w+, 256;", line):
             turn = "bar.sync" in line
-        elif turn and re.search(r"\b(bar\.sync|barrier\.sync\S*)\s+0\b", line):
+        elif turn and re.search(r"\b(bar\.sync|barrier\.sync\S*)\s+0\b(?!, 128)", line):
             found += 1
     return found
+
+
+def running_products(ttir: str) -> int:
+    """Number of E4M3 products that are added to something by the matrix units, whose sums have few bits (`kernels/attend.py`). The compiler
+    may join an addition to the product before it."""
+    zeros = set(re.findall(r"(%\S+) = arith\.constant dense<0\.0+e\+00> : tensor<\S+xf32>", ttir))
+    sums = re.findall(r"= tt\.dot %\S+, %\S+, (%[^\s,]+)[^\n]*f8E4M3FN", ttir)
+    return sum(found not in zeros for found in sums)
 
 
 def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
@@ -149,6 +185,11 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         for places in (False, True):
             yield Variant(f"rotate-d{dim}{'-places' * places}", rotate.rotate_kernel, ROTATED,
                           {"D": dim, "LINES": 2048 // dim, "PLACES": places}, 4)
+        for turns in (False, True):
+            yield Variant(f"project-d{dim}{'-turns' * turns}", project.project_kernel, PROJECTED,
+                          {"D": dim, "LINES": 2048 // dim, "TURNS": turns}, 4)
+        if dim in fast.HEAD_DIMS:
+            yield from _attend(dim, name, native_e4m3, target.arch // 10 if nvidia else 0)
         try:
             cut = Product.on(name, dim)
         except Unsupported:
@@ -195,6 +236,18 @@ def _hopper(few: bool) -> Iterator[Variant]:
         yield Variant(f"encode-hopper-d{dim}-b{bits}-s{stages}-c{count}", hopper.encode_kernel, WHOLE, {
             "STAGES": stages, "GROUPS": groups, "BITS": bits, "D": dim, "C": cut.block, "N": cut.width, "T": cut.tokens,
             "AT_ONCE": hopper.SCALES, "CLAMPS": count < cut.block}, cut.warps, cut.registers)
+    for dim in (128,) if few else (128, 64):
+        yield attend_on_hopper(dim, hopper_attend.Cut.of(dim))
+        yield Variant(f"attend-join-d{dim}", hopper_attend_join.join_kernel, JOINED, {
+            "D": dim, "ROWS": hopper_attend.JOINED, "BLOCK": hopper_attend.Cut.of(dim).queries}, 4)
+
+
+def attend_on_hopper(dim: int, cut: hopper_attend.Cut) -> Variant:
+    """Attention to a packed history on Hopper."""
+    keys, values = hopper_attend.boxes(cut.keys, dim)
+    of_keys, of_values = hopper_attend.layouts(cut.keys, dim)
+    types = {"keys": f"tensordesc<i8{list(keys)},{of_keys!r}>", "values": f"tensordesc<fp8e4nv{list(values)},{of_values!r}>"}
+    return Variant(f"attend-hopper-d{dim}", hopper_attend.attend_kernel, ATTENDED_ON_HOPPER | types, cut.constants(dim), 4)
 
 
 def _ones(nvidia: bool) -> Iterator[Variant]:
@@ -213,8 +266,14 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
         ("store", store.store_kernel, {"found": "*fp32", **STORED}, {"MOST": e4m3.MAX, "D": 64, "BLOCK": cut.block, "NATIVE_E4M3": False}),
         ("residual", store.residual_kernel, {"x": "*bf16", **STORED, "residual": "*fp32"}, {"D": 64, **product, "NATIVE_E4M3": False}),
         ("rotate", rotate.rotate_kernel, ROTATED, {"D": 64, "LINES": 32, "PLACES": True}),
+        ("project", project.project_kernel, PROJECTED, {"D": 64, "LINES": 32, "TURNS": True}),
         ("encode", encode.encode_kernel, ENCODED, {**shape, "BITS": 1, **product}),
         ("encode-scales", encode.scales_kernel, SCALES, {"BLOCK": 64}),
+        ("attend", attend.attend_kernel, {**ATTENDED, "values": "*bf16"},
+         {"D": 64, "TILE": 64, "E4M3": False, "NATIVE_E4M3": False, "ROWS": 64, "KEYS": 64}),
+        ("attend-sums", attend_pack.sums_kernel, PAIR_PACKED, {"D": 64, "TOKENS": 64, "E4M3": False}),
+        ("attend-pack", attend_pack.pack_kernel, {**PAIR_PACKED, "values": "*bf16"},
+         {"D": 64, "TILE": 64, "E4M3": False, "NATIVE_E4M3": False}),
         ("decode", decoded.kernel, decoded.pointers, decoded.constants),
     ]
     for name, kernel, arguments, constants in found:
@@ -246,21 +305,37 @@ def _transform(words: int, dim: int, name: str, native_e4m3: bool, on_hopper: bo
             **shared, **cut.constants}, tile.warps, cut.registers)
 
 
+def _attend(dim: int, name: str, native_e4m3: bool, major: int) -> Iterator[Variant]:
+    """Attention in eight bits, and packing for it."""
+    tile, values = attend.Tiling.of(name, major), "*fp8e4nv" if native_e4m3 else "*bf16"
+    shared = {"D": dim, "TILE": attend.fast.TILE, "E4M3": native_e4m3, "NATIVE_E4M3": native_e4m3}
+    yield Variant(f"attend-d{dim}", attend.attend_kernel, {**ATTENDED, "values": values}, {**shared, "ROWS": tile.rows, "KEYS": tile.keys},
+                  tile.warps, stages=tile.stages)
+    yield Variant(f"attend-sums-d{dim}", attend_pack.sums_kernel, PAIR_PACKED, {"D": dim, "TOKENS": 4096 // dim, "E4M3": native_e4m3}, 4)
+    yield Variant(f"attend-pack-d{dim}", attend_pack.pack_kernel, {**PAIR_PACKED, "values": values}, shared, attend_pack.WARPS)
+
+
 def compile_variant(variant: Variant, target: GPUTarget) -> Report:
-    """Compile for `target`. Strides and addresses are assumed to be multiples of 16, as they are in a run."""
+    compiled = compiled_for(variant, target)
+    registers, spilled = (_amd if target.backend == "hip" else _nvidia)(compiled)
+    name = f"{target.backend}:{target.arch}"
+    return Report(variant.name, name, registers, spilled, SPILLS.get(name, {}).get(variant.name, 0), compiled.metadata.shared,
+                  TARGETS[target], barriers_in_turns(compiled.asm.get("ptx", "")), running_products(compiled.asm.get("ttir", "")))
+
+
+def compiled_for(variant: Variant, target: GPUTarget):
+    """What Triton makes of a kernel. Strides and addresses are assumed to be multiples of 16, as they are in a run."""
     names = variant.kernel.arg_names
     signature = {name: "constexpr" if name in variant.constants else variant.pointers.get(name, "i32") for name in names}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in variant.constants
-               and (variant.pointers.get(name, "").startswith("*") or name.endswith(("_stride", "_stage", "_token", "_row")))}
+    aligned = {(number,): [["tt.divisibility", 16]] for number, (name, parameter) in enumerate(zip(names, variant.kernel.params))
+               if name not in variant.constants and not parameter.do_not_specialize
+               and (variant.pointers.get(name, "").startswith("*") or name.endswith(ALIGNED))}
     language = GluonASTSource if isinstance(variant.kernel, GluonJITFunction) else ASTSource
     source = language(variant.kernel, signature, constexprs=variant.constants, attrs=aligned)
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
     if variant.registers is not None:
         options["maxnreg"] = variant.registers
-    compiled = triton.compile(source, target=target, options=options)
-    registers, spilled = (_amd if target.backend == "hip" else _nvidia)(compiled)
-    return Report(variant.name, f"{target.backend}:{target.arch}", registers, spilled, compiled.metadata.shared,
-                  TARGETS[target], barriers_in_turns(compiled.asm.get("ptx", "")))
+    return triton.compile(source, target=target, options=options)
 
 
 def _nvidia(compiled) -> tuple[int, int]:
@@ -271,6 +346,25 @@ def _nvidia(compiled) -> tuple[int, int]:
         told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", told).groups())
     return registers, stack + local
+
+
+def loops_of(compiled) -> list[Counter]:
+    """How often every instruction stands in each loop of what was compiled for NVIDIA, with the loops inside it."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        told = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    labels, code, loops = {}, [], []
+    for line in told.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*\w{4,}\*/\s+(?:@!?U?P\w+ )?([\w.]+)(.*);", line):
+            code.append(instruction[1])
+            target = re.search(r"`\((\.L_\w+)\)", instruction[2])
+            if instruction[1].startswith("BRA") and target and (start := labels.get(target[1])) is not None:
+                loops.append(Counter(name.partition(".")[0] for name in code[start:]))
+    return loops
 
 
 def _amd(compiled) -> tuple[int, int]:

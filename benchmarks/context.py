@@ -1,4 +1,5 @@
-"""Which frames of a context that arrives whole gain most from one more bit plane: the newest, or others for the same bytes.
+"""Which frames of a context that arrives whole gain most from one more bit plane: the newest, or others for the same bytes. And what
+presets lose where such a context, which has no sinks and few bits throughout, is attended to in eight bits ("fast").
 
     python -m comfyui_qvg.benchmarks.context [--videos 6] [--out DIR]
 
@@ -17,6 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..qvg.cache.context import context_settings
+from ..qvg.cache.geometry import Geometry
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.demo import GRID
 from ..qvg.settings import PRESETS, QVGSettings
@@ -30,7 +33,7 @@ COLUMNS = ("stored", "bits per element", "chunk dB", "+-", "first frame dB", "+-
 
 
 def ways() -> list[tuple[str, QVGSettings, int]]:
-    """(label, settings, newest frames that are a span of their own); neighbours have equal bytes."""
+    """(label, settings, newest frames that are a span of their own); neighbours have equal bytes, or differ in attention."""
     found = []
     for bits in (2, 1):
         bare = BARE.both(bits=bits)
@@ -39,6 +42,10 @@ def ways() -> list[tuple[str, QVGSettings, int]]:
             wider = bits + more
             found += [(f"{bits} planes, newest {frames} at {wider}", replace(bare, recent_frames=frames, recent_bits=wider), frames),
                       (f"{bits} planes, oldest {frames} at {wider}", replace(bare, sink_frames=frames, sink_bits=wider), GIVEN - frames)]
+    for name in ("quality", "balanced", "smallest", "tiny"):
+        for attention in ("exact", "fast"):
+            settings = context_settings(replace(PRESETS[name], attention=attention), Geometry(1, 1, 64, GRID), GIVEN, CHUNK)
+            found.append((f"{name}, {attention}", settings, settings.recent_frames))
     return found
 
 

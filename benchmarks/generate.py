@@ -6,11 +6,14 @@ A chunk is four noisy passes and the clean one, which stores. Weights are random
 quality; the history is clusters of tokens. Each method is alone on the device while its milliseconds and bytes are measured, bf16 first and
 last. A card's clock depends on its power and heat, so overhead is measured separately: chunks alternate with bf16, the order swapped every
 second time, and the median counts. Bytes are the allocator's peak during a chunk, minus the weights and what the same pass needs without
-history; what an offloaded cache holds in host memory has a column of its own.
+history; what an offloaded cache holds in host memory has a column of its own. A preset is attended to exactly, or in eight bits (its row
+with "fast", see `qvg.attention.choice`).
 
 `--limits` caps the allocator at that many GiB, weights included, fills the longest video that the forecast allows, and runs its last pass.
 
     qvg bench generate --model longcat ...      a segment of LongCat-Video instead, see `benchmarks.longcat`
+    qvg bench generate --gpus 2 ...     either of them by several GPUs together, see `benchmarks.gpus`
+    qvg bench generate --model hy-worldplay-8b ...      a chunk of a world model, or hy-worldplay-5b, see `benchmarks.worldplay`
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ..qvg.report.plan import longest
 from ..qvg.settings import PRESETS
 from ..qvg.units import GIB
 from ..qvg.video import SELF_FORCING_SIGMAS
-from . import longcat, methods, peers
+from . import gpus, longcat, methods, peers, worldplay
 from .kernels import Case, tokens
 from .measure import add_places, claim, command_line, environment, largest_misfit, progress, table, write
 from .planes import PLANES
@@ -43,13 +46,19 @@ SMALL = WanSizes(dim=256, ffn_dim=128, layers=2, text_dim=16)
 CHUNK = 3
 # besides bf16; the names are values of `--only`
 KINDS = {
-    "balanced": methods.ours(PRESETS["balanced"]),
+    **{f"{name}{end}": methods.ours(PRESETS[name], attention=attention) for name in ("balanced", "smallest", "tiny")
+       for end, attention in (("", "exact"), ("-fast", "fast"))},
     "planes": methods.ours(PLANES["balanced"]),
     "one-stream": methods.ours(PRESETS["balanced"], overlap=False),
     "offload": methods.ours(replace(PRESETS["balanced"], offload=True)),
     "released": methods.Released,
     "package": methods.Package,
+    "sage": methods.SageCore,
+    "balanced-sage": methods.SageOurs,
 }
+# those that need another project's package, and what imports it
+FOREIGN = {"package": peers.quant_videogen, "sage": peers.sage_attention, "balanced-sage": peers.sage_attention}
+TITLES = {"package": "quant-videogen", "sage": "sageattention"}
 
 
 @dataclass
@@ -231,10 +240,19 @@ def guesses(scene: Scene, limit_gib: float) -> list[tuple[str, type, int]]:
 
 def main(arguments: list[str]) -> None:
     chooser = argparse.ArgumentParser(prog="qvg bench generate", add_help=False)
-    chooser.add_argument("--model", choices=("self-forcing", "longcat"), default="self-forcing")
+    chooser.add_argument("--model", choices=("self-forcing", "longcat", *worldplay.NETWORKS), default="self-forcing")
+    chooser.add_argument("--gpus", type=whole(1, 64), default=1)
     chosen, arguments = chooser.parse_known_args(arguments)
+    if chosen.gpus > 1:
+        if chosen.model in worldplay.NETWORKS:
+            chooser.error(f"--gpus is for the causal Wan and LongCat-Video; leave out --model {chosen.model}")
+        gpus.main(arguments, chosen.gpus, chosen.model)
+        return
     if chosen.model == "longcat":
         longcat.main(arguments)
+        return
+    if chosen.model in worldplay.NETWORKS:
+        worldplay.main(arguments, chosen.model)
         return
     parser = argparse.ArgumentParser(prog="qvg bench generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny network, to see that it runs")
@@ -243,7 +261,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--limits", type=real(above=0, most=MOST_GIB), nargs="*", default=[], metavar="GIB")
     parser.add_argument("--rounds", type=whole(1, 10_000), default=3, help="chunks of each method alone")
     parser.add_argument("--turns", type=whole(1, 10_000), default=5, help="chunks of each method alternating with bf16")
-    parser.add_argument("--misfit", action="store_true", help="no codebook fits, so that one is trained as often as can be")
+    parser.add_argument("--misfit", action="store_true", help="no codebook or basis fits, so that one is trained as often as can be")
     add_places(parser)
     options = parser.parse_args(arguments)
     if any(context % 3 for context in options.contexts or ()):
@@ -253,13 +271,20 @@ def main(arguments: list[str]) -> None:
         everything(options, arguments)
 
 
+def absence(name: str, device: torch.device) -> str:
+    """Why a method of `KINDS` cannot be measured on this device; empty for the others."""
+    if name not in FOREIGN:
+        return ""
+    found = FOREIGN[name]()
+    return found if isinstance(found, str) else "" if device.type == "cuda" else "it needs a GPU"
+
+
 def everything(options: argparse.Namespace, arguments: list[str]) -> None:
     """All contexts and limits; each result is written as soon as it is done."""
     device = torch.device(options.device)
     scene = make(device, options.small)
-    missing = peers.quant_videogen()
-    absent = isinstance(missing, str) or device.type != "cuda"
-    kinds = [kind for name, kind in KINDS.items() if name in options.only and not (absent and kind is methods.Package)]
+    missing = {name: why for name in options.only if (why := absence(name, device))}
+    kinds = [kind for name, kind in KINDS.items() if name in options.only and name not in missing]
     rows, limits = [], []
 
     def note(show: bool) -> None:
@@ -271,8 +296,8 @@ def everything(options: argparse.Namespace, arguments: list[str]) -> None:
         if limits:
             columns = ("GiB", "method", "latent frames", "seconds of video", "did not fit")
             text += "\n\n" + table(columns, [tuple(row.values()) for row in limits])
-        if isinstance(missing, str):
-            text += f"\n\nquant-videogen not measured: {missing}"
+        for name, why in missing.items():
+            text += f"\n\n{TITLES[name]} not measured: {why}" if name in TITLES else ""
         write(options.out, "generate", {
             "environment": environment(device, command_line("generate", arguments)), "weights_bytes": scene.weights,
             "activations_bytes": scene.activations, "rows": rows, "limits": limits}, text, show=show)

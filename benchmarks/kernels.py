@@ -1,11 +1,12 @@
 """Each op of the codec at the shapes of real models, compared with the memory bandwidth.
 
-    qvg bench kernels [--small] [--out DIR] [--only decode encode released tune]
+    qvg bench kernels [--small] [--out DIR] [--only decode encode attend released tune tune-attend]
 
 For every op: microseconds (median, with a cold L2 cache), the bytes that it must move, and what share of the measured copy bandwidth it
 achieves. For comparison, on the same tensors: `quant-videogen` 0.1.0, `flash-kmeans` and torch.compile of the reference. What cannot run is
 listed with the reason. Data: clusters of tokens with channels of unequal size. Other data would change only the time of k-means with a
-convergence test, which is disabled.
+convergence test, which is disabled. Attention is to random tokens, with queries so large that each looks at few of them; its error is that
+of the first queries, relative to attention in float32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 from ..qvg import backends
+from ..qvg.attention.fast import attend as attend_in_eight_bits
+from ..qvg.attention.functions import sdpa
+from ..qvg.attention.pieces import partial
 from ..qvg.attention.rope import Rope, rotate
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.codec import kmeans
@@ -34,6 +38,8 @@ COLUMNS = ("op", "backend", "shape", "us", "MB", "% of copy", "note")
 BARE, TRANSFORM = (replace(settings, sink_frames=0, recent_frames=0) for settings in (PLANES["balanced"], PRESETS["balanced"]))
 # the released package encodes 24 latent frames together
 RELEASED_FRAMES = 24
+# queries whose attention is compared with the exact one
+COMPARED = 256
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,93 @@ def _flash_kmeans(bench: Bench, label: str, exact: Tensor, rows: Tensor, start: 
             bench.absent("k-means", "flash-kmeans", f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}")
 
 
+@dataclass(frozen=True)
+class Looking:
+    """Queries of a chunk of Self-Forcing, q [1, T, H, D], and a history, k and v [1, N, H, D]."""
+
+    label: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    exact: Tensor
+
+    @staticmethod
+    def at(frames: int, bench: Bench) -> Looking:
+        queries, frame_tokens, heads, dim = (20, 15, 2, 64) if bench.small else (4680, 1560, 12, 128)
+        draw = torch.Generator(bench.device).manual_seed(0)
+        dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+        q, k, v = (torch.randn(1, count, heads, dim, generator=draw, device=bench.device).to(dtype)
+                   for count in (queries, frames * frame_tokens, frames * frame_tokens))
+        q *= 4
+        exact, _ = partial(q[:, :COMPARED].float(), k.float(), v.float())
+        return Looking(f"{frames} frames, {heads} x {dim}, {queries} queries", q, k, v, exact)
+
+    def add(self, bench: Bench, backend: str, note: str, function: Callable, **timing) -> None:
+        """function: returns the output."""
+        found = function()[:, :COMPARED]
+        error = float((found.float() - self.exact).norm() / self.exact.norm())
+        time = bench.add("attend", backend, self.label, function, note=note, **timing)
+        rate = 4 * self.q.numel() * self.k.shape[1] / time / 1e6
+        bench.rows[-1] = (*bench.rows[-1][:-1], f"{note}, relative error {error:.4f}, {rate:.0f} TFLOP/s")
+
+
+def attend(bench: Bench, found: list[Case]) -> None:
+    """Attention in eight bits to a long history, torch's to the same, and the parts of the first."""
+    backend, refusal = next(row[1:] for row in backends.report(bench.device) if row[0] == "attend")
+    for frames in (4, 9) if bench.small else (60, 180):
+        at = Looking.at(frames, bench)
+        at.add(bench, "torch", "torch's own choice", lambda: sdpa(at.q, at.k, at.v))  # noqa: B023
+        at.add(bench, "torch", "with the log-sum-exp", lambda: partial(at.q, at.k, at.v)[0])  # noqa: B023
+        if backend != "triton":
+            at.add(bench, backend, "eight bits, the reference", lambda: attend_in_eight_bits(at.q, at.k, at.v)[0])  # noqa: B023
+            bench.absent("attend", "triton", refusal)
+            continue
+        at.add(bench, backend, "eight bits, with packing", lambda: attend_in_eight_bits(at.q, at.k, at.v)[0])  # noqa: B023
+        _packed(bench, at)
+
+
+def _packed(bench: Bench, at: Looking) -> None:
+    """Packing, and each kernel with what was packed."""
+    from ..kernels.attend import Tiling, attend_packed
+    from ..kernels.attend_pack import pack
+    from ..kernels.tiles import converts_e4m3, major, platform
+
+    tile = Tiling.of(platform(bench.device), major(bench.device))
+    for e4m3 in (True, False) if converts_e4m3(bench.device) else (False,):
+        packed, kind = pack(at.k, at.v, e4m3), "values in E4M3" if e4m3 else "values in 16 bits"
+        held = [x for x in vars(packed).values() if isinstance(x, Tensor) and x is not at.v]
+        size = 2 * (at.k.nbytes + at.v.nbytes * e4m3) + sum(x.nbytes for x in held)
+        bench.add("attend", "triton", at.label, lambda: pack(at.k, at.v, e4m3), size, note=f"packing alone, {kind}")  # noqa: B023
+        at.add(bench, "triton", f"packed, the kernel for any GPU, {kind}", lambda: attend_packed(at.q, packed, tile)[0])  # noqa: B023
+        if e4m3 and major(bench.device) == 9:
+            try:
+                from ..kernels import hopper_attend
+
+                at.add(bench, "triton", f"packed, the kernel for Hopper, {kind}",
+                       lambda: hopper_attend.attend_packed(at.q, packed)[0])  # noqa: B023
+            except Exception as error:
+                bench.absent("attend", "triton", f"the kernel for Hopper: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
+def tune_attend(bench: Bench, found: list[Case]) -> None:
+    """Attention in eight bits with other tilings, from which `Tiling.of` is to be chosen."""
+    if reason := backends.refusal("attend", bench.device):
+        bench.absent("attend", "triton", reason)
+        return
+    from ..kernels.attend import Tiling, attend_packed
+    from ..kernels.attend_pack import pack
+    from ..kernels.tiles import converts_e4m3
+
+    at = Looking.at(4 if bench.small else 60, bench)
+    packed = pack(at.k, at.v, converts_e4m3(bench.device))
+    for rows, keys, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (1, 2, 3)):
+        tile = Tiling(rows, keys, warps, stages)
+        try:
+            at.add(bench, "triton", str(tile), lambda: attend_packed(at.q, packed, tile)[0], repeats=5)  # noqa: B023
+        except Exception as error:
+            bench.absent("attend", "triton", f"{tile}: {type(error).__name__}: {str(error).splitlines()[0]}")
+
+
 def released(bench: Bench, found: list[Case]) -> None:
     """The released quant-videogen: encoding and decoding K and V of 24 frames of Self-Forcing, or of a whole context of LongCat."""
     package = peers.quant_videogen()
@@ -265,13 +358,13 @@ def tune(bench: Bench, found: list[Case]) -> None:
             bench.add("decode", "triton", case.label, *reading(cache), note=f"{tiling}, {program} tokens a program", repeats=10)
 
 
-PARTS = {"decode": decode, "encode": encode, "released": released, "tune": tune}
+PARTS = {"decode": decode, "encode": encode, "attend": attend, "released": released, "tune": tune, "tune-attend": tune_attend}
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="qvg bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that it runs")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "tune"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[name for name in PARTS if not name.startswith("tune")])
     add_places(parser)
     options = parser.parse_args(arguments)
     claim(options, "kernels")

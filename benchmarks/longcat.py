@@ -3,10 +3,11 @@
     qvg bench generate --model longcat [--small] [--out DIR] [--given 19] [--new 5] [--batch 2] [--rounds 5]
 
 Weights are random (27 GB in bf16), which does not change timing and says nothing about quality. Measured are a bf16 cache whose keys are
-stored after RoPE, which is faster to read than the original's; caches that are encoded layer by layer; and the released order, in which all
-layers are stored in bf16 and then encoded. Steps alternate with steps of the bf16 cache, which therefore stays in memory. Bytes are the
-allocator's peak above what was held before the cache was made, minus what the same pass needs without history. Each row is written as soon
-as it is measured. batch: conditions per pass. At full size at most about 63 GiB are held: weights 25.3, bf16 cache 27.4.
+stored after RoPE, which is faster to read than the original's; caches that are encoded layer by layer, attended to exactly or in eight bits
+("fast"); and the released order, in which all layers are stored in bf16 and then encoded. Steps alternate with steps of the bf16 cache,
+which therefore stays in memory. Bytes are the allocator's peak above what was held before the cache was made, minus what the same pass
+needs without history. Each row is written as soon as it is measured. batch: conditions per pass. At full size at most about 63 GiB are
+held: weights 25.3, bf16 cache 27.4.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -281,8 +283,11 @@ def main(arguments: list[str]) -> None:
 
     reference, row = stored(scene, Bf16)
     report.add(stepped(scene, reference, row, options.rounds, reference))
-    for settings in (PRESETS["balanced"], PLANES["balanced"], PRESETS["smallest"], PRESETS["quality"]):
-        measure(lambda scene, settings=settings: Encoded(scene, settings), f"qvg {settings.name}", reference)
+    exact = [replace(settings, attention="exact") for settings in (
+        PRESETS["balanced"], PLANES["balanced"], PRESETS["smallest"], PRESETS["quality"])]
+    for settings in (*exact, *(replace(PRESETS[name], attention="fast") for name in ("balanced", "smallest"))):
+        name = f"qvg {settings.name}" + (", fast" if settings.attention == "fast" else "")
+        measure(partial(Encoded, settings=settings, name=name), name, reference)
     # the released order needs the reference's memory for its own bf16 layers
     del reference
     measure(EncodedAfterwards, EncodedAfterwards.name, None)

@@ -6,12 +6,14 @@ memory. All use the same functions for RoPE, attention and copies; they differ i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..qvg import backends
 from ..qvg.attention.cached import CachedAttention
-from ..qvg.attention.functions import sdpa
+from ..qvg.attention.functions import Attention, sdpa
 from ..qvg.attention.rope import Rope, rotate
 from ..qvg.cache.geometry import Geometry
 from ..qvg.cache.kv_cache import KVCache
@@ -73,6 +75,7 @@ class Core(Method):
     """ComfyUI's own cache: bf16, keys after RoPE, allocated for the whole video from the start."""
 
     name = "bf16"
+    attention: Attention = staticmethod(sdpa)
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -92,10 +95,20 @@ class Core(Method):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.store(layer, rotate(k, *self.angles), v)
         end = self.frames * self.geometry.frame_tokens + k.shape[1]
-        return sdpa(rotate(q, *self.angles), self.kept[layer][0, :, :end], self.kept[layer][1, :, :end])
+        return self.attention(rotate(q, *self.angles), self.kept[layer][0, :, :end], self.kept[layer][1, :, :end])
 
     def state_bytes(self) -> int:
         return sum(x.nbytes for x in self.kept)
+
+
+class SageCore(Core):
+    """The same, attended to by SageAttention."""
+
+    name = "bf16, sageattention"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.attention = _sage()
 
 
 class Ours(Method):
@@ -103,6 +116,7 @@ class Ours(Method):
 
     settings = PRESETS["balanced"]
     overlap = True
+    attention: Attention | None = None
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -114,13 +128,14 @@ class Ours(Method):
 
     @property
     def name(self) -> str:
-        return f"qvg {self.settings.name}" + ("" if self.overlap else ", one stream") + (", offloaded" if self.settings.offload else "")
+        said = {", fast": self.settings.attention == "fast", ", one stream": not self.overlap, ", offloaded": self.settings.offload}
+        return f"qvg {self.settings.name}" + "".join(word for word, holds in said.items() if holds)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.cache.layers[layer].append(k, v, self.chunk)
 
     def begin(self, clean: bool):
-        return CachedAttention(self.cache, start_frame=self.frames, frames=self.chunk, store=clean)
+        return CachedAttention(self.cache, start_frame=self.frames, frames=self.chunk, store=clean, attention=self.attention)
 
     def state_bytes(self) -> int:
         stats = self.cache.stats()
@@ -131,8 +146,26 @@ class Ours(Method):
         return self.cache.stats().host_bytes
 
 
-def ours(settings: QVGSettings, overlap: bool = True) -> type[Ours]:
-    return type("Ours", (Ours,), {"settings": settings, "overlap": overlap})
+def ours(settings: QVGSettings, overlap: bool = True, attention: str = "exact") -> type[Ours]:
+    return type("Ours", (Ours,), {"settings": replace(settings, attention=attention), "overlap": overlap})
+
+
+class SageOurs(Ours):
+    """The preset Balanced, attended to by SageAttention."""
+
+    name = "qvg balanced, sageattention"
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.attention = _sage()
+
+
+def _sage() -> Attention:
+    """Raises ValueError where SageAttention is missing."""
+    found = peers.sage_attention()
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 class Released(Method):

@@ -22,16 +22,22 @@ bench() {
 
 "$python" -c "from comfyui_qvg.qvg import backends; print(*backends.report('cuda'), sep='\n')"
 # the kernels of different tests compile side by side
-"$python" -m pytest -q --collect-only tests/test_kernels.py tests/test_kernels_decode.py tests/test_kernels_transform.py tests/test_backends.py tests/test_offload.py | grep :: |
+"$python" -m pytest -q --collect-only tests/test_kernels.py tests/test_kernels_decode.py tests/test_kernels_project.py \
+    tests/test_kernels_transform.py tests/test_kernels_attend.py tests/test_backends.py tests/test_offload.py | grep :: |
     timeout "${TESTS_LIMIT:-120}" xargs -d '\n' -n 6 -P "$(nproc)" "$python" -m pytest -q --tb=short >"$out/tests.log" 2>&1
 echo "== tests ended at ${SECONDS}s with $?: $(grep -Eo '[0-9]+ passed' "$out/tests.log" | awk '{n += $1} END {print n}') passed"
 grep -E "^(FAILED|ERROR)" "$out/tests.log"
 
-bench 150 generate --contexts 60 180 --rounds 2 --out "$out"
+bench 120 quality --patterns 3,3,3 1,3,3 --only balanced smallest tiny "balanced, attention in 8 bits" "tiny, attention in 8 bits" \
+    --out "$out/quality"
+bench 300 generate --contexts 60 180 --rounds 2 --out "$out"
 bench 120 kernels --out "$out"
 bench 60 kernels --only tune --out "$out/tune"
+bench 60 kernels --only tune-attend --out "$out/tune-attend"
 bench 60 generate --contexts 21 120 --rounds 2 --limits 24 --out "$out/more"
 bench 180 generate --model longcat --out "$out/longcat"
+bench 120 generate --model hy-worldplay-8b --out "$out/worldplay"
+bench 60 generate --model hy-worldplay-5b --out "$out/worldplay"
 find "$out" -name "*.md" ! -name results.md -exec cat {} + >"$out/results.md"
 find "$out" -name "*.md" ! -name results.md -delete
 echo "== all ended at ${SECONDS}s"

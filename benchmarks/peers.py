@@ -1,6 +1,6 @@
 """Packages of other projects, if installed, for measurements on the same tensors.
 
-Both come from PyPI as wheels and are installed with --no-deps, because quant-videogen pins a torch version.
+They come from PyPI as wheels and are installed with --no-deps, because quant-videogen pins a torch version.
 """
 
 from __future__ import annotations
@@ -74,5 +74,15 @@ def flash_kmeans():
             batch_kmeans_Euclid(x, count, max_iters=iterations, tol=-1.0, init_centroids=start)
 
         return kmeans
+
+    return _import(load)
+
+
+def sage_attention():
+    """An attention function of SageAttention, which rounds queries, keys and values to eight bits; or why not."""
+    def load():
+        from sageattention import sageattn
+
+        return lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD", is_causal=False)
 
     return _import(load)

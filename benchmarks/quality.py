@@ -9,9 +9,8 @@ history is the exact video's, encoded once, so a chunk has the error that a meth
 PSNR and SSIM of decoded frames against the exact cache: of the first chunk that reads a quantized history, and the mean from the third
 chunk on; the spread is the standard error over videos. A second exact run and a cache with 1e-3 noise are the controls. With --patterns the
 presets, the released method, the QVG codec and, without sinks and recent frames, each codec at several sizes make videos in every pattern
-of `patterns`: chunks of other lengths, a start image, frames of twice the
-size, a prompt switch, a cut, 20 chunks. Figures are dB of latents against the exact cache, from the third chunk on, and over the last
-quarter of the video.
+of `patterns`: chunks of other lengths, a start image, frames of twice the size, a prompt switch, a cut, 20 chunks. Figures are dB of
+latents against the exact cache, from the third chunk on, and over the last quarter of the video.
 
 Bits include codes, scales, ids, codebooks and bases of the tensors that are held when the video ends. Those "at 180 frames" are of a video
 of 180 frames at Self-Forcing's size, with as many codebooks and bases as this one needed. The model is tiny and made for tests: the
@@ -143,18 +142,20 @@ class Loop(CausalLoop):
 
 
 PATTERN_COLUMNS = ("pattern", "method", "bits", "at 180 frames", "later dB", "+-", "last quarter dB", "+-", "closer than paper int2")
+EIGHT_BITS = ", attention in 8 bits"
 PATTERN_METHODS = {
     "1e-3 noise": NOISY, "paper int2": PRESETS["paper"], "paper int2, released schedule": PRESETS["paper"],
     **{name: PRESETS[name] for name in ("quality", "balanced", "smallest", "tiny")},
     **{settings.name: settings for settings in PLANES.values()}, "2 planes, codebooks kept": PLANES["balanced"],
     "2 planes, bare": BARE, "1 plane, bare": BARE.both(bits=1),
     **{f"{bits:g} bits, bare": TRANSFORM.both(bits=bits) for bits in (2, 1.25, 0.75)},
-    "1.25 bits, bare, basis of other videos": TRANSFORM}
+    "1.25 bits, bare, basis of other videos": TRANSFORM,
+    **{f"{name}{EIGHT_BITS}": PRESETS[name] for name in ("quality", "balanced", "smallest", "tiny")}}
 
 
-def in_patterns(device: torch.device, options: argparse.Namespace) -> list[dict]:
+def in_patterns(device: torch.device, options: argparse.Namespace) -> Iterator[dict]:
     """One row per pattern and method, with the dB of every video."""
-    network, rows, only = load_tiny()[0].to(device), [], options.only
+    network, only = load_tiny()[0].to(device), options.only
     videos = options.videos or (1 if options.small else 4)
     for pattern in PATTERNS:
         if options.patterns and pattern.name not in options.patterns:
@@ -167,16 +168,17 @@ def in_patterns(device: torch.device, options: argparse.Namespace) -> list[dict]
             if only and name not in only and name != "paper int2":
                 continue
             books = loop.other_books(settings) if name.endswith("other videos") else None
+            settings = replace(settings, attention="fast" if name.endswith(EIGHT_BITS) else "exact")
             with largest_misfit(math.inf if name.endswith("kept") else codebook_lifetime.LARGEST_MISFIT):
                 latents, cache = loop.make(settings, released=name.endswith("schedule"), books=books)
             found, stats = loop.closeness(latents), cache.stats()
-            rows.append({
+            row = {
                 "pattern": pattern.name, "method": name, "bits": stats.bits_per_element, "bits_at_180_frames": bits_at_size(cache, pattern),
-                "stored_bytes": stats.stored_bytes,
+                "stored_bytes": stats.stored_bytes, "attention": stats.attention,
                 "peak_bytes": stats.peak_bytes, "later": found[:, pattern.later:].mean(1).tolist(),
-                "last_quarter": found[:, -(pattern.frames // 4):].mean(1).tolist(), "frames": found.mean(0).tolist()})
-            progress(f"{pattern.name}, {name}: {stats.bits_per_element:.2f} bits, {statistics.mean(rows[-1]['later']):.1f} dB")
-    return rows
+                "last_quarter": found[:, -(pattern.frames // 4):].mean(1).tolist(), "frames": found.mean(0).tolist()}
+            progress(f"{pattern.name}, {name}: {stats.bits_per_element:.2f} bits, {statistics.mean(row['later']):.1f} dB")
+            yield row
 
 
 def pattern_table(rows: list[dict]) -> list[tuple]:
@@ -199,15 +201,22 @@ def ssim(a: Tensor, b: Tensor, every: int = 4) -> list[float]:
 
 
 def patterns(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> None:
-    """The tables of `--patterns`."""
+    """The tables of `--patterns`; written after every row, so that a time limit loses only the current one."""
     for given, known in ((options.patterns, [pattern.name for pattern in PATTERNS]), (options.only or (), list(PATTERN_METHODS))):
         if unknown := set(given) - set(known):
             parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     claim(options, "quality_patterns")
     device = torch.device(options.device)
-    rows = in_patterns(device, options)
-    result = {"environment": environment(device, command), "videos": len(rows[0]["later"]), "rows": rows}
-    write(options.out, "quality_patterns", result, table(PATTERN_COLUMNS, pattern_table(rows)))
+    rows: list[dict] = []
+
+    def note(show: bool) -> None:
+        result = {"environment": environment(device, command), "videos": len(rows[0]["later"]), "rows": rows}
+        write(options.out, "quality_patterns", result, table(PATTERN_COLUMNS, pattern_table(rows)), show=show)
+
+    for row in in_patterns(device, options):
+        rows.append(row)
+        note(show=False)
+    note(show=True)
 
 
 def main(arguments: list[str]) -> None:

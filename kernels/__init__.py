@@ -5,6 +5,7 @@
 - `encode_transform`: tokens to bits of components; `eigh`: the components
 - `decode`, `reader`, `jobs`: spans to keys and values in the workspace
 - `decode_transform`, `bit_vectors`: the same for transform spans; `hopper_decode`: on compute capability 9
+- `attend`, `attend_pack`: attention in eight bits on any GPU; `hopper_attend` and its parts: the same on compute capability 9
 - `octets`, `octet_pairs`, `halves`: eight channels of a token in the registers of a thread, in float32 or as pairs of float16
 - `rotate`: RoPE on a chunk's own tokens
 - `tiles`: conversions and platforms; `ops`: the functions that `qvg.backends` imports

@@ -5,10 +5,12 @@ from __future__ import annotations
 from triton.runtime import JITFunction
 
 from .assign import assign, assign_kernel
+from .attend import attend
 from .eigh import eigh
 from .encode import encode
 from .encode_transform import encode_transform
 from .kmeans import kmeans
+from .project import project
 from .reader import read, recover
 from .rotate import rotate, rotate_chunk
 from .store import store
@@ -16,7 +18,7 @@ from .update import update
 
 OPS = {
     "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "encode_transform": encode_transform,
-    "eigh": eigh, "rotate": rotate, "rotate_chunk": rotate_chunk, "decode": read, "recover": recover,
+    "eigh": eigh, "rotate": rotate, "rotate_chunk": rotate_chunk, "project": project, "decode": read, "recover": recover, "attend": attend,
 }
 # with TRITON_INTERPRET=1 kernels run in Python on the CPU, which only tests ask for
 FORCED_DEVICES = () if isinstance(assign_kernel, JITFunction) else ("cpu",)

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..qvg.demo import NETWORK_PATH, VAE_PATH
 from . import kv_cache, live
+from .camera_path import QVGCameraPath
 from .compare import QVGCompare
 from .empty_latent import QVGEmptyLongVideoLatent
 from .kv_cache import QVGQuantizeKVCache, QVGSettingsNode
@@ -18,8 +19,11 @@ from .monitor import QVGMemoryMonitor
 from .plan import QVGPlanMemory
 from .prompts import QVGPromptAt, QVGPromptSchedule
 from .session import QVGLoadVideoSession, QVGSaveVideoSession
+from .split_gpus import QVGSplitOverGPUs
 from .stream import QVGStreamVideo
 from .tiny_prompt import QVGDemoPrompt
+from .tiny_room import QVGTinyRoom
+from .world_walk import QVGWorldWalk
 
 
 def list_tiny_model() -> None:
@@ -38,4 +42,4 @@ class QuantVideoGenExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [QVGSettingsNode, QVGQuantizeKVCache, QVGLoadARVideoModel, QVGLongCatContinue, QVGMemoryMonitor, QVGPlanMemory, QVGCompare,
                 QVGDemoPrompt, QVGARVideoSampler, QVGEmptyLongVideoLatent, QVGPromptSchedule, QVGPromptAt, QVGSaveVideoSession,
-                QVGLoadVideoSession, QVGStreamVideo, QVGMeasurePresets]
+                QVGLoadVideoSession, QVGStreamVideo, QVGMeasurePresets, QVGCameraPath, QVGWorldWalk, QVGTinyRoom, QVGSplitOverGPUs]

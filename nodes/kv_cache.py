@@ -13,7 +13,7 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..qvg.settings import CODECS, PLAIN_BITS, PRESETS, QVGSettings, TensorSettings
+from ..qvg.settings import ATTENTIONS, COARSE, CODECS, PLAIN_BITS, PRESETS, QVGSettings, TensorSettings
 from .adapters.families import adapter_of, family_of
 
 Settings = io.Custom("QVG_SETTINGS")
@@ -23,7 +23,7 @@ ROUTE = "/qvg/presets"
 # inputs that apply to keys and values alike -> fields of both
 SHARED = {"stages": "stages", "centroids": "centroids", "group_size": "group"}
 # inputs that no preset sets
-PLAIN = ("budget_gib", "seed", "offload", "host_gib")
+PLAIN = ("budget_gib", "seed", "offload", "host_gib", "attention")
 
 
 def codecs() -> list[str]:
@@ -53,17 +53,19 @@ def add_route() -> None:
         server.routes.get(ROUTE)(presets)
 
 
+def knob(name: str, options: Sequence, tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(name, options=[KEEP, *map(str, options)], default=KEEP, advanced=True, optional=True,
+                          tooltip=f"{tooltip} 'preset', the default, takes the preset's value.")
+
+
+def count(name: str, high: int, tooltip: str) -> io.Int.Input:
+    return io.Int.Input(name, default=-1, min=-1, max=high, advanced=True, optional=True,
+                        tooltip=f"{tooltip} -1, the default, takes the preset's value.")
+
+
 class QVGSettingsNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        def knob(name: str, options: Sequence, tooltip: str):
-            return io.Combo.Input(name, options=[KEEP, *map(str, options)], default=KEEP, advanced=True, optional=True,
-                                  tooltip=f"{tooltip} 'preset', the default, takes the preset's value.")
-
-        def count(name: str, high: int, tooltip: str):
-            return io.Int.Input(name, default=-1, min=-1, max=high, advanced=True, optional=True,
-                                tooltip=f"{tooltip} -1, the default, takes the preset's value.")
-
         bits = sorted({width for name in codecs() for width in CODECS[name].widths})
         return io.Schema(
             node_id="QVGSettings", display_name="QVG Settings", category="QuantVideoGen",
@@ -109,10 +111,14 @@ class QVGSettingsNode(io.ComfyNode):
                 io.Float.Input("host_gib", default=0.0, min=0.0, max=100000.0, step=0.5, advanced=True, optional=True,
                                tooltip="Host memory budget of offloaded frames in GiB. Above it, the oldest frames lose bits, then are "
                                        "dropped. 0, the default, is no limit."),
-                # the last one, because saved graphs have values by their place
+                # new ones are the last, because saved graphs have values by their place
                 knob("codec", codecs(),
                      "How keys and values are kept. transform: bits for the directions in which tokens differ most. qvg: codebooks and "
                      "whole bits of what is left. paper: QVG as released."),
+                io.Combo.Input("attention", options=list(ATTENTIONS), default=ATTENTIONS[0], advanced=True, optional=True,
+                               tooltip="How the model attends to the cache. exact: as without quantization. fast: in eight bits to what is "
+                                       f"held in {COARSE:g} bits or fewer, and exactly to the rest. auto, the default: fast where that "
+                                       "loses next to nothing and is known to be faster on this GPU; the monitor says which and why."),
             ],
             outputs=[Settings.Output(display_name="settings", tooltip="For Quantize KV Cache (QVG).")])
 
@@ -144,7 +150,7 @@ class QVGQuantizeKVCache(io.ComfyNode):
             description="Keeps the KV cache of an autoregressive video model in one or two bits per element while it samples.",
             search_aliases=["kv cache", "quantize", "long video", "2-bit", "vram", "qvg", "self forcing", "causal forcing"],
             inputs=[
-                io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), or LongCat-Video."),
+                io.Model.Input("model", tooltip="A causal video model (Self-Forcing, Causal-Forcing), LongCat-Video, or HY-WorldPlay."),
                 Settings.Input("settings", optional=True, tooltip="From QVG Settings; without it, the preset Balanced."),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The same weights with a quantized cache.")],

@@ -48,9 +48,11 @@ class QVGLoadARVideoModel(io.ComfyNode):
         files = [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIXES)]
         return io.Schema(
             node_id="QVGLoadARVideoModel", display_name="Load AR Video Model (QVG)", category="QuantVideoGen",
-            description="Loads checkpoints of Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 models, and of "
-                        "LongCat-Video, as published (.pt, or in parts) or repackaged (.safetensors), and shows on the node what it found.",
-            search_aliases=["self forcing", "causal forcing", "longlive", "krea", "longcat", "autoregressive", "unet loader", "qvg"],
+            description="Loads checkpoints of Self-Forcing, Causal-Forcing, LongLive and other causal Wan 2.1 models, of LongCat-Video, "
+                        "and of HY-WorldPlay, as published (.pt, or in parts) or repackaged (.safetensors), and shows on the node what it "
+                        "found. HY-WorldPlay's licence excludes the European Union, the United Kingdom and South Korea.",
+            search_aliases=["self forcing", "causal forcing", "longlive", "krea", "longcat", "hy-worldplay", "autoregressive",
+                            "unet loader", "qvg"],
             inputs=[
                 io.Combo.Input("model_name", options=files,
                                tooltip="A file in models/diffusion_models. Of training checkpoints, generator_ema is preferred to "
@@ -60,9 +62,11 @@ class QVGLoadARVideoModel(io.ComfyNode):
                                        "fp8_e4m3fn: half the memory of bf16, slightly less exact; use it when the model does not fit."),
             ],
             outputs=[io.Model.Output(display_name="model",
-                                     tooltip="A causal model for Sampler AR Video, or LongCat-Video for Continue Video (LongCat, QVG).")])
+                                     tooltip="A causal model for Sampler AR Video, LongCat-Video for Continue Video (LongCat, QVG), or "
+                                             "HY-WorldPlay for World Walk (HY-WorldPlay, QVG).")])
 
     @classmethod
     def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
         model, found = load_model(folder_paths.get_full_path_or_raise(FOLDER, model_name), weight_dtype)
-        return io.NodeOutput(model, ui={TEXT: [str(found)]})
+        said = [str(found), FAMILIES[found.family].licence]
+        return io.NodeOutput(model, ui={TEXT: ["\n".join(filter(None, said))]})

@@ -9,7 +9,8 @@ the SAMPLER.
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import comfy.model_management
@@ -22,16 +23,21 @@ from ..qvg.cache.kv_cache import KVCache
 from ..qvg.models.wan import WAN
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.units import GIB
-from ..qvg.video import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions
+from ..qvg.video import Adapted, ChunkDone, Run, Sampler, StepDone, check_positions, sessions
 from ..qvg.video.prepare import MARGIN
 from ..qvg.video.progress import Meter
 from ..qvg.video.session import Session, fingerprint
 from . import live, where
+from .adapters.attention import reading
 from .adapters.causal import CausalWan, cache_shape
 from .adapters.checks import check_size, evaluated
 from .adapters.patches import CAUSAL, check_patches
 from .memory_check import Memory, check_memory
+from .ranks.causal import CausalRun, causal_run
+from .ranks.mark import split_of
+from .ranks.runs import ComfyLeader
 from .run_log import ATTACHMENT
+from .session_kinds import check_kind
 
 SessionType = io.Custom("QVG_SESSION")
 NOISES = {"Same on every device": "private", "As Sampler AR Video": "core"}
@@ -62,6 +68,7 @@ class ARSampler(comfy.samplers.Sampler):
     """Core calls `sample`. keeps_own_caches tells the hook of Quantize KV Cache (QVG) that this run does not use the hook's cache."""
 
     keeps_own_caches = True
+    splits_over_gpus = True
 
     def __init__(self, options: Options):
         self.options = options
@@ -83,24 +90,41 @@ class ARSampler(comfy.samplers.Sampler):
         run = Run(frames=x.shape[2], chunk_frames=options.chunk_frames, sigmas=tuple(sigmas.tolist()), seed=extra_args.get("seed") or 0,
                   first_alone=options.first_alone, context_noise=options.context_noise, recache_frames=options.recache_frames,
                   noise=options.noise)
-        # each condition that the guider evaluates has a cache, and an equal share of the memory
-        share = len(evaluated(model_wrap))
-        free = Memory(*(comfy.model_management.get_free_memory(device) // share for device in (x.device, torch.device("cpu"))))
-        settings = self._settings(log, share, free)
-        check_positions(settings, run, options.position_limit)
-        shape = cache_shape(base, x.shape)
-        check_memory(settings, shape, run, x.device, free)
-        model = CausalWan(model_wrap, extra_args, lambda: KVCache(
-            settings, **shape, rope=WAN.rope, device=x.device, max_frames=run.frames, chunk_frames=run.chunk_frames),
-            options.position_limit)
+        line, split = StatusLine(options.node_id), split_of(model_wrap.model_patcher)
         # the graph's noise is used where it matters: with core's own noise, or for latents that another pass began
         given = options.noise == "core" or not noise.any() or not self.max_denoise(model_wrap, sigmas)
-        sampler = Sampler(model, run, (*x.shape[:2], *x.shape[3:]), device=x.device, noise=x if given else None,
-                          start=None if options.session else self._start(base, model_wrap, x))
-        line = StatusLine(options.node_id)
-        with model.installed(), backends.on_compile(line.write):
+        with ExitStack() as stack:
+            ranks = None if split is None else stack.enter_context(causal_run(model_wrap, split, x.shape, line.write))
+            model = stack.enter_context(self._model(model_wrap, extra_args, run, x, ranks))
+            stack.enter_context(backends.on_compile(line.write))
+            sampler = Sampler(model, run, (*x.shape[:2], *x.shape[3:]), device=x.device, noise=x if given else None,
+                              start=None if options.session else self._start(base, model_wrap, x))
             made = self._run(sampler, base, callback, log, x, line)
         return base.model_sampling.inverse_noise_scaling(sigmas[-1], made)
+
+    @contextmanager
+    def _model(self, guider, extra_args, run: Run, x: torch.Tensor, ranks: CausalRun | None) -> Iterator[CausalWan | ComfyLeader]:
+        """The model of a run, with a cache for each condition. Raises ValueError where the caches do not fit."""
+        # each condition that the guider evaluates has a cache, and an equal share of the memory
+        share = len(evaluated(guider))
+        free = ranks.free if ranks else Memory(*(
+            comfy.model_management.get_free_memory(device) // share for device in (x.device, torch.device("cpu"))))
+        settings = self._settings(guider.model_patcher.get_attachment(ATTACHMENT), share, free)
+        limit = self.options.position_limit
+        shape = cache_shape(guider.inner_model, x.shape)
+        shape |= reading(settings, extra_args["model_options"], shape["head_dim"])
+        if ranks:
+            shape |= {"heads": shape["heads"] // ranks.size, "workspace_limit": None}
+        check_positions(settings, run, limit)
+        check_memory(settings, shape, run, x.device, free)
+        if ranks:
+            with ranks.model(settings, run, limit) as model:
+                yield model
+            return
+        model = CausalWan(guider, extra_args, lambda: KVCache(
+            settings, **shape, rope=WAN.rope, device=x.device, max_frames=run.frames, chunk_frames=run.chunk_frames), limit)
+        with model.installed():
+            yield model
 
     @staticmethod
     def _check(guider, noise, denoise_mask) -> None:
@@ -123,8 +147,10 @@ class ARSampler(comfy.samplers.Sampler):
             if self.options.auto_budget:
                 budget, host = (part * (1 - MARGIN) / GIB for part in (free.device, free.host if settings.offload else 0))
             return replace(settings, budget_gib=budget, host_gib=host)
-        # a session determines what is stored, the graph determines where
-        return replace(settings, offload=log.settings.offload, host_gib=log.settings.host_gib / share) if log else settings
+        if log is None:
+            return settings
+        # a session determines what is stored, the graph determines where, and how it is attended to
+        return replace(settings, offload=log.settings.offload, host_gib=log.settings.host_gib / share, attention=log.settings.attention)
 
     def _start(self, base, guider, x) -> torch.Tensor | None:
         """The start latents in the network's scale: this node's, or those of AR Video I2V."""
@@ -225,7 +251,7 @@ class StatusLine:
 
 def _resume(session: Session, sampler: Sampler, base) -> torch.Tensor:
     """Restore the sampler and return the latents made so far."""
-    session.restore(sampler, model_name(base))
+    sessions.restore(session, sampler, model_name(base))
     return session.latents.to(sampler.device)
 
 
@@ -277,8 +303,7 @@ class QVGARVideoSampler(io.ComfyNode):
     @classmethod
     def execute(cls, chunk_frames, start=None, session=None, auto_budget=False, keep_partial=True, recache_frames=0, first_alone=False,
                 position_limit=0, context_noise=0.0, noise="Same on every device") -> io.NodeOutput:
-        if session is not None and not isinstance(session, Session):
-            raise ValueError(f"{session.path.name} is a video of LongCat-Video. Connect it to Continue Video (LongCat, QVG).")
+        check_kind(session, Session)
         return io.NodeOutput(ARSampler(Options(
             chunk_frames=chunk_frames, first_alone=first_alone, noise=NOISES[noise], context_noise=context_noise,
             recache_frames=recache_frames, position_limit=position_limit, auto_budget=auto_budget, keep_partial=keep_partial,

@@ -13,7 +13,7 @@ import glob
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -35,7 +35,11 @@ from .adapters.checks import is_autoregressive
 from .live import TEXT
 from .long_video import ARSampler, SessionType, model_name
 from .outputs import places
+from .ranks.crews import CREWS
+from .ranks.mark import split_of
+from .ranks.segments import split_segment
 from .segments import CHANNELS, STRIDE, LongVideo, latent_frames
+from .session_kinds import check_kind
 from .session_saver import SavingSampler, SegmentSaver
 
 SCHEDULES = ("base", "distilled")
@@ -70,8 +74,7 @@ class Inputs:
     def check(self) -> None:
         """Raises ValueError for inputs that do not belong together."""
         longcat.check(self.model)
-        if self.session is not None and not isinstance(self.session, SegmentSession):
-            raise ValueError(f"{self.session.path.name} is a video of a causal model. Connect it to AR Video Sampler (QVG).")
+        check_kind(self.session, SegmentSession)
         if self.stream_to and self.carry != "pixels":
             raise ValueError("stream_to writes frames as segments are done, but segments carried as latents are decoded at the end. Set "
                              "carry to pixels, or leave stream_to empty.")
@@ -171,6 +174,7 @@ class Continuation:
         made, name = self._session()
         saver, shown = None, None
         with ExitStack() as held:
+            held.enter_context(CREWS.kept())
             if self.save is not None:
                 saver = SegmentSaver(self.save, name, made, inputs.session,
                                      segment_bytes(inputs.width, inputs.height, inputs.length, inputs.segments))
@@ -216,19 +220,26 @@ class Continuation:
 
     def _sample(self, segment: int, given: torch.Tensor | None, frames: int) -> torch.Tensor:
         """New latents [1, C, frames, H, W] of a segment, which continue the given ones."""
-        inputs, model = self.inputs, self.inputs.model
-        if given is None:
-            longcat.note_nothing(model)
-        guider = comfy.samplers.CFGGuider(model if given is None else longcat.continue_from(model, given))
+        inputs, device = self.inputs, comfy.model_management.intermediate_device()
+        empty = torch.zeros(1, CHANNELS, frames, inputs.height // STRIDE, inputs.width // STRIDE, device=device)
+        guider = comfy.samplers.CFGGuider(self._model(given, empty.shape))
         guider.set_conds(inputs.positive, inputs.negative)
         guider.set_cfg(inputs.cfg)
-        device = comfy.model_management.intermediate_device()
-        empty = torch.zeros(1, CHANNELS, frames, inputs.height // STRIDE, inputs.width // STRIDE, device=device)
         seed = (inputs.seed + segment) % 2**64
         noise = comfy.sample.prepare_noise(empty, seed)
         samples = guider.sample(noise, empty, self.sampler, self.levels[segment], callback=self.progress.step,
                                 disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
         return samples.to(device)
+
+    def _model(self, given: torch.Tensor | None, shape):
+        """The MODEL whose run makes new latents of `shape`, which continue the given ones."""
+        model, split = self.inputs.model, split_of(self.inputs.model)
+        if split is not None:
+            return split_segment(model, split, given, shape)
+        if given is not None:
+            return longcat.continue_from(model, given)
+        longcat.note_nothing(model)
+        return model
 
 
 def unwrap_sampler(sampler) -> tuple:
@@ -244,7 +255,9 @@ def run_key(model, positive, negative, start, settings: list) -> str:
     """A hash of everything that a video is made from, except its number of segments, so that a stopped video can be made longer."""
     loras = sorted((str(name), [[patch[0], *_numbers(patch[1])] for patch in patches]) for name, patches in model.patches.items())
     source = (model.cached_patcher_init or (None, ()))[1]
-    digest = hashlib.blake2b(json.dumps([settings, source, longcat.settings_of(model).to_json(), loras]).encode(), digest_size=16)
+    # as with a session, another attention continues a video
+    kept = replace(longcat.settings_of(model), attention="auto").to_json()
+    digest = hashlib.blake2b(json.dumps([settings, source, kept, loras]).encode(), digest_size=16)
     for tensor in [condition[0] for condition in (*positive, *negative)] + ([] if start is None else [start]):
         digest.update(str(tuple(tensor.shape)).encode() + tensor.float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 
+from ..qvg.measure.inputs import cannot_walk
 from ..qvg.measure.loop import Made, Progress, silent
 from ..qvg.models.longcat_schedule import DISTILLED_STEPS, STEPS, noise_levels
 from ..qvg.settings import QVGSettings
@@ -65,6 +66,8 @@ def loop_of(source: Source) -> CausalLoop | SegmentLoop:
     if source.width % 16 or source.height % 16:
         raise ValueError(f"A video of {source.width} x {source.height} pixels does not divide into tokens of 16 x 16. Set width and height "
                          "to multiples of 16.")
+    if family.walks:
+        raise ValueError(cannot_walk("The model", family))
     adapter = adapter_of(family)
     usual = next(iter(family.shapes.values()))
     # models that rebuild their context for every segment continue given frames

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..qvg.cache.forecast import Forecast, forecast
-from ..qvg.cache.geometry import Geometry, buffers_on
+from ..qvg.cache.geometry import Geometry, on_device
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.units import GIB, format_bytes
 from ..qvg.video import Run
@@ -21,10 +22,16 @@ class Memory:
     host: int
 
 
+def fitting_presets(peak_of: Callable[[QVGSettings], int], room: int) -> str:
+    """The presets whose peak is at most `room` bytes, as the beginning of a list of choices; empty where there is none."""
+    names = [name.capitalize() for name, preset in PRESETS.items() if peak_of(preset) <= room]
+    return f"the preset {' or '.join(names)} of Quantize KV Cache (QVG), " if names else ""
+
+
 def check_memory(settings: QVGSettings, shape: dict, run: Run, device, free: Memory) -> None:
     """Raises ValueError where a cache needs more than `free`, naming the choices that need less.
 
-    shape: see `adapters.causal.cache_shape`.
+    shape: see `adapters.causal.cache_shape`, and `workspace_limit` and `packs` of `KVCache`.
     """
     plan = _Plan(settings, shape, run, device, free)
     if plan.fits(settings):
@@ -41,8 +48,9 @@ class _Plan:
     """Forecasts of one run under other settings or of another length."""
 
     def __init__(self, settings: QVGSettings, shape: dict, run: Run, device, free: Memory):
-        shape = dict(shape, buffers=buffers_on(device.type, shape["heads"]))
-        self.itemsize, self.geometry = shape.pop("dtype").itemsize, Geometry(**shape)
+        shape = dict(shape)
+        limit = shape.pop("workspace_limit", None)
+        self.itemsize, self.geometry = shape.pop("dtype").itemsize, on_device(Geometry(**shape), device.type, limit)
         self.settings, self.run, self.free = settings, run, free
 
     def forecast(self, settings: QVGSettings, frames: int = 0) -> Forecast:

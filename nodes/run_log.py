@@ -179,6 +179,9 @@ class Run:
         """A line of figures that the chart does not show."""
         now, device = self.history[-1], comfy.model_management.get_torch_device()
         parts = [f"{now.held_frames} frames, {now.tokens} tokens held"]
+        if now.attention:
+            # the reason is in the report, and on the node
+            parts.append(f"attention {now.attention.partition(' ')[0]}")
         if self.forecast:
             parts.append(f"forecast {format_bytes(self.forecast.stored_bytes)}, peak {format_bytes(self.forecast.peak_bytes)}")
         if device.type != "cpu":
@@ -238,4 +241,4 @@ def plain_stats(caches: list, total_frames: int, frames: int) -> CacheStats:
     return CacheStats(
         frames=frames, held_frames=total_frames, tokens=caches[0]["k"].shape[1], elements=numbers, stored_bytes=stored,
         workspace_bytes=0, peak_bytes=stored, bf16_bytes=2 * numbers, by_kind=dict.fromkeys(KINDS, 0) | {"plain": stored},
-        by_layer=by_layer, by_bits={8 * caches[0]["k"].element_size(): stored})
+        by_layer=by_layer, by_bits={8 * caches[0]["k"].element_size(): stored}, attention="exact (ComfyUI's own cache)")

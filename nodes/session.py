@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import folder_paths
-from comfy.latent_formats import Wan21
+from comfy.latent_formats import HunyuanVideo15, Wan21, Wan22
 from comfy_api.latest import io
 
 from ..qvg.files import relative_path
 from ..qvg.models.wan_vae import CHANNELS
 from ..qvg.video import segments
+from ..qvg.video.walk_session import WalkSession
 from .adapters.checks import is_autoregressive
 from .long_video import ARSampler, SessionType
 from .outputs import TOKEN
@@ -22,6 +23,8 @@ from .session_saver import SaveTo, SavingSampler
 
 FOLDER = "video_sessions"
 SUFFIX = ".safetensors"
+# channels -> the latents of walks
+WALK_FORMATS = {form.latent_channels: form for form in (Wan22, HunyuanVideo15, Wan21)}
 
 
 def folder() -> Path:
@@ -51,7 +54,7 @@ class QVGSaveVideoSession(io.ComfyNode):
             search_aliases=["qvg", "checkpoint", "resume", "autosave", "crash"],
             inputs=[
                 io.Sampler.Input("sampler", tooltip="From AR Video Sampler (QVG); for Continue Video (LongCat, QVG), any sampler such as "
-                                                    "euler from KSamplerSelect."),
+                                                    "euler from KSamplerSelect; for World Walk (HY-WorldPlay, QVG), euler."),
                 io.String.Input("name", default="my video",
                                 tooltip=f"The file below output/{FOLDER}. Every save replaces it whole; what another video saved "
                                         "there gets a number. Default: my video."),
@@ -76,7 +79,7 @@ def require_ar_sampler(sampler) -> ARSampler:
     """Raises ValueError for a sampler of another kind."""
     if not isinstance(sampler, ARSampler):
         raise ValueError("This SAMPLER cannot be watched chunk by chunk. Connect AR Video Sampler (QVG). (Continue Video (LongCat, QVG) "
-                         "has stream_to instead of Stream Video.)")
+                         "and World Walk (HY-WorldPlay, QVG) have stream_to instead of Stream Video.)")
     return sampler
 
 
@@ -91,8 +94,9 @@ class QVGLoadVideoSession(io.ComfyNode):
                                     tooltip=f"A file below output/{FOLDER}, as Save Video Session (QVG) named it. Default: my video.")],
             outputs=[
                 SessionType.Output(display_name="session",
-                                   tooltip="For AR Video Sampler (QVG), where the latent sets the length of the whole video, or for "
-                                           "Continue Video (LongCat, QVG), where segments sets it."),
+                                   tooltip="For AR Video Sampler (QVG), where the latent sets the length of the whole video; for "
+                                           "Continue Video (LongCat, QVG), where segments sets it; for World Walk (HY-WorldPlay, QVG), "
+                                           "which continues it along its camera path."),
                 io.Latent.Output(display_name="latent", tooltip="The latent frames made so far, for VAE Decode."),
                 io.Int.Output(display_name="latent_frames", tooltip="Number of latent frames made so far."),
             ])
@@ -107,6 +111,11 @@ class QVGLoadVideoSession(io.ComfyNode):
         session = segments.load(path_of(name, existing=True))
         if isinstance(session, segments.SegmentSession):
             return io.NodeOutput(session, {"samples": session.latents}, session.latents.shape[2])
+        if isinstance(session, WalkSession):
+            if session.shape[1] not in WALK_FORMATS:
+                raise ValueError(f"{session.path.name} has latents of {session.shape[1]} channels; walks of HY-WorldPlay have "
+                                 f"{' or '.join(map(str, WALK_FORMATS))}. Continue it without ComfyUI.")
+            return io.NodeOutput(session, {"samples": WALK_FORMATS[session.shape[1]]().process_out(session.latents)}, session.frames_done)
         if session.latents is None:
             raise ValueError(f"{session.path.name} was saved by `qvg generate`, without its latents. Continue it there with --resume.")
         if session.shape[1] != CHANNELS:

@@ -1,4 +1,4 @@
-"""Saves sessions while a video is made: of an `ARSampler` chunk by chunk, of LongCat-Video segment by segment."""
+"""Saves sessions while a video is made: of an `ARSampler` and of walks chunk by chunk, of LongCat-Video segment by segment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import comfy.samplers
 
 from ..qvg.files import Lock, check_place, remove_parts
-from ..qvg.video import session as storage
+from ..qvg.video import sessions
 from ..qvg.video.recorder import session_bytes
 from ..qvg.video.segments import Segments
 from .long_video import model_name
@@ -25,9 +25,13 @@ class SaveTo:
 
     def open(self, sampler, base, session) -> Saver:
         """Called by the `ARSampler` when sampling starts. session: the one that the run continues, or None."""
-        shape = sampler.shape
-        latent_bytes = 4 * sampler.run.frames * shape[0] * shape[1] * shape[2] * shape[3]
-        return Saver(SessionPlace(self.path, session, session_bytes(sampler) + latent_bytes), self.every, sampler, model_name(base))
+        place = SessionPlace(self.path, session, session_bytes(sampler, latents=True))
+        return Saver(place, self.every, sampler, model_name(base))
+
+    def open_walk(self, sampler, base, session, start) -> WalkSaver:
+        """The same for a walk. start: latents of its start image."""
+        place = SessionPlace(self.path, session, session_bytes(sampler, latents=True, caches=sampler.model.memory != "rebuild"))
+        return WalkSaver(place, self.every, sampler, model_name(base), start)
 
 
 class SessionPlace:
@@ -84,8 +88,9 @@ class Saver:
     def close(self, video) -> None:
         """Save what is not saved yet, and let other runs write the file."""
         try:
-            # after an error, the sampler may count a chunk that the video lacks
-            if self.sampler.settled and self.sampler.frames_done == video.shape[2] > self.saved_frames:
+            # after an error, the sampler may count a chunk that the video lacks, and other ranks may have no heads to give
+            lost = getattr(self.sampler.model, "lost", False)
+            if self.sampler.settled and not lost and self.sampler.frames_done == video.shape[2] > self.saved_frames:
                 self._save(video)
         finally:
             self.release()
@@ -93,21 +98,36 @@ class Saver:
     def release(self) -> None:
         self.place.release()
 
+    def _write(self, path: Path, video) -> None:
+        sessions.save(path, self.sampler, fingerprint=self.fingerprint, latents=video)
+
     def _save(self, video) -> None:
-        self.place.save(lambda path: storage.save(path, self.sampler, fingerprint=self.fingerprint, latents=video))
+        self.place.save(lambda path: self._write(path, video))
         self.saved_frames = video.shape[2]
         logging.info("QVG: %d latent frames are saved in %s", self.saved_frames, self.place.path)
 
 
+class WalkSaver(Saver):
+    """The same of a walk. start: latents of its start image, which a walk that continues needs."""
+
+    def __init__(self, place: SessionPlace, every: int, sampler, fingerprint: str, start):
+        super().__init__(place, every, sampler, fingerprint)
+        self.start = start
+
+    def _write(self, path: Path, video) -> None:
+        sessions.save_walk(path, self.sampler, fingerprint=self.fingerprint, tensors={"start": self.start})
+
+
 class SavingSampler(comfy.samplers.Sampler):
-    """A sampler with the file of a session, for Continue Video (LongCat, QVG), which unpacks it and saves segments."""
+    """A sampler with the file of a session, for nodes that sample by themselves: Continue Video (LongCat, QVG) and World Walk
+    (HY-WorldPlay, QVG) unpack it."""
 
     def __init__(self, sampler, save: SaveTo):
         self.sampler, self.save = sampler, save
 
     def sample(self, *args, **kwargs):
         raise ValueError("Save Video Session (QVG) saves whole chunks or segments, which this sampler does not make here. Connect AR Video "
-                         "Sampler (QVG) to it, or its SAMPLER to Continue Video (LongCat, QVG).")
+                         "Sampler (QVG) to it, or its SAMPLER to Continue Video (LongCat, QVG) or World Walk (HY-WorldPlay, QVG).")
 
 
 class SegmentSaver:

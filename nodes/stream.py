@@ -11,13 +11,14 @@ from itertools import chain
 from pathlib import Path
 
 import folder_paths
+import torch
 from comfy.ldm.wan.vae import WanVAE
 from comfy_api.latest import io
 
 from ..qvg.files import InUse, Taken
 from ..qvg.video.decode import to_bytes
 from ..qvg.video.writer import VideoWriter
-from .chunk_decoder import CoreDecoder
+from .chunk_decoder import decoder_of
 from .outputs import SIZES, check_prefix, places
 from .session import require_ar_sampler
 
@@ -70,12 +71,16 @@ class StreamTo:
 
 
 class Streamer:
-    """A recorder of an `ARSampler`: its methods are called as the video grows. video: the latents so far [B, C, F, H, W]."""
+    """A recorder of an `ARSampler` or a walk: its methods are called as the video grows. video: the latents so far [B, C, F, H, W].
+
+    newest: the frames that were written last [n, H, W, 3], uint8.
+    """
 
     def __init__(self, place: StreamTo, base, writer: VideoWriter):
         self.base, self.writer = base, writer
-        self.decode = CoreDecoder(place.vae, base.current_patcher)
+        self.decode = decoder_of(place.vae, base.current_patcher)
         self.done = 0
+        self.newest: torch.Tensor | None = None
         logging.info("QVG: streaming the video to %s", writer.path)
 
     def resume(self, video) -> None:
@@ -100,8 +105,12 @@ class Streamer:
     def _write(self, video, last: bool = False) -> None:
         """Decode and write what the file lacks; of a batch, the first video."""
         new, self.done = video[:1, :, self.done:], video.shape[2]
+        frames = []
         for part in self.decode(self.base.process_latent_out(new), last):
-            self.writer.write(to_bytes(part[0]))
+            frames.append(to_bytes(part[0]))
+            self.writer.write(frames[-1])
+        if frames:
+            self.newest = torch.cat(frames)
         # if the disk refuses, the writer keeps the frames for the next flush
         self.writer.flush()
 

@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from .codec.tensor_settings import PLAIN_BITS, TensorSettings, require, require_bits, require_int
 from .registry import CODECS
 
-__all__ = ["CODECS", "PLAIN_BITS", "PRESETS", "QVGSettings", "TensorSettings"]
+__all__ = ["ATTENTIONS", "COARSE", "CODECS", "PLAIN_BITS", "PRESETS", "QVGSettings", "TensorSettings"]
 
 VERSION = 1
+ATTENTIONS = ("auto", "exact", "fast")
+# bits per element up to which what a span leaves out outweighs what attention in eight bits rounds off
+COARSE = 2.5
 # fields of settings that older sessions hold under another name
 RENAMED = {"epoch_frames": "codebook_frames"}
 
@@ -43,6 +46,8 @@ class QVGSettings:
         With the transform codec, the latent frames in which new bases are made although the current one fits.
     iterations: k-means iterations per codebook.
     seed: of the private generator that k-means draws from.
+    attention: "exact"; "fast", in eight bits to what is held in at most `COARSE`; or "auto", fast where that is known to lose next to
+        nothing and to be faster (`attention.choice`).
     """
 
     name: str = "balanced"
@@ -60,6 +65,7 @@ class QVGSettings:
     seed: int = 0
     offload: bool = False
     host_gib: float = 0.0
+    attention: str = "auto"
 
     def __post_init__(self):
         require(isinstance(self.name, str), f"name is {self.name!r}; it must be a text.")
@@ -81,6 +87,20 @@ class QVGSettings:
         require(isinstance(self.offload, bool), f"offload is {self.offload!r}; it must be true or false.")
         require(self.offload or not self.host_gib, "host_gib limits offloaded spans, but offload is off. Turn it on, or set it to 0.")
         CODECS[self.codec].check(self)
+        require(self.attention in ATTENTIONS, f"attention is {self.attention!r}; choose one of {', '.join(ATTENTIONS)}.")
+        require(self.attention != "fast" or self.key_value_bits <= COARSE,
+                f"attention is 'fast', in eight bits to what is held in at most {COARSE:g}, but these settings hold old frames in "
+                f"{self.key_value_bits:g}. Set attention to auto, or choose fewer bits or another preset, such as Balanced.")
+
+    @property
+    def key_value_bits(self) -> float:
+        """Of old frames, keys or values, whichever have more."""
+        return max(self.key.bits, self.value.bits)
+
+    @property
+    def kept(self) -> QVGSettings:
+        """These settings with the defaults of those that decide nothing that is stored: where it lies, and how it is attended to."""
+        return replace(self, offload=False, host_gib=0.0, attention="auto")
 
     @property
     def changes_nothing(self) -> bool:
@@ -103,6 +123,9 @@ class QVGSettings:
         for name in ("key", "value"):
             if not fields[name]["options"]:
                 del fields[name]["options"]
+        if self.attention == "auto":
+            # earlier releases read what has no new field
+            del fields["attention"]
         return json.dumps({"version": VERSION, **fields})
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Sessions for `fuzz`: of causal models, of `qvg generate`, of segments and of growing videos."""
+"""Sessions for `fuzz`: of causal models, of `qvg generate`, of segments, of growing videos and of walks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_world import PATH, VIEWS, made_wan, sampler_of, wan_scene
+from test_world import RUN as WALK
 
 from comfyui_qvg.benchmarks import soak
 from comfyui_qvg.benchmarks.planes import PLANES
@@ -21,7 +23,7 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import PRESETS
-from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided, segment_file, segments
+from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided, segment_file, segments, walk_session
 from comfyui_qvg.qvg.video import session as storage
 from comfyui_qvg.qvg.video.generate import generate
 from comfyui_qvg.qvg.video.job import resumed
@@ -148,7 +150,8 @@ class Sessions:
         torch.manual_seed(0)
         self.network = CausalWan(WanSizes(dim=256, ffn_dim=32, layers=2, text_dim=8)).requires_grad_(False).eval()
         self.small = soak.small_model()
-        self.bases = [*self._causal(), *self._generated(), *self._segments()]
+        self.scene = wan_scene(made_wan(), torch.zeros(1, 48, 1, 4, 6))
+        self.bases = [*self._causal(), *self._generated(), *self._segments(), *self._walks()]
 
     def sampler(self, settings, run=RUN, shape=SHAPE, conditions=1) -> Sampler:
         prompts = [self.network.project_context(torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
@@ -191,6 +194,18 @@ class Sessions:
         storage.write(self.path, {"kind": "stream", "key": "k", "done": 2, "frames": 20}, {"given": torch.randn(1, 16, 2, 2, 4)})
         yield Base(self.path, "stream")
 
+    def _walks(self):
+        for memory, preset in (("bank", "balanced"), ("append", "tiny"), ("rebuild", "quality")):
+            sampler = self.walk(memory, PRESETS[preset])
+            for event in sampler:
+                if isinstance(event, ChunkDone) and sampler.frames_done == 8:
+                    break
+            walk_session.save(self.path, sampler, fingerprint="x", extra={"fps": 16}, tensors={"more": torch.ones(2)})
+            yield Base(self.path, "walk", memory)
+
+    def walk(self, memory, settings, views=VIEWS, path=PATH, run=WALK, shape=(1, 48, 4, 6)) -> Sampler:
+        return sampler_of([self.scene], memory, shape, settings, views, run, path=path)
+
     def make(self, draw: random.Random) -> Base:
         """Write a changed file to `path`."""
         base = draw.choice(self.bases)
@@ -228,6 +243,8 @@ class Sessions:
             found = segment_file.read_position(self.path, "k")
             self.opened = found is not None
             return "" if found is None or found[2].isfinite().all() else "given is not finite"
+        if base.kind == "walk":
+            return self._walk_on()
         session = segments.load(self.path)
         if isinstance(session, segments.SegmentSession):
             return self._continue_segments(session, base)
@@ -260,6 +277,18 @@ class Sessions:
         finally:
             todo.session.unlink(missing_ok=True)
         return "" if session.frames_done == todo.run.frames else "no chunk was made"
+
+    def _walk_on(self) -> str:
+        session = walk_session.load(self.path)
+        run = replace(session.run, frames=max(len(session.cameras), session.frames_done + 4))
+        path = session.cameras.resized(run.frames)
+        sampler = self.walk(session.memory, session.settings[0], session.views, path, run, session.shape)
+        session.restore(sampler, "x")
+        self.opened = True
+        for event in sampler:
+            if isinstance(event, ChunkDone):
+                return "" if event.latents.isfinite().all() and session.latents.isfinite().all() else "a video that is not finite"
+        return "no chunk was made"
 
     def _continue_segments(self, session, base: Base) -> str:
         made = session.resume("x", segments.Segments(base.key, 5, ""), 100, 4, 2)

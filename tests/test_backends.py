@@ -15,7 +15,6 @@ from comfyui_qvg.qvg.attention.rope import Rope
 from comfyui_qvg.qvg.backends import Backend, launches, registry
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.codec import kmeans, smoothing
-from comfyui_qvg.qvg.commands import cli
 
 X, TABLE = torch.randn(2, 30, 64), torch.randn(2, 5, 64)
 
@@ -359,9 +358,9 @@ def test_listeners_hear_of_every_variant_of_a_video_once(fresh):
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
             if frame == 1:
                 early = len(said)
-    # fused kernels run instead of the first three, and the others are of another codec
+    # fused kernels run instead of the first three, and the others are of another codec, of world models or of fast attention
     told = {sentence.rpartition(" ")[2] for sentence in said if sentence}
-    assert told == set(backends.OPS) - {"assign", "update", "rotate", "encode_transform", "eigh"}
+    assert told == set(backends.OPS) - {"assign", "update", "rotate", "project", "encode_transform", "eigh", "attend"}
     assert said[-1] == "" and TOLD.format("decode") in said[early:]
     seen = len(said)
     with backends.force("triton"), backends.on_compile(said.append):
@@ -382,6 +381,10 @@ def test_listeners_do_not_hear_of_a_failed_kernel_again(fresh, broken_kernel, mo
 
 
 def test_info_prints_backends_and_reasons(capsys):
+    # a GPU in the cloud may lack what the other commands need
+    pytest.importorskip("av", reason="commands encode video")
+    from comfyui_qvg.qvg.commands import cli
+
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(op in text for op in backends.OPS)

@@ -91,7 +91,7 @@ def test_a_geometry():
     assert ODD.frame_tokens == 35 and ODD.rows == 4 and replace(ODD, batch=3).rows == 12
     # K and V, two bytes a number, two layers
     assert ODD.bf16_bytes(3) == 2 * 2 * 2 * 26880
-    assert [replace(ODD, layers=layers).staged_layers for layers in (1, 2, 30)] == [1, 2, 2]
+    assert [replace(ODD, layers=layers).stages for layers in (1, 2, 30)] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (9, 1), (10, 2), (12, 3), (16, 4), (24, 6), (40, 10)])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -16,8 +17,11 @@ from PIL import Image
 from comfyui_qvg.qvg.backends import Backend, launches, register, remove
 from comfyui_qvg.qvg.commands import generate as generate_command
 from comfyui_qvg.qvg.commands.cli import main
-from comfyui_qvg.qvg.demo import NETWORK_PATH, PROMPTS, VAE_PATH
+from comfyui_qvg.qvg.demo import NETWORK_PATH, PROMPTS, VAE_PATH, embed_prompt, load_tiny
+from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.video import session as storage
+from comfyui_qvg.qvg.video.generate import generate
+from comfyui_qvg.qvg.video.job import resumed
 
 trained = pytest.mark.skipif(not (NETWORK_PATH.is_file() and VAE_PATH.is_file()), reason="the tiny model's weights are not here")
 GENERATE = ("generate", "--prompt", PROMPTS[0], "--seconds", "0.5", "--device", "cpu", "--out")
@@ -72,6 +76,28 @@ def test_a_video_is_made_and_resumed(tmp_path, capsys):
 
 
 @trained
+def test_attention_of_a_command(tmp_path, capsys):
+    """Fast, by the option, is what the library makes, and the command says which and why; a resumed video may have another."""
+    out = tmp_path / "fast.mp4"
+    longer = [*GENERATE[:-1], "--seconds", "1.2", "--attention", "fast", "--out"]
+    assert code_of(*longer, out) == 0
+    assert "attention to the cache: fast (as set; in plain torch, which is slow: " in capsys.readouterr().err
+    session = storage.load(tmp_path / "fast.mp4.session.safetensors")
+    assert session.settings[0] == replace(PRESETS["balanced"], attention="fast")
+    todo = replace(resumed(session, tmp_path / "again.mp4"), session=tmp_path / "again.safetensors")
+    network, vae = load_tiny()
+    assert sum(event.chunk is not None for event, _ in generate(network, vae, embed_prompt, todo)) > 5
+    again = storage.load(todo.session)
+    assert again.stored.keys() == session.stored.keys()
+    assert all(torch.equal(again.stored[name], tensor) for name, tensor in session.stored.items())
+    assert code_of("generate", "--resume", "--out", out, "--seconds", "1.7", "--attention", "exact", "--device", "cpu") == 0
+    assert "attention to the cache: exact (as set)" in capsys.readouterr().err
+    assert storage.load(session.path).settings[0].attention == "exact"
+    assert code_of(*longer, tmp_path / "off.mp4", "--preset", "off") == 2
+    assert "hold old frames in 16. Set attention to auto" in capsys.readouterr().err and not (tmp_path / "off.mp4").exists()
+
+
+@trained
 def test_going_on_from_a_photo(tmp_path):
     """Taken with the camera on its side, and wider than the video: the middle of it, turned."""
     picture = Image.new("RGB", (200, 100), (0, 0, 255))
@@ -111,7 +137,8 @@ WRONG = {
     "--seconds": ["0", "-1", "nan", "inf", "1e400", "1e9", "x", "", "86401", "0x10"],
     "--seed": ["-1", str(2**64), "1.5", "nan", "x", "1_000", "9" * 5000], "--cfg": ["nan", "inf", "-1", "x", "1e9"],
     "--window": ["-1", "x", str(10**9)], "--sink": ["-1", "1.5"], "--budget": ["nan", "-1", "x", "inf", "AUTO", "1e30"],
-    "--position-limit": ["-1", "x"], "--recache": ["-1", "x"], "--checkpoint": ["0", "-1", "x"], "--preset": ["", "Balanced", "x"],
+    "--position-limit": ["-1", "x"], "--recache": ["-1", "x"], "--checkpoint": ["0", "-1"], "--save-every": ["0", "-1", "x"],
+    "--preset": ["", "Balanced", "x"],
     "--device": ["", "x", "cuda:99", "meta", "cpu:x", "cuda:-5", "\udcff"],
 }
 
@@ -224,7 +251,7 @@ def test_drawn_command_lines(tmp_path, monkeypatch, capsys):
 
 def start(folder, *options):
     command = [sys.executable, "-m", "comfyui_qvg.qvg.commands.cli", "generate", "--prompt", PROMPTS[0], "--out", "a.mp4",
-               "--device", "cpu", "--checkpoint", "1", *options]
+               "--device", "cpu", "--save-every", "1", *options]
     return subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -9,10 +9,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from comfyui_qvg.benchmarks import soak
 from comfyui_qvg.qvg.demo import NETWORK_PATH, VAE_PATH
 from comfyui_qvg.qvg.files import InUse
+from comfyui_qvg.qvg.models.latent_scale import to_vae
+from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.video import ChunkDone, Run, Schedule, StepDone
 from comfyui_qvg.qvg.video import session as storage
 from comfyui_qvg.qvg.video.decode import ChunkDecoder, encode_stream
@@ -78,6 +81,37 @@ def test_offloaded_and_resident_runs_are_one(tmp_path, small):
     again = replace(again, run=todo.run, settings=replace(again.settings, offload=False, host_gib=0.0))
     made |= run(small, again, resume=session)
     assert made.keys() == whole.keys() and all(torch.equal(made[first], whole[first]) for first in whole)
+
+
+def transformed(todo, attention):
+    """The job with few bits, so that attention in eight has something to attend to."""
+    return replace(todo, settings=replace(PRESETS["balanced"], attention=attention))
+
+
+def test_another_attention_is_resumed(tmp_path, small):
+    """Fast up to a stop and exact after it: the session holds what fast stored, and says so until the resumed run says otherwise."""
+    todo = transformed(job(tmp_path / "moved", small), "fast")
+    made = run(small, replace(todo, run=replace(todo.run, frames=9)))
+    session = storage.load(todo.session)
+    assert session.settings[0].attention == "fast"
+    again = resumed(session, todo.out)
+    assert again.settings == todo.settings
+    again = replace(again, run=todo.run)
+    made |= run(small, replace(again, settings=replace(again.settings, attention="exact")), resume=session)
+    wholes = {attention: run(small, transformed(job(tmp_path / attention, small), attention)) for attention in ("fast", "exact", "auto")}
+    assert storage.load(todo.session).settings[0].attention == "exact"
+    assert all(torch.equal(wholes["exact"][first], part) for first, part in wholes["auto"].items())
+    assert all(torch.equal(made[first], wholes["fast"][first]) for first in (0, 3, 6))
+    # from the third chunk on, there is something in few bits
+    assert not any(torch.equal(wholes["fast"][first], wholes["exact"][first]) or torch.equal(made[first], whole[first])
+                   for first in (9, 12, 15) for whole in wholes.values())
+
+
+def test_sessions_from_before_there_was_a_choice_are_auto(tmp_path, small):
+    todo = transformed(job(tmp_path, small, chunks=2), "auto")
+    run(small, todo)
+    assert "attention" not in todo.values()["settings"]
+    assert resumed(storage.load(todo.session), todo.out).settings.attention == "auto"
 
 
 def test_an_error_while_a_chunk_is_stored_leaves_the_checkpoint_before_it(tmp_path, small):
@@ -207,7 +241,7 @@ def test_a_last_session_that_fails_leaves_a_whole_video(tmp_path, small, monkeyp
     assert len(frames(todo.out)) == 33 and [path.name for path in tmp_path.iterdir()] == [todo.out.name]
 
 
-@pytest.mark.parametrize("ending", [".mp4", ".png"])
+@pytest.mark.parametrize("ending", [".mp4", ".png", ".latent"])
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"])
 def test_no_session_counts_frames_that_are_not_in_the_file(tmp_path, small, monkeypatch, ending, failure):
     """The video's disk is full, or Ctrl-C comes, in the moment of the second checkpoint and ever after; then the run is resumed."""
@@ -226,9 +260,12 @@ def test_no_session_counts_frames_that_are_not_in_the_file(tmp_path, small, monk
         with pytest.raises(type(failure)):
             run(small, todo)
     session = storage.load(todo.session)
-    assert session.frames_done == 6 and session.extra["video_frames"] == 21
+    assert session.frames_done == 6 and session.extra["video_frames"] == (6 if ending == ".latent" else 21)
     made = run(small, resumed(session, todo.out), resume=session)
     assert sorted(made) == [6, 9, 12, 15] and all(torch.equal(made[first], whole[first]) for first in made)
+    if ending == ".latent":
+        assert torch.equal(load_file(todo.out)["latent_tensor"], to_vae(torch.cat([whole[first] for first in sorted(whole)], 2)))
+        return
     count = len(frames(todo.out)) if ending == ".mp4" else len(list(todo.out.parent.glob("*.png")))
     assert count == 12 * 6 - 3
 

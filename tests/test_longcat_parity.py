@@ -47,11 +47,11 @@ def asked(recorded):
     return x, torch.full((2,), float(metadata["timestep"])), tensors["context"], tensors["mask"], int(metadata["given"])
 
 
-def encoded(model, x, given, settings=QVGSettings.preset("off")):  # noqa: B008 (frozen)
+def encoded(model, x, given, settings=QVGSettings.preset("off"), **more):  # noqa: B008 (frozen)
     """The cache of the first `given` frames of one video, stored layer by layer."""
     sizes = model.sizes
     cache = KVCache(settings, layers=sizes.layers, heads=sizes.heads, head_dim=sizes.head_dim, grid=(2, 3), rope=LONGCAT.rope,
-                    dtype=torch.float32, max_frames=x.shape[2])
+                    dtype=torch.float32, max_frames=x.shape[2], **more)
     model.encode(x[:1, :, :given], CachedAttention(cache, start_frame=0, frames=given, store=True))
     return cache
 
@@ -78,6 +78,17 @@ def test_given_frames_from_the_cache(recorded, model, asked):
     x, *_, given = asked
     flow = continued(model, encoded(model, x, given), *asked)
     assert (flow - recorded[0]["cached"]).abs().amax() < TOLERANCE
+
+
+@pytest.mark.parametrize("places", [1, 2, 3, 4])
+def test_given_frames_from_the_cache_in_pieces(recorded, model, asked, places):
+    """places: heads times frames that fit into the workspace; the given frames are one span, so a head of it is decoded whole."""
+    x, *_, given = asked
+    sizes = model.sizes
+    cache = encoded(model, x, given, workspace_limit=places * 2 * 6 * sizes.head_dim * 4)
+    assert not cache.workspace.fits(6 * x.shape[2])
+    assert (continued(model, cache, *asked) - recorded[0]["cached"]).abs().amax() < TOLERANCE
+    assert cache.workspace.nbytes == max(places, given) * 2 * 6 * sizes.head_dim * 4
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])

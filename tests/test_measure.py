@@ -16,6 +16,7 @@ from comfyui_qvg.qvg.measure.rows import measure
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.models.wan_vae import WanVAE
+from comfyui_qvg.qvg.models.worldplay_wan import WorldWan, WorldWanSizes
 from comfyui_qvg.qvg.settings import PRESETS, QVGSettings
 from comfyui_qvg.qvg.video import Run
 
@@ -76,13 +77,21 @@ def test_a_causal_checkpoint(files, tmp_path):
             assert [len(row[kind][part]) for part in ("first", "later", "last_quarter", "frames")] == [2] * 4
             assert {len(frames) for frames in row[kind]["frames"]} == {11}
             assert row[kind]["later"][0] == pytest.approx(sum(row[kind]["frames"][0][6:]) / 5)
-        assert row["seconds_a_chunk"] > 0 and row["peak_bytes"] > row["stored_bytes"] > 0
+        assert row["seconds_a_chunk"] > 0 and row["peak_bytes"] > row["stored_bytes"] > 0 and row["attention"].startswith("exact (")
     # of two caches, one for each prompt of the guidance
     assert rows["exact again"]["stored_bytes"] == 2 * 2 * 2 * 11 * 12 * 256 * 4
     assert min(rows["exact again"]["latent_db"]["later"]) > 110 and rows["exact again"]["ssim"]["later"] == pytest.approx([1, 1])
     order = [rows[name]["latent_db"]["first"][0] for name in ("exact again", "1e-3 noise", "balanced", "paper")]
     assert order == sorted(order, reverse=True)
     assert QVGSettings.from_json(json.dumps(rows["balanced"]["settings"])) == PRESETS["balanced"]
+
+
+def test_a_model_that_walks_is_refused(files, tmp_path, capsys):
+    sizes = WorldWanSizes(dim=128, ffn_dim=32, layers=1, text_dim=32)
+    save_file(drawn(WorldWan(sizes)), tmp_path / "world.safetensors")
+    assert run(files, tmp_path / "out", checkpoint=tmp_path / "world.safetensors") == 2
+    assert "world.safetensors is HY-WorldPlay 5B, which walks along a camera path" in capsys.readouterr().err
+
 
 
 @pytest.mark.parametrize("guided", [False, True])

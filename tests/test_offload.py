@@ -258,11 +258,11 @@ def test_late_copies_change_nothing(slow, backend, monkeypatch):
     """Whichever of copies and computation is late, a layer is read when it has arrived, and overwritten when it has been read."""
     copying = HostStore._copying
 
-    def late_copies(self):
+    def late_copies(self, *others):
         if slow == "copies":
             with torch.cuda.stream(self.stream):
                 torch.cuda._sleep(20_000_000)
-        return copying(self)
+        return copying(self, *others)
 
     def late_attention(*arguments):
         if slow == "attention":

@@ -7,16 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from comfyui_qvg.qvg.cache import geometry
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.commands import cli
+from comfyui_qvg.qvg.models import FAMILIES, Family
 from comfyui_qvg.qvg.models.catalogue import MODELS
+from comfyui_qvg.qvg.models.hunyuan_layers import HunyuanSizes
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.models.weights import WEIGHTS
+from comfyui_qvg.qvg.models.worldplay_hunyuan import WorldPlayHunyuan
+from comfyui_qvg.qvg.models.worldplay_wan import WorldWan, WorldWanSizes
 from comfyui_qvg.qvg.report.plan import BESIDE_GIB, CARDS, brief, left_for_cache, longest, plan, predict, render_cards
 from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.units import GIB
+from comfyui_qvg.qvg.video.view_memory import WORLDPLAY_5B, WORLDPLAY_8B
+from comfyui_qvg.qvg.video.world import MEMORIES
+from comfyui_qvg.qvg.video.world_forecast import forecast_walk
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +60,48 @@ def test_longest_is_the_longest(preset, gib):
     assert limit < forecast(settings, shape.geometry(), frames + 3, misfit=True).peak_bytes
 
 
+@pytest.fixture
+def on_two_streams(monkeypatch):
+    """Pieces where there are two streams, too; see the constant."""
+    monkeypatch.setattr(geometry, "PIECES_ON_TWO_STREAMS", True)
+
+
+@pytest.mark.parametrize("model", ["self-forcing", "krea-14b", "hy-worldplay-5b"])
+@pytest.mark.parametrize("preset", ["quality", "smallest"])
+@pytest.mark.parametrize("gib", [0.3, 1, 4])
+def test_longest_is_the_longest_in_pieces(on_two_streams, model, preset, gib):
+    """The workspace grows at first, and then no more."""
+    shape, settings, limit = MODELS[model], PRESETS[preset], gib * GIB
+    frames = longest(shape, settings, shape.geometry(), limit, memory="append")
+
+    def peak(frames):
+        return predict(shape, settings, shape.geometry(), frames, misfit=True, memory="append").peak_bytes
+
+    assert frames == 0 or peak(frames) <= limit
+    assert limit < peak(frames + shape.chunk_frames)
+
+
+@pytest.mark.parametrize(("preset", "share"), [("balanced", 0.97), ("smallest", 0.96), ("tiny", 0.95)])
+def test_in_pieces_the_peak_is_nearly_what_is_stored(on_two_streams, preset, share):
+    """At 180 frames and at any length."""
+    for frames in (180, 720):
+        row = plan("self-forcing", latent_frames=frames, preset=preset)
+        assert row["workspace_bytes"] <= 96 * MIB
+        assert row["stored_bytes"] + row["workspace_bytes"] == row["peak_bytes"]
+        assert row["peak_ratio"] > share * row["stored_ratio"]
+        assert row["workspace_bytes"] == plan("self-forcing", latent_frames=60, preset=preset)["workspace_bytes"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_workspace_of_every_model_in_pieces(on_two_streams, model):
+    """LongCat's and HY-WorldPlay's contexts are long spans, of which a few heads are decoded at a time."""
+    shape = MODELS[model]
+    for memory in MEMORIES if shape.context_frames else [""]:
+        for frames in (shape.segment_frames or 40, 400):
+            found = predict(shape, PRESETS["balanced"], shape.geometry(), frames, memory=memory or MEMORIES[0])
+            assert 80 * MIB < found.workspace_bytes <= 96 * MIB
+
+
 def test_with_a_window_any_length_fits():
     shape, settings = MODELS["self-forcing"], replace(PRESETS["balanced"], window_frames=12)
     assert longest(shape, settings, shape.geometry(), 2 * GIB, most=600) == 600
@@ -60,7 +110,9 @@ def test_with_a_window_any_length_fits():
 
 NETWORKS = {
     "self-forcing": lambda: CausalWan(WanSizes(1536, 8960, 30, 4096)), "krea-14b": lambda: CausalWan(WanSizes(5120, 13824, 40, 4096)),
-    "longcat": lambda: LongCat(LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096))}
+    "longcat": lambda: LongCat(LongCatSizes(dim=4096, head_dim=128, ffn_dim=11008, layers=48, text_dim=4096)),
+    "hy-worldplay-5b": lambda: WorldWan(WorldWanSizes(dim=3072, ffn_dim=14336, layers=30, text_dim=4096)),
+    "hy-worldplay-8b": lambda: WorldPlayHunyuan(HunyuanSizes(dim=2048, head_dim=128, ffn_dim=8192, layers=54))}
 
 
 def network(model):
@@ -94,7 +146,7 @@ def test_weights_of_every_type_counted_tensor_by_tensor(model, weights):
         return
     whole = 0
     for name, tensor in network(model).named_parameters():
-        matrix = tensor.ndim == 2 and ("_attn." in name or ".ffn." in name)
+        matrix = tensor.ndim == 2 and name.startswith(("blocks.", "double_blocks.")) and ".modulation." not in name
         if not matrix or weights == "bf16":
             whole += 2 * tensor.numel()
         elif weights == "fp8":
@@ -176,8 +228,15 @@ def test_a_card_is_what_its_weights_leave(capsys):
     assert f"within {left_for_cache('self-forcing', 12):.1f} GiB" in capsys.readouterr().out
     assert cli.main(["plan", "--model", "self-forcing", "--seconds", "30", "--card", "4"]) == 2
     assert "leaves nothing of a card of 4 GiB" in capsys.readouterr().err
-    assert cli.main(["plan", "--model", "hy-worldplay-5b", "--seconds", "30", "--card", "24"]) == 2
-    assert "cannot be counted" in capsys.readouterr().err
+
+
+def test_a_card_for_a_model_of_unknown_weights(capsys):
+    FAMILIES.register(Family(name="unknown", title="Unknown", shapes={"unknown": replace(MODELS["longcat"], parameters=0)}))
+    try:
+        assert cli.main(["plan", "--model", "unknown", "--seconds", "30", "--card", "24"]) == 2
+    finally:
+        FAMILIES.remove("unknown")
+    assert "The weights of 'unknown' cannot be counted" in capsys.readouterr().err
 
 
 def test_offloaded(capsys):
@@ -221,3 +280,35 @@ def test_the_worst_case_is_no_better_than_the_usual_one(preset):
         settings = replace(PRESETS[preset], window_frames=window)
         usual, worst = (predict(MODELS["self-forcing"], settings, geometry, 60, misfit=misfit).peak_bytes for misfit in (False, True))
         assert usual <= worst
+
+
+@pytest.mark.parametrize(("model", "views"), [("hy-worldplay-5b", WORLDPLAY_5B), ("hy-worldplay-8b", WORLDPLAY_8B)])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_table_of_walks_is_the_forecast(model, views, memory):
+    found = [forecast_walk(PRESETS[name], MODELS[model].geometry(), memory=memory, views=views, frames=128)
+             for name in ("off", "quality", "balanced", "smallest", "tiny")]
+    cells = [found[0].bf16_bytes, *(one.peak_bytes for one in found[1:])]
+    width, height = MODELS[model].size
+    row = [f"{model[-2:].upper()}, {width} x {height}", memory, *(f"{cell / GIB:.1f} GiB" for cell in cells)]
+    assert f"| {' | '.join(row)} |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_is_planned_for_two_gpus(model):
+    one, two = (plan(model, latent_frames=60, gpus=gpus)["presets"]["balanced"] for gpus in (1, 2))
+    assert two["stored_bytes"] == pytest.approx(one["stored_bytes"] / 2, rel=0.01)
+    assert two["peak_bytes"] < one["peak_bytes"]
+
+
+def test_several_gpus_share_the_heads(capsys):
+    one, two = (plan("self-forcing", seconds=30, gpus=gpus) for gpus in (1, 2))
+    for name, row in two["presets"].items():
+        assert row["bf16_bytes"] * 2 == one["presets"][name]["bf16_bytes"]
+        # bases and scales are of single heads, too
+        assert row["stored_bytes"] == pytest.approx(one["presets"][name]["stored_bytes"] / 2, rel=1e-3)
+    assert cli.main(["plan", "--model", "longcat", "--gpus", "4", "--preset", "balanced"]) == 0
+    assert "on each of 4 GPUs" in capsys.readouterr().out
+    for gpus, sentence in ((5, "5 ranks do not divide the 12 heads"), (12, "of 52 x 30 tokens cannot be divided evenly among 12 ranks")):
+        with pytest.raises(ValueError, match=sentence):
+            plan("self-forcing", seconds=30, gpus=gpus)
+    assert cli.main(["plan", "--model", "self-forcing", "--cards", "--gpus", "2"]) == 2

@@ -173,6 +173,18 @@ def test_unfinished_sigmas_split_a_run_in_two(network):
     assert (first - finished).abs().mean() > 0.1
 
 
+def test_euler_steps_along_the_flow_without_noise(network):
+    run = Run(frames=3, sigmas=(1.0, 0.96, 0.7, 0.0), solver="euler", seed=2)
+    x = noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+    model = CachedNetwork(network, [Condition(context(network), cache(OFF, 3))])
+    for sigma, following in zip(run.sigmas, run.sigmas[1:]):
+        flow = (x - model.denoise(x, sigma, 0, prompt_frame=0, store=False)) / sigma
+        x = x + (following - sigma) * flow
+    assert (video(make(network, run, OFF, noise=noise)) - x).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="solver is 'heun'; choose one of renoise, euler"):
+        Run(frames=3, solver="heun")
+
+
 def test_context_noise_changes_the_history_alone(network):
     clean, noisy = (video(make(network, Run(frames=6, context_noise=level))) for level in (0.0, 0.3))
     assert torch.equal(clean[:, :, :3], noisy[:, :, :3])

@@ -149,7 +149,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert writer.path.read_bytes() == before
     with pytest.raises(ValueError, match="is missing"):
         VideoWriter(tmp_path / "b.mp4", 16, frames=9)
-    with pytest.raises(ValueError, match=r"use \.mp4, \.webm or \.png"):
+    with pytest.raises(ValueError, match=r"use \.mp4, \.webm, \.png or \.latent\."):
         VideoWriter(tmp_path / "a.gif", 16)
 
 

@@ -16,13 +16,13 @@ ALLOWED = {
     "codec": ("registry", "backends"),
     "settings": ("registry", "codec"),
     "cache": ("units", "registry", "backends", "codec", "settings"),
-    "attention": ("backends", "cache"),
+    "attention": ("backends", "settings", "cache"),
     "models": ("registry", "files", "cache", "attention"),
     "video": ("units", "registry", "files", "backends", "codec", "settings", "cache", "attention", "models"),
-    "report": ("units", "settings", "cache", "models"),
+    "report": ("units", "settings", "cache", "attention", "models"),
     "measure": ("units", "files", "registry", "codec", "settings", "cache", "attention", "models", "video", "report"),
     "demo": ("units", "settings", "models", "video", "report", "measure"),
-    "commands": ("units", "files", "backends", "settings", "models", "video", "report", "measure", "demo"),
+    "commands": ("units", "files", "backends", "settings", "attention", "models", "video", "report", "measure", "demo"),
 }
 MAX_FILE, MAX_MEDIAN, MAX_FUNCTION, MAX_ARGUMENTS = 400, 150, 60, 10
 
@@ -90,6 +90,13 @@ def test_imports_are_relative():
         names = {name.partition(".")[0] for name in imports(path)[1]}
         # `nodes` would be ComfyUI's module
         assert not names & {"comfyui_qvg", "qvg", "kernels"}, path.relative_to(ROOT)
+
+
+def test_ray_is_imported_in_one_place():
+    """Where it is needed, because it is optional and takes a second."""
+    sources = {path.relative_to(ROOT).as_posix(): path for path in files("qvg", "kernels", "nodes") if "ray" in imports(path)[1]}
+    assert list(sources) == ["qvg/video/crew.py"]
+    assert not [line for line in sources.popitem()[1].read_text().splitlines() if line.startswith(("import ray", "from ray"))]
 
 
 @pytest.mark.parametrize("package", ["qvg", "kernels", "nodes"])

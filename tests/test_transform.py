@@ -221,3 +221,11 @@ def test_a_file_with_impossible_bases_is_refused(book):
         TRANSFORM.check_stored(span.tensors(), replace(book, order=torch.zeros_like(book.order)), "here")
     with pytest.raises(ValueError, match="stands for are up to"):
         TRANSFORM.check_stored(span.tensors() | {"exponents": torch.full((2,), 100, dtype=torch.int8)}, book, "here")
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64, 96, 97, 500])
+def test_covariance_in_parts(at_once):
+    """As a GPU adds it up: of tokens that are no multiple of the parts, too."""
+    y = 5 + torch.randn(3, 97, 8, generator=torch.Generator().manual_seed(0))
+    around = y - y.mean(1, keepdim=True)
+    torch.testing.assert_close(basis._products(y, y.mean(1), at_once), torch.einsum("rti,rtj->rij", around, around), rtol=1e-5, atol=1e-4)

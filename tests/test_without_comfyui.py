@@ -11,7 +11,7 @@ from comfy_paths import REPOSITORY, checkouts, find_comfyui, unmet
 from install_requirements import environment_python, make_environment
 
 # what ComfyUI brings and the pack's own requirements do not
-FOREIGN = ("aiohttp", "alembic", "comfy_kitchen", "einops", "kornia", "psutil", "pydantic", "requests", "scipy", "sqlalchemy", "torchaudio",
+FOREIGN = ("aiohttp", "alembic", "comfy_kitchen", "einops", "kornia", "pydantic", "requests", "scipy", "sqlalchemy", "torchaudio",
            "torchsde", "torchvision", "transformers", "yaml", "yarl")
 HIDE = '''
 import sys

@@ -50,11 +50,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict | None = None) -> dict[str, Tensor]:
+    """Write weights in bf16; returns them as they were written."""
+    weights = {key: value.to("cpu", torch.bfloat16).contiguous() for key, value in weights.items()}
+    save_file(weights, path, {"format": "pt", **(metadata or {})})
+    return weights
+
+
 def save(module: torch.nn.Module, path: Path, metadata: dict | None = None) -> int:
     """Write bf16 weights and round the module to them, in place, so that the saved weights are the ones inspected."""
-    weights = {key: value.to("cpu", torch.bfloat16).contiguous() for key, value in module.state_dict().items()}
-    save_file(weights, path, {"format": "pt", **(metadata or {})})
-    module.load_state_dict(weights)
+    module.load_state_dict(write_weights(module.state_dict(), path, metadata))
     return path.stat().st_size
 
 
@@ -138,7 +143,8 @@ def main() -> None:
 
     if options.vae_minutes:
         train_autoencoder(vae, options.vae_minutes, device, options.toy, bool(options.resume))
-        fold_statistics(vae, device, 2 if options.toy else 16, 5 if options.toy else 29)
+        rounds = 2 if options.toy else 16
+        fold_statistics(vae, Scenes(4 * rounds, 2, device), rounds, 5 if options.toy else 29)
     total = save(vae, options.out / VAE_FILE)
     vae.requires_grad_(False)
     look_at_autoencoder(vae, options.out, device, 9 if options.toy else 101)

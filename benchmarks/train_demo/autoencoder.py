@@ -29,10 +29,11 @@ class Scenes:
 
     def __init__(self, count: int, seed: int, device):
         generator = torch.Generator().manual_seed(seed)
+        self.device = torch.device(device)
         self.layout = place([random_scene(generator) for _ in range(count)], generator).to(device)
 
     def draw(self, batch: int, frames: int) -> Tensor:
-        device = self.layout.centre.device
+        device = self.device
         index = torch.randint(len(self.layout.centre), (batch,), device=device)
         layout = Layout(**{field.name: getattr(self.layout, field.name)[index] for field in fields(Layout)})
         away = torch.rand(batch, 1, 2, device=device)
@@ -65,7 +66,7 @@ class Stage:
 
     def __init__(self, vae: WanVAE, scenes: Scenes, batch: int, frames: int, edge: float):
         self.vae, self.scenes, self.batch, self.frames, self.edge = vae, scenes, batch, frames, edge
-        self.device = scenes.layout.centre.device
+        self.device = scenes.device
         self.parameters = list(vae.parameters())
         on_gpu = self.device.type == "cuda"
         self.rate = torch.zeros((), device=self.device)
@@ -138,9 +139,9 @@ def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool, resumed: b
 
 
 @torch.no_grad()
-def fold_statistics(vae: WanVAE, device, rounds: int = 16, frames: int = 29) -> None:
+def fold_statistics(vae: WanVAE, scenes: Scenes, rounds: int = 16, frames: int = 29) -> None:
     """Make `normalize(vae.encode(video))` zero-mean and unit-variance, and the decoder read what `encode` writes."""
-    scenes = Scenes(4 * rounds, 2, device)
+    device = scenes.device
     latents = torch.cat([vae.encode(scenes.draw(4, frames)) for _ in range(rounds)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     wan_mean, wan_std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)

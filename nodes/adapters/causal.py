@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import comfy.model_management
 import torch
@@ -18,7 +17,7 @@ import torch
 from ...qvg.attention.cached import CachedAttention
 from ...qvg.cache.kv_cache import KVCache, shrink
 from ...qvg.cache.stats import CacheStats
-from .attention import core_attention
+from .attention import attention_to
 from .checks import evaluated
 from .compiled import eager, eager_shell, original
 from .patches import check_pass
@@ -150,7 +149,7 @@ class CausalWan:
         if slot.cross is None or slot.cross_name != name:
             slot.cross, slot.cross_name = self.network.init_crossattn_caches(x.shape[0], x.device, x.dtype), name
         attend = CachedAttention(slot.cache, start_frame=first, frames=x.shape[2], store=store, position_limit=self.position_limit,
-                                 attention=partial(core_attention, transformer_options=transformer_options))
+                                 attention=attention_to(transformer_options, slot.cache))
         return context, first, [Handle(attend, layer) for layer in range(len(self.network.blocks))]
 
     @staticmethod

@@ -42,8 +42,8 @@ class EagerCall:
         self.called = called
 
     @eager
-    def __call__(self, *args) -> Tensor:
-        return self.called(*args)
+    def __call__(self, *args, **kwargs) -> Tensor:
+        return self.called(*args, **kwargs)
 
 
 def check_compiled(model_options: dict) -> None:

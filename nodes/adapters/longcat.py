@@ -47,6 +47,11 @@ def settings_of(model) -> QVGSettings:
     return QVGSettings.preset("off") if log is None else log.settings
 
 
+def log_of(model) -> RunLog:
+    """Where a run of this model is recorded."""
+    return model.get_attachment(ATTACHMENT) or RunLog(settings_of(model), None)
+
+
 def note_nothing(model) -> None:
     """Record a run of this model that continues nothing and has no cache."""
     log: RunLog | None = model.get_attachment(ATTACHMENT)
@@ -59,6 +64,5 @@ def note_nothing(model) -> None:
 def continue_from(model, latents: torch.Tensor):
     """A clone of LongCat-Video whose sampling runs continue `latents` [B or 1, C, F, H, W], stored with the settings of `settings_of`."""
     patched = model.clone()
-    settings = settings_of(model)
-    Hook(latents, settings, model.get_attachment(ATTACHMENT) or RunLog(settings, None)).install(patched)
+    Hook(latents, settings_of(model), log_of(model)).install(patched)
     return patched

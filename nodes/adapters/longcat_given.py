@@ -6,7 +6,6 @@ The cache holds one video, which all conditions read, in one batch or separately
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 import comfy.model_management
 import torch
@@ -15,13 +14,14 @@ from comfy.patcher_extension import WrappersMP
 from ...qvg import backends
 from ...qvg.attention.cached import CachedAttention
 from ...qvg.cache.context import context_settings, forecast_context
-from ...qvg.cache.geometry import Geometry, buffers_on
+from ...qvg.cache.geometry import Geometry, on_device
 from ...qvg.cache.kv_cache import KVCache
 from ...qvg.models.longcat import LONGCAT
-from ...qvg.settings import PRESETS, QVGSettings
+from ...qvg.settings import QVGSettings
 from ...qvg.units import format_bytes
+from ..memory_check import fitting_presets
 from ..run_log import RunLog
-from .attention import core_attention
+from .attention import attention_to, reading
 from .compiled import EagerCall
 
 KEY = "quantvideogen"
@@ -35,16 +35,19 @@ class Given:
     def __init__(self, cache: KVCache, frames: int):
         self.cache, self.frames = cache, frames
 
-    def attend(self, new: int, attention) -> CachedAttention:
-        return CachedAttention(self.cache, start_frame=self.frames, frames=new, store=False, attention=attention)
+    def attend(self, new: int, options: dict) -> CachedAttention:
+        """options: transformer_options of the pass."""
+        return CachedAttention(self.cache, start_frame=self.frames, frames=new, store=False, attention=attention_to(options, self.cache))
 
 
 class Hook:
-    """Wrappers around one MODEL's sampling runs, which continue `latents` [B or 1, C, F, H, W], in the scale of the VAE."""
+    """Wrappers around one MODEL's sampling runs, which continue `latents` [B or 1, C, F, H, W], in the scale of the VAE. shares: of the
+    heads, of which this process keeps one."""
 
-    def __init__(self, latents: torch.Tensor, settings: QVGSettings, log: RunLog):
-        self.latents, self.settings, self.log = latents, settings, log
+    def __init__(self, latents: torch.Tensor, settings: QVGSettings, log: RunLog, shares: int = 1):
+        self.latents, self.settings, self.log, self.shares = latents, settings, log, shares
         self.reserved = 0
+        self.reading: dict = {}
 
     def outer_sample(self, executor, noise, *args, **kwargs):
         """Forecast the run. Raises ValueError where noise and given frames do not match, or the settings cannot work for them."""
@@ -57,8 +60,9 @@ class Hook:
         if patcher.get_additional_models_with_key("multigpu"):
             raise ValueError("Given frames are stored on one GPU, but the model was spread over several. Take the MODEL from "
                              "before MultiGPU CFG Split.")
+        self.reading = self._reading(executor.class_obj)
         found = self._forecast(patcher.model, noise.shape[2], self.settings)
-        self._check_memory(patcher, noise.shape[2], found.peak_bytes)
+        self.check_memory(patcher.model, noise.shape[2], comfy.model_management.get_total_memory(patcher.load_device))
         self.reserved = found.peak_bytes
         self.log.start(self.latents.shape[2], found)
         logging.info("QVG: the KV cache of %d given latent frames will take %s, %s at its peak (bf16: %s), preset %s",
@@ -69,6 +73,9 @@ class Hook:
                 return executor(noise, *args, **kwargs)
         finally:
             self.log.end()
+
+    def _reading(self, guider) -> dict:
+        return reading(self.settings, guider.model_options, guider.model_patcher.model.diffusion_model.sizes.head_dim)
 
     def prepare_sampling(self, executor, model, noise_shape, conds, *args, **kwargs):
         """Make core reserve memory for the cache and for the context pass, as an equivalent number of frames."""
@@ -85,7 +92,7 @@ class Hook:
         try:
             latents = model.process_latent_in(self.latents).to(noise.device, model.get_dtype_inference())
             store = CachedAttention(cache, start_frame=0, frames=frames, store=True, newest=cache.settings.recent_frames,
-                                    attention=partial(core_attention, transformer_options=options))
+                                    attention=attention_to(options, cache))
             model.diffusion_model.encode(latents, EagerCall(store))
             self.log.note(cache.stats())
             options[GIVEN] = Given(cache, frames)
@@ -99,30 +106,32 @@ class Hook:
     def _geometry(self, model) -> Geometry:
         sizes = model.diffusion_model.sizes
         batch, _, _, height, width = self.latents.shape
-        buffers = buffers_on(comfy.model_management.get_torch_device().type, sizes.heads)
-        return Geometry(sizes.layers, sizes.heads, sizes.head_dim, (height // 2, width // 2), batch, buffers)
+        geometry = Geometry(sizes.layers, max(1, sizes.heads // self.shares), sizes.head_dim, (height // 2, width // 2), batch,
+                            packs=self.reading["packs"])
+        return on_device(geometry, comfy.model_management.get_torch_device().type, self.reading["workspace_limit"])
 
     def _forecast(self, model, new: int, settings: QVGSettings):
         geometry, given = self._geometry(model), self.latents.shape[2]
         itemsize = comfy.model_management.dtype_size(model.get_dtype_inference())
         return forecast_context(context_settings(settings, geometry, given, new, itemsize), geometry, given, new, itemsize)
 
-    def _check_memory(self, patcher, new: int, needed: int) -> None:
-        """Raises ValueError for a cache larger than the whole device, naming the presets that would fit."""
-        whole, given = comfy.model_management.get_total_memory(patcher.load_device), self.latents.shape[2]
-        if needed <= whole:
+    def check_memory(self, model, new: int, room: int, of: str = "the device has {} in all") -> None:
+        """Raises ValueError for a cache larger than `room` bytes, naming the presets that would fit. of: says what they are."""
+        def peak_of(settings: QVGSettings) -> int:
+            return self._forecast(model, new, settings).peak_bytes
+
+        needed = peak_of(self.settings)
+        if needed <= room:
             return
-        fitting = [name.capitalize() for name, preset in PRESETS.items() if self._forecast(patcher.model, new, preset).peak_bytes <= whole]
-        ways = f"the preset {' or '.join(fitting)} of Quantize KV Cache (QVG), " if fitting else ""
-        raise ValueError(f"The KV cache of {given} given latent frames needs {format_bytes(needed)}, but the device has "
-                         f"{format_bytes(whole)} in all. Choose {ways}fewer given_frames, or a smaller video.")
+        raise ValueError(f"The KV cache of {self.latents.shape[2]} given latent frames needs {format_bytes(needed)}, but "
+                         f"{of.format(format_bytes(room))}. Choose {fitting_presets(peak_of, room)}fewer given_frames, or a smaller video.")
 
     def _cache(self, model, noise) -> KVCache:
         geometry, given, new, dtype = self._geometry(model), self.latents.shape[2], noise.shape[2], model.get_dtype_inference()
         settings = context_settings(self.settings, geometry, given, new, comfy.model_management.dtype_size(dtype))
         return KVCache(settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid,
                        rope=LONGCAT.rope, batch=geometry.batch, device=noise.device, dtype=dtype, max_frames=given + new,
-                       chunk_frames=given, stored_frames=given)
+                       chunk_frames=given, stored_frames=given, **self.reading)
 
     def install(self, patched) -> None:
         for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self.outer_sample), (WrappersMP.PREPARE_SAMPLING, self.prepare_sampling),

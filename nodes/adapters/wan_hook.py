@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from functools import partial
 
 import comfy.model_management
 import torch
@@ -18,13 +17,14 @@ from comfy.patcher_extension import WrappersMP
 from ...qvg import backends
 from ...qvg.attention.cached import CachedAttention
 from ...qvg.cache import forecast as forecasts
-from ...qvg.cache.geometry import Geometry, buffers_on
+from ...qvg.cache.geometry import Geometry, on_device
 from ...qvg.cache.kv_cache import KVCache
 from ...qvg.models.wan import WAN
 from ...qvg.settings import QVGSettings
 from ...qvg.units import format_bytes
+from ..ranks.mark import split_of
 from ..run_log import RunLog
-from .attention import core_attention
+from .attention import attention_to, reading
 from .checks import check_run, evaluated, is_autoregressive
 from .compiled import eager, eager_shell, original
 from .passes import Passes
@@ -52,6 +52,7 @@ class Hook:
         self.frames = 0
         self.chunk_frames = 0
         self.pass_frames = self.given = 0
+        self.reading: dict = {}
         self.reserved = 0
         self.passes = Passes()
 
@@ -121,9 +122,10 @@ class Hook:
             if self.cache is None:
                 self.cache = KVCache(
                     self.settings, layers=self.network.num_layers, heads=q.shape[2], head_dim=q.shape[3], grid=self.grid, rope=WAN.rope,
-                    batch=q.shape[0], device=q.device, dtype=q.dtype, max_frames=self.frames, chunk_frames=self.chunk_frames)
+                    batch=q.shape[0], device=q.device, dtype=q.dtype, max_frames=self.frames, chunk_frames=self.chunk_frames,
+                    **self.reading)
             self.attend = CachedAttention(self.cache, start_frame=start, frames=frames, store=clean,
-                                          attention=partial(core_attention, transformer_options=self.options))
+                                          attention=attention_to(self.options, self.cache))
         return self.attend
 
     def free(self) -> None:
@@ -154,8 +156,13 @@ class Hook:
         start = guider.model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
         self.frames, self.grid = shape[2], (-(-shape[3] // 2), -(-shape[4] // 2))
         self.chunk_frames = min(getattr(sampler, "extra_options", {}).get("num_frame_per_block", 3), self.frames)
-        geometry = Geometry(self.network.num_layers, self.network.num_heads, self.network.head_dim, self.grid, shape[0],
-                            buffers_on(comfy.model_management.get_torch_device().type, self.network.num_heads))
+        self.reading = reading(self.settings, guider.model_options, self.network.head_dim)
+        # of this GPU, where others have the other heads
+        split = split_of(guider.model_patcher)
+        heads = self.network.num_heads // (split.shares if split else 1)
+        geometry = on_device(Geometry(self.network.num_layers, heads, self.network.head_dim, self.grid, shape[0],
+                                      packs=self.reading["packs"]),
+                             comfy.model_management.get_torch_device().type, self.reading["workspace_limit"])
         itemsize = comfy.model_management.dtype_size(self.get_dtype())
         forecast = forecasts.forecast(self.settings, geometry, self.frames, self.chunk_frames,
                                    first_frames=0 if start is None else start.shape[2], itemsize=itemsize)

@@ -17,9 +17,11 @@ from torch import Tensor
 from .. import backends
 from ..cache.kv_cache import KVCache
 from ..cache.layer import LayerCache
-from .functions import Attention, sdpa
+from .choice import attention_of
+from .functions import Attention
+from .pieces import Running
 from .rope import rotate_chunk
-from .streams import DecodeAhead
+from .streams import DecodeAhead, PieceReader
 
 
 class CachedAttention:
@@ -28,15 +30,16 @@ class CachedAttention:
     store: this is the pass over the finished chunk; its K and V are appended, layer by layer. newest: see `LayerCache.append`.
     position_limit: latent frames that the network was trained to tell apart. Beyond it the pass ends at this position and the history
     keeps its distance to the pass; sinks keep their places. 0 sets no limit.
+    attention: by default the one that the cache's settings ask for, see `choice`.
     A pass with a batch that is a multiple of the cache's (conditions stacked by CFG) reads the same history for each.
     Raises ValueError when a stored chunk does not continue where the cache ends.
     """
 
-    def __init__(self, cache: KVCache, *, start_frame: int, frames: int, store: bool, attention: Attention = sdpa,
-                 position_limit: int = 0, newest: int = 0):
+    def __init__(self, cache: KVCache, *, start_frame: int, frames: int, store: bool,
+                 attention: Attention | None = None, position_limit: int = 0, newest: int = 0):
         if store and start_frame != cache.frames:
             raise ValueError(f"The chunk to store starts at latent frame {start_frame}, but the cache ends at frame {cache.frames}.")
-        self.cache, self.frames, self.store, self.attention = cache, frames, store, attention
+        self.cache, self.frames, self.store, self.attention = cache, frames, store, attention or attention_of(cache)
         self.start_frame, self.newest = start_frame, newest
         self._ahead = None if cache.workspace.side is None else DecodeAhead(cache)
         self._whole_pass = True  # whether the same object is called for the next layer
@@ -81,6 +84,8 @@ class CachedAttention:
         if not past:
             q, rotated = rotate_chunk(q, k, v, *self._angles)
             return self.attention(q, rotated, v)
+        if hasattr(self.attention, "history") or (not workspace.fits(past + k.shape[1]) and hasattr(self.attention, "partial")):
+            return self._attend_in_pieces(history, q, k, v)
         buffers = [workspace.views(past + k.shape[1], number) for number in range(self.cache.geometry.buffers)]
         q, rotated = rotate_chunk(q, k, v, *self._angles, tuple(part[:, past:] for part in buffers[0]))
         # allocated while only the current stream is at work, because both streams write their heads here
@@ -92,6 +97,31 @@ class CachedAttention:
         finally:
             if self._ahead:
                 self._ahead.close()
+        return out
+
+    def _attend_in_pieces(self, history: LayerCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The chunk over its history, of which a few latent frames are decoded at a time."""
+        workspace, batch = self.cache.workspace, self.cache.geometry.batch
+        exact, rough = self.attention.partial, getattr(self.attention, "history", None)
+        own = [slice(start, start + batch) for start in range(0, q.shape[0], batch)]
+        q, k = rotate_chunk(q, k, v, *self._angles)
+        out = torch.empty_like(q)
+        unfinished: dict[int, list[Running]] = {}
+        with PieceReader(self.cache, history, self.shift) as reader:
+            for (heads, number, stream), piece, _, keys, values in reader.steps():
+                with stream:
+                    running = unfinished.setdefault(heads.start, [Running() for _ in own])
+                    if piece is None:
+                        for at, joined in zip(own, unfinished.pop(heads.start)):
+                            joined.add(*exact(q[at, :, heads], k[at, :, heads], v[at, :, heads]))
+                            out[at, :, heads] = joined.result(out.dtype)
+                    elif piece.coarse and rough is not None:
+                        outs, sums = rough(q[:, :, heads], keys, values, workspace.packing(number))
+                        for at, joined in zip(own, running):
+                            joined.add(outs[at], sums[at])
+                    else:
+                        for at, joined in zip(own, running):
+                            joined.add(*exact(q[at, :, heads], keys, values))
         return out
 
     def _groups(self, history: LayerCache, k: Tensor, v: Tensor, buffers: list[tuple[Tensor, Tensor]]
@@ -127,7 +157,7 @@ class CachedAttention:
 
 
 def attend(cache: KVCache, layer: int, q: Tensor, k: Tensor, v: Tensor, *, frames: int, store: bool = False,
-           attention: Attention = sdpa) -> Tensor:
+           attention: Attention | None = None) -> Tensor:
     """Attention of one layer over what `cache` holds and the chunk's own tokens, [B, T, H, D] in and out.
 
     q, k, v: of `frames` latent frames that follow what the cache holds, k after its norm and before RoPE. store: keep k and v, once per

@@ -25,8 +25,10 @@ OPS = {
     "eigh": "eigenvectors of symmetric matrices",
     "rotate": "RoPE on tokens",
     "rotate_chunk": "RoPE on a chunk's own queries and keys, and its tokens into the workspace",
+    "project": "PRoPE on tokens, and RoPE of the same",
     "recover": "spans to tokens, keys before RoPE",
     "decode": "spans to keys and values, with RoPE",
+    "attend": "attention in eight bits",
 }
 # the name of the reference implementations, which are in plain torch
 REFERENCE = "torch"

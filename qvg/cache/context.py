@@ -19,13 +19,16 @@ from .geometry import Geometry, workspace_bytes
 from .limits import staging_bytes
 
 
-def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2) -> Forecast:
+def forecast_context(settings: QVGSettings, geometry: Geometry, given: int, new: int, itemsize: int = 2,
+                     seen: int | None = None) -> Forecast:
     """The bytes of a context of `given` latent frames that passes over `new` latent frames read. Settings as `context_settings` gives
-    them; itemsize: bytes of the model's dtype."""
+    them; itemsize: bytes of the model's dtype. seen: the most latent frames that a pass
+    of the same cache sees, if more."""
     layer = PlannedLayer(settings, geometry, Limits(), itemsize)
     layer.append(0, given, settings.recent_frames)
-    workspace = workspace_bytes(geometry, given + new, itemsize)
-    staged = geometry.staged_layers * (staging_bytes(settings, geometry, given, given, Limits(), itemsize) or 0)
+    workspace = workspace_bytes(geometry, seen or given + new, itemsize, layer.longest)
+    most = seen - new if seen else given
+    staged = geometry.stages * (staging_bytes(settings, geometry, most, most, Limits(), itemsize) or 0)
     return Forecast(frames=given, held_frames=given, bf16_bytes=geometry.bf16_bytes(given), stored_bytes=geometry.layers * layer.nbytes(),
                     peak_bytes=geometry.layers * layer.device_bytes() + layer.largest + staged + workspace, workspace_bytes=workspace,
                     elements=geometry.bf16_bytes(given) // 2, host_bytes=geometry.layers * layer.host_bytes())

@@ -34,7 +34,7 @@ class Entry:
         self._take(spans)
 
     def _take(self, spans: list[Span]) -> None:
-        self._misfit = Misfit(spans)
+        self._misfit = Misfit(spans, self._owner.agree)
         self.books = tuple(span.codebook for span in spans)
         self.spans, self.block = (spans, None) if self._host is None else self._host.take_in(spans)
         self._counts: tuple[dict[str, int], tuple[int, int]] | None = None

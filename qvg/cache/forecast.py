@@ -75,6 +75,7 @@ class PlannedLayer:
         self.books: list[int] = []
         self.life, self.rules = Lifetime(), Rules(settings, geometry)
         self.largest = 0  # block copied to the host
+        self.longest = 0  # frames of a span
         self._sizes: dict[tuple, int] = {}
         # kept up to date, because summing over all spans after every chunk takes time quadratic in a video's length
         self._spans_bytes = self._books_bytes = 0
@@ -127,6 +128,7 @@ class PlannedLayer:
         book = None if set(bits) <= set(PLAIN_BITS) else self.newest_book
         span = PlannedSpan(first, frames, sink, *bits, book, layer=self)
         self.spans.append(span)
+        self.longest = max(self.longest, frames)
         self.count(span, 1)
         if self.settings.offload:
             self.largest = max(self.largest, self._span_bytes(span))
@@ -147,24 +149,26 @@ class PlannedLayer:
 
 
 def forecast(settings: QVGSettings, geometry: Geometry, frames: int, chunk_frames: int = 3, first_frames: int = 0,
-             itemsize: int = 2, misfit: bool = False) -> Forecast:
+             itemsize: int = 2, misfit: bool = False, read_frames: int | None = None) -> Forecast:
     """The bytes of a run of `frames` latent frames in chunks of `chunk_frames`; with `misfit`, in the worst case.
 
     first_frames: latent frames of a start image or video that are stored in one pass before the chunks.
-    itemsize: bytes of the model's dtype, in which the workspace and 16-bit spans are held.
+    itemsize: bytes of the model's dtype, in which the workspace and 16-bit spans are held. read_frames: see `KVCache`.
     Raises ValueError where the budget is too small, or the settings do not fit the heads.
     """
-    share = limits(settings, geometry, chunk_frames, frames, itemsize)
+    share = limits(settings, geometry, chunk_frames, frames, itemsize, read_frames)
     layer = PlannedLayer(settings, geometry, share, itemsize, misfit)
-    capacity = capacity_frames(settings, max(chunk_frames, first_frames), frames, share.cap_frames)
+    capacity = read_frames or capacity_frames(settings, max(chunk_frames, first_frames), frames, share.cap_frames)
     starts = ([0] if first_frames else []) + list(range(first_frames, frames, chunk_frames))
-    history = history_frames(settings, chunk_frames, frames, share.cap_frames)
-    staging = staging_bytes(settings, geometry, chunk_frames, history, share, itemsize) or 0
-    reading = workspace_bytes(geometry, capacity, itemsize), geometry.staged_layers * staging
-    workspace = staged = peak = host = 0
+    history = read_frames - chunk_frames if read_frames else history_frames(settings, chunk_frames, frames, share.cap_frames)
+    staging = staging_bytes(settings, geometry, chunk_frames, history, share, itemsize, first_frames) or 0
+    staged = peak = host = longest = 0
+    # two branches need it for a chunk's own tokens, too
+    workspace = workspace_bytes(geometry, capacity, itemsize) if geometry.branches > 1 else 0
     for start, end in zip(starts, [*starts[1:], frames]):
-        if layer.spans:
-            workspace, staged = reading
+        if layer.longest > longest:
+            longest = layer.longest
+            workspace, staged = workspace_bytes(geometry, capacity, itemsize, longest), geometry.stages * staging
         peak = max(peak, geometry.layers * layer.device_bytes() + workspace + staged)
         layer.append(start, end - start)
         peak = max(peak, geometry.layers * layer.device_bytes() + workspace + staged + layer.largest)

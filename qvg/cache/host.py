@@ -1,9 +1,10 @@
-"""Spans in host memory that are copied to the device one layer at a time.
+"""Spans in host memory that are copied to the device one layer at a time, or one piece of a layer.
 
 A layer is read once per pass, so between two reads its spans need not be on the device. With `QVGSettings.offload` a span of K and of V is
 encoded there, copied into one block of host memory, and freed. `HostStore.fetch` returns a layer's spans on the device: their blocks are
 copied one by one into one of two staging buffers, which even and odd layers alternate, and while a layer is read and computed, the blocks
-of the next one are copied. The bits are the same, so a video is the same with and without offloading.
+of the next one are copied. The bits are the same, so a video is the same with and without offloading. Where a history is read in pieces
+(`Geometry.by_piece`), the buffers hold a piece each: one is copied while the one before is decoded and attended to.
 
 On a GPU the host memory is pinned and all copies, in both directions, go through one stream of their own. Their order on that stream makes
 it safe to reuse a block for another span: it is read before anything new is written. On a CPU the same happens with plain tensors, which
@@ -21,6 +22,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +30,10 @@ from torch import Tensor
 from ..codec import Span
 from .geometry import aligned
 
+ALL = slice(None)
 _numbers = itertools.count()
+# a layer, and some of the entries that a read of it decodes
+Place = tuple[Any, slice]
 
 
 class Block:
@@ -58,7 +63,7 @@ class StagedEntry:
 
 @dataclass
 class StagingPlan:
-    """The entries of a layer in a staging buffer, and where each block goes; it holds as long as the layer has the same blocks."""
+    """Entries of a layer in a staging buffer, and where each block goes; it holds as long as the layer has the same blocks."""
 
     blocks: list[int]
     targets: list[Tensor]
@@ -67,12 +72,13 @@ class StagingPlan:
 
 @dataclass
 class Stage:
-    """A staging buffer. here: the plan whose bytes it holds; ready: recorded when they have arrived; plans: by number of the layer."""
+    """A staging buffer. here: the plan whose bytes it holds; ready: recorded when they have arrived; plans: by number of the layer and
+    place of the first entry."""
 
     buffer: Tensor | None = None
     here: StagingPlan | None = None
     ready: torch.cuda.Event | None = None
-    plans: dict[int, StagingPlan] = field(default_factory=dict)
+    plans: dict[tuple[int, int], StagingPlan] = field(default_factory=dict)
 
 
 class HostStore:
@@ -81,7 +87,7 @@ class HostStore:
     def __init__(self, device, capacity: int | None = None):
         self.device, self.capacity = torch.device(device), capacity
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._stages = (Stage(), Stage())
+        self._stages, self._latest = (Stage(), Stage()), 0
         # pinning takes as long as a copy, and a chunk needs the sizes that the one before freed: one block of each is kept
         self._spare: dict[int, Tensor] = {}
         self._pinned: set[int] = set()
@@ -121,55 +127,100 @@ class HostStore:
 
     def fetch(self, layers: Sequence, number: int) -> list[StagedEntry]:
         """The entries of layer `number` on the device, valid until the layer after the next is fetched. Starts to copy the next layer."""
-        stage = self._stage(layers[number])
+        stage = self._stages[number % 2]
+        entries = self._fill(stage, layers[number])
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_event(stage.ready)
         following = (number + 1) % len(layers)
-        # the first layer comes after the last, and of an odd number of layers both take the same buffer
-        if following % 2 != number % 2:
-            self._stage(layers[following])
-        return stage.plans[number].entries
+        # the first layer comes after the last, and of an odd number of layers both take the same buffer. When the last chunk of a video was
+        # stored, it holds more than a pass ever reads
+        if following % 2 != number % 2 and (self.capacity is None or _bytes(layers[following].seen) <= self.capacity):
+            self._fill(self._stages[following % 2], layers[following])
+        return entries
 
-    def _stage(self, layer) -> Stage:
-        """A layer's staging buffer; starts to copy the layer's spans there unless it holds them."""
-        stage = self._stages[layer.number % 2]
-        blocks = [entry.block for entry in layer.entries]
-        numbers = [block.number for block in blocks]
-        plan = stage.plans.get(layer.number)
+    def fetch_piece(self, place: Place, following: Place, readers: Sequence[torch.cuda.Stream] = ()) -> list[StagedEntry]:
+        """Some entries of a layer on the device, valid until the second other piece after it is fetched. Starts to copy the following one.
+
+        readers: streams beside the current one that read pieces. What all of them have queued is finished before anything is overwritten.
+        """
+        self._latest = self._piece(*place, readers)
+        stage = self._stages[self._latest]
+        entries = stage.here.entries
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(stage.ready)
+        layer, part = following
+        if self.capacity is None or _bytes(layer.seen[part]) <= self.capacity:
+            self._piece(layer, part, readers)
+        return entries
+
+    def _piece(self, layer, part: slice, readers: Sequence[torch.cuda.Stream]) -> int:
+        """The number of the staging buffer with a piece. Unless one holds it, starts to copy it to the one that was not fetched last."""
+        # a whole layer may have nothing yet, and no buffer may hold anything
+        numbers = [entry.block.number for entry in layer.seen[part]]
+        for number, stage in enumerate(self._stages):
+            if stage.here is not None and stage.here.blocks == numbers:
+                return number
+        if self.capacity is not None:
+            for stage in self._stages:
+                if stage.buffer is None:
+                    self._allocate(stage, self.capacity, readers)
+        self._fill(self._stages[1 - self._latest], layer, part, readers)
+        return 1 - self._latest
+
+    def _fill(self, stage: Stage, layer, part: slice = ALL, readers: Sequence[torch.cuda.Stream] = ()) -> list[StagedEntry]:
+        """The entries of a layer in a staging buffer; starts to copy their spans there unless it holds them."""
+        entries = layer.seen[part]
+        blocks = [entry.block for entry in entries]
+        numbers, key = [block.number for block in blocks], (layer.number, part.start or 0)
+        plan = stage.plans.get(key)
         if plan is None or plan.blocks != numbers:
-            plan = stage.plans[layer.number] = self._plan(stage, layer, numbers)
+            self._forget_plans(layer)
+            plan = self._plan(stage, entries, numbers, readers)
+            stage.plans[key] = plan
         if stage.here is not plan:
-            with self._copying():
+            with self._copying(readers):
                 for block, target in zip(blocks, plan.targets):
                     target.copy_(block.data, non_blocking=True)
                 if self.stream is not None:
                     stage.ready = self.stream.record_event()
             stage.here = plan
-        return stage
+        return plan.entries
 
-    def _plan(self, stage: Stage, layer, numbers: list[int]) -> StagingPlan:
-        needed = sum(entry.block.nbytes for entry in layer.entries)
+    def _forget_plans(self, layer) -> None:
+        """Those of spans that the layer no longer has, which would keep their codebooks alive."""
+        held = {entry.block.number for entry in layer.entries}
+        for stage in self._stages:
+            stage.plans = {key: plan for key, plan in stage.plans.items() if key[0] != layer.number or held.issuperset(plan.blocks)}
+
+    def _plan(self, stage: Stage, entries: Sequence, numbers: list[int], readers: Sequence[torch.cuda.Stream]) -> StagingPlan:
+        needed = _bytes(entries)
         if stage.buffer is None or stage.buffer.nbytes < needed:
             # a quarter more where the length is unknown, so that a growing video does not reallocate at every chunk
-            size = self.capacity if self.capacity is not None and self.capacity >= needed else needed + needed // 4
-            stage.here = stage.buffer = None
-            stage.plans.clear()
-            stage.buffer = torch.empty(aligned(size), dtype=torch.uint8, device=self.device)
-            self._used(stage.buffer)
-        at, targets, entries = 0, [], []
-        for entry in layer.entries:
+            self._allocate(stage, needed + needed // 4 if self.capacity is None else max(self.capacity, needed), readers)
+        at, targets, staged = 0, [], []
+        for entry in entries:
             targets.append(stage.buffer[at:at + entry.block.nbytes])
-            entries.append(StagedEntry(entry.first, entry.frames, entry.sink, list(_placed(entry.spans, stage.buffer, at))))
+            staged.append(StagedEntry(entry.first, entry.frames, entry.sink, list(_placed(entry.spans, stage.buffer, at))))
             at += entry.block.nbytes
-        return StagingPlan(numbers, targets, entries)
+        return StagingPlan(numbers, targets, staged)
+
+    def _allocate(self, stage: Stage, size: int, readers: Sequence[torch.cuda.Stream]) -> None:
+        stage.here = stage.buffer = None
+        stage.plans.clear()
+        stage.buffer = torch.empty(aligned(size), dtype=torch.uint8, device=self.device)
+        self._used(stage.buffer)
+        for stream in readers:
+            # a piece may still be read there when its buffer is replaced
+            stage.buffer.record_stream(stream)
 
     # streams
 
-    def _copying(self) -> AbstractContextManager:
-        """Copies inside run on the copy stream, after everything that is queued on the current stream."""
+    def _copying(self, others: Sequence[torch.cuda.Stream] = ()) -> AbstractContextManager:
+        """Copies inside run on the copy stream, after everything that is queued on the current stream, and on others."""
         if self.stream is None:
             return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        for stream in (torch.cuda.current_stream(self.device), *others):
+            self.stream.wait_stream(stream)
         return torch.cuda.stream(self.stream)
 
     def _used(self, tensor: Tensor) -> None:
@@ -223,6 +274,11 @@ class HostStore:
         self.wait()
         self._closed, self._stages = True, (Stage(), Stage())
         _unpin_all(self._spare, self._pinned, self.stream)
+
+
+def _bytes(entries: Sequence) -> int:
+    """Of the blocks that a read of these entries needs."""
+    return sum(entry.block.nbytes for entry in entries)
 
 
 def _placed(spans: Sequence[Span], buffer: Tensor, at: int) -> Iterator[Span]:

@@ -18,11 +18,12 @@ import torch
 
 from .. import backends
 from ..codec import Tables
+from ..registry import CODECS
 from ..settings import QVGSettings
 from . import limits
 from .ageing import Limits
 from .codebook_lifetime import Rules
-from .geometry import Geometry, buffers_on
+from .geometry import Geometry, on_device
 from .host import HostStore
 from .layer import LayerCache
 from .stats import KINDS, CacheStats
@@ -42,23 +43,29 @@ class KVCache:
     the model's positions from head_dim and grid, such as `attention.Rope`. dtype: of the keys and values that `read` returns and that
     16-bit spans hold. max_frames: latent frames of the whole video if known; the workspace is then allocated once. chunk_frames: latent
     frames of a chunk, for which a memory budget keeps space. stored_frames: most latent frames that are stored, if fewer than those two
-    imply. Raises ValueError when the settings do not fit this shape, or the budget is too small for it.
+    imply. read_frames: most latent frames that a pass sees, its own included, if it reads only those that `choose` names.
+    workspace_limit: bytes of the workspace, however long the video is; a longer history is attended to a piece at a time
+    (`attention.pieces`). None for what suits the device (`geometry.on_device`), 0 for no limit.
+    agree: see `codec.misfit.Misfit`, for the cache of a rank.
+    Raises ValueError when the settings do not fit this shape, or the budget is too small for it.
     """
 
     def __init__(self, settings: QVGSettings, *, rope: Callable[[int, tuple[int, int]], Any], device="cpu",
                  dtype: torch.dtype = torch.bfloat16, max_frames: int | None = None, chunk_frames: int = 3,
-                 stored_frames: int | None = None, **shape):
-        self.settings = settings
-        geometry = Geometry(**shape)
-        self.geometry = replace(geometry, buffers=buffers_on(torch.device(device).type, geometry.heads))
+                 stored_frames: int | None = None, read_frames: int | None = None,
+                 workspace_limit: int | None = None, agree: Callable[[torch.Tensor], torch.Tensor] | None = None, **shape):
+        self.settings, self.agree = settings, agree
+        self.geometry = geometry = on_device(Geometry(**shape), torch.device(device).type, workspace_limit)
         self.itemsize = dtype.itemsize
-        self.limits: Limits = limits.limits(settings, self.geometry, chunk_frames, max_frames, self.itemsize)
+        self.limits: Limits = limits.limits(settings, self.geometry, chunk_frames, max_frames, self.itemsize, read_frames)
         self.rules = Rules(settings, self.geometry)
         self.rope = rope(geometry.head_dim, geometry.grid)
         self.tables = Tables(device)
         self.memo: dict = {}  # what backends keep from one read to the next, for all layers
-        self.workspace = Workspace(self.geometry, dtype, device, limits.capacity_frames(
+        self.workspace = Workspace(self.geometry, dtype, device, read_frames or limits.capacity_frames(
             settings, chunk_frames, max_frames, self.limits.cap_frames))
+        if stored_frames is None and read_frames is not None:
+            stored_frames = read_frames - chunk_frames
         if stored_frames is None:
             stored_frames = limits.history_frames(settings, chunk_frames, max_frames, self.limits.cap_frames)
         self._staging = limits.staging_bytes(settings, self.geometry, chunk_frames, stored_frames, self.limits, self.itemsize)
@@ -66,16 +73,24 @@ class KVCache:
         self.layers = [LayerCache(self, number) for number in range(geometry.layers)]
         self.peak_bytes = 0
         self.calls: backends.Calls = {}
+        self.attention = ""  # which reads it and why, as `attention.choice` notes it
         self.said: set[str] = set()  # warnings of this run
         self._held: dict[int, int] = {}  # bytes of each layer as counted last
+        self.chosen: frozenset[int] | None = None
 
     @property
     def frames(self) -> int:
         """Latent frames that every layer has stored so far."""
         return min((layer.next_frame for layer in self.layers), default=0)
 
-    def head_slices(self) -> list[slice]:
-        group = self.workspace.group
+    def choose(self, frames: Sequence[int] | None) -> None:
+        """Read only the spans that hold these latent frames from now on, or with None all of them; for a memory that looks back at what a
+        camera sees. Nothing is forgotten."""
+        self.chosen = None if frames is None else frozenset(frames)
+
+    def head_slices(self, group: int = 0) -> list[slice]:
+        """Groups of heads that are decoded at a time."""
+        group = group or self.workspace.group
         return [slice(start, start + group) for start in range(0, self.geometry.heads, group)]
 
     def _note_peak(self, changed: LayerCache | None = None) -> None:
@@ -102,6 +117,17 @@ class KVCache:
         """See `shrink`."""
         return shrink([self])
 
+    def narrow(self) -> bool:
+        """Forget everything, and store with the next fewer bits from now on; False where there are none."""
+        widths, tensors = CODECS[self.settings.codec].widths, (self.settings.key, self.settings.value)
+        fewer = [max((width for width in widths if width < tensor.bits), default=tensor.bits) for tensor in tensors]
+        narrowed = fewer != [tensor.bits for tensor in tensors]
+        key, value = (replace(tensor, bits=bits) for tensor, bits in zip(tensors, fewer))
+        self.settings = replace(self.settings, key=key, value=value)
+        self.rules = Rules(self.settings, self.geometry)
+        self.clear()
+        return narrowed
+
     def _warn_of_broken(self) -> None:
         """Once a run, as soon as the device has reported on the newest spans: usually a chunk later, since nothing waits for it."""
         if BROKEN not in self.said:
@@ -124,22 +150,34 @@ class KVCache:
         for layer in self.layers:
             for bits, count in layer.bytes_by_bits().items():
                 by_bits[bits] = by_bits.get(bits, 0) + count
-        held = min((layer.held_frames for layer in self.layers), default=0)
+        held, ran = min((layer.held_frames for layer in self.layers), default=0), backends.summary(self.calls)
         return CacheStats(
             frames=self.frames, held_frames=held, tokens=held * self.geometry.frame_tokens,
             elements=self.geometry.bf16_bytes(held) // 2, stored_bytes=sum(by_kind.values()),
             workspace_bytes=self.workspace.nbytes, peak_bytes=self.peak_bytes, bf16_bytes=self.geometry.bf16_bytes(self.frames),
             by_kind=by_kind, by_layer=tuple(sum(layer.values()) for layer in layers), by_bits=dict(sorted(by_bits.items())),
-            host_bytes=sum(layer.host_bytes for layer in self.layers), backends=backends.summary(self.calls))
+            host_bytes=sum(layer.host_bytes for layer in self.layers), backends=ran,
+            attention=self._attention_that_ran(ran.get("attend", "")))
+
+    def _attention_that_ran(self, attended: str) -> str:
+        """attended: which backend ran the op, which may be another than was expected."""
+        expected = not self.attention or backends.REFERENCE in self.attention or backends.REFERENCE not in attended
+        return self.attention if expected else f"{self.attention}; {attended}"
+
+    def clear(self) -> None:
+        """Forget everything that was stored, as if nothing ever had been; the workspace stays."""
+        self._held.clear()
+        self.chosen = None
+        self.layers = [LayerCache(self, number) for number in range(self.geometry.layers)]
 
     def free(self) -> None:
         """Free all memory; the cache is empty and can be used again."""
+        self.clear()
         self.workspace.free()
         self.memo.clear()
-        self._held.clear()
         self.calls.clear()
         self.said.clear()
-        self.layers = [LayerCache(self, number) for number in range(self.geometry.layers)]
+        self.attention = ""
         if self.host is not None:
             self.host.close()
             self.host = HostStore(self.host.device, self._staging)
@@ -169,3 +207,14 @@ def shrink(caches: Sequence[KVCache]) -> str | None:
     for layer in layers:
         layer.forget_before(movable[len(movable) // 2].first)
     return "Memory did not suffice: the older half of the history was evicted from the KV cache."
+
+
+def shrink_context(caches: Sequence[KVCache]) -> str | None:
+    """As `shrink`, for caches that are filled anew for every chunk and never hold less of it: half of the heads at a time, then fewer bits
+    from the next time on."""
+    if sum(cache.workspace.halve() for cache in caches):
+        return f"Memory did not suffice: heads are now decoded {caches[0].workspace.group} at a time."
+    # all of them, not the first alone
+    if not sum(cache.narrow() for cache in caches):
+        return None
+    return "Memory did not suffice: the context is now kept with fewer bits."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch import Tensor
 from ..codec import TensorCodec, encode, tokens_of, train
 from ..codec.finite import saturated
 from ..registry import CODECS
+from ..settings import COARSE
 from . import ageing, codebook_lifetime
 from .ageing import Limits
 from .codebook_lifetime import Lifetime
 from .entry import Entry, Side
+from .host import ALL, Place
 from .read import Held, History, read
 from .stats import KINDS
 
@@ -25,6 +27,14 @@ if TYPE_CHECKING:
 
 # torch's generators have this many seeds
 SEEDS = 2**64
+
+
+class Piece(NamedTuple):
+    """Some entries of a layer: their place in `LayerCache.seen`, and their latent frames. coarse: of few bits, see `settings.COARSE`."""
+
+    part: slice
+    frames: int
+    coarse: bool
 
 
 class Before:
@@ -79,8 +89,22 @@ class LayerCache:
         return sum(entry.frames for entry in self.entries)
 
     @property
+    def seen(self) -> list[Entry]:
+        """The entries that `read` decodes, oldest first: all, or those with a frame that `KVCache.choose` named."""
+        chosen = self.owner.chosen
+        if chosen is None:
+            return self.entries
+        return [entry for entry in self.entries if not chosen.isdisjoint(range(entry.first, entry.last + 1))]
+
+    @property
+    def seen_frames(self) -> list[int]:
+        """The latent frames that `read` decodes, oldest first."""
+        return [frame for entry in self.seen for frame in range(entry.first, entry.last + 1)]
+
+    @property
     def tokens(self) -> int:
-        return self.held_frames * self.owner.geometry.frame_tokens
+        """That `read` decodes."""
+        return sum(entry.frames for entry in self.seen) * self.owner.geometry.frame_tokens
 
     def append(self, key: Tensor, value: Tensor, frames: int, newest: int = 0) -> None:
         """Encode and keep a finished chunk of `frames` latent frames; key and value [B, T, H, D].
@@ -155,17 +179,41 @@ class LayerCache:
         """Evict the spans before a latent frame, sinks excepted."""
         self.spans = [entry for entry in self.spans if entry.sink or entry.first >= frame]
 
-    def present(self) -> list:
-        """The entries with their tensors on the device; offloaded ones stay there until the layer after the next is read."""
-        host = self.owner.host
-        return self.entries if host is None else host.fetch(self.owner.layers, self.number)
-
-    def read(self, heads: slice, keys: Tensor, values: Tensor, shift: int = 0) -> None:
-        """Decode the whole history of some heads: keys and values [B, T, h, D] are filled, oldest token first, K with RoPE at its
-        absolute frame less `shift`, sinks excepted."""
+    def present(self, part: slice = ALL, following: Place | None = None) -> list:
+        """The entries that are read, or a part of them, with their tensors on the device. Offloaded ones stay there until the layer, or the
+        piece, after the next is read. following: what is read next, by default as much of the next layer."""
         owner = self.owner
-        held = [Held(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in self.present()]
-        read(History(held, self.codec, self.geometry.heads, owner.rope, owner.tables, owner.memo, self.memo), heads, keys, values)
+        if owner.host is None:
+            return self.seen[part]
+        if not owner.geometry.by_piece:
+            return owner.host.fetch(owner.layers, self.number)[part]
+        following = following or (self.next, part)
+        return owner.host.fetch_piece((self, part), following, () if owner.workspace.side is None else (owner.workspace.side,))
+
+    @property
+    def next(self) -> LayerCache:
+        """The layer that is read after this one: the first after the last."""
+        return self.owner.layers[(self.number + 1) % len(self.owner.layers)]
+
+    def pieces(self, most: int) -> list[Piece]:
+        """What `read` decodes, in parts of at most `most` latent frames, of whole spans that are all coarse or all not."""
+        parts: list[Piece] = []
+        for index, entry in enumerate(self.seen):
+            coarse = max(entry.key_bits, entry.value_bits) <= COARSE
+            if parts and parts[-1].coarse == coarse and parts[-1].frames + entry.frames <= most:
+                before = parts.pop()
+                parts.append(Piece(slice(before.part.start, index + 1), before.frames + entry.frames, coarse))
+            else:
+                parts.append(Piece(slice(index, index + 1), entry.frames, coarse))
+        return parts
+
+    def read(self, heads: slice, keys: Tensor, values: Tensor, shift: int = 0, part: slice = ALL, following: Place | None = None) -> None:
+        """Decode the history of some heads, all of it or what `KVCache.choose` named, or a part from `pieces`: keys and values [B, T, h, D]
+        are filled, oldest token first, K with RoPE at its absolute frame less `shift`, sinks excepted. following: see `present`."""
+        owner = self.owner
+        held = [Held(*entry.spans, entry.frames, entry.first - (0 if entry.sink else shift)) for entry in self.present(part, following)]
+        memo = self.memo if part == ALL else self.memo.setdefault(part.start, {})
+        read(History(held, self.codec, self.geometry.heads, owner.rope, owner.tables, owner.memo, memo), heads, keys, values)
 
     @property
     def nbytes(self) -> int:

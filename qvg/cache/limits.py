@@ -9,20 +9,25 @@ from ..settings import PLAIN_BITS, QVGSettings
 from ..units import GIB
 from .ageing import Limits, first_bits
 from .codebooks import pool_frames, shortest_life, waiting_behind, waiting_frames
-from .geometry import ALIGN, Geometry, workspace_bytes
+from .geometry import ALIGN, Geometry, at_a_time, division, workspace_bytes
 from .sizes import codebook_bytes, entry_bytes
 
+# latent frames of a video whose length is not known
+ENDLESS = 1_000_000
 
-def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_frames: int | None, itemsize: int = 2) -> Limits:
-    """Share a budget between the workspace and the layers. itemsize: bytes of the model's dtype.
+
+def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_frames: int | None, itemsize: int = 2,
+           read_frames: int | None = None) -> Limits:
+    """Share a budget between the workspace and the layers. itemsize: bytes of the model's dtype. read_frames: most latent frames that a
+    pass sees, if not all that are held.
 
     Raises ValueError where the budget cannot hold the sink, one older chunk and the chunk being made.
     """
     if not settings.budget_gib and not settings.host_gib:
         return Limits()
-    share = _Share(settings, geometry, chunk_frames, total_frames, itemsize)
+    share = _Share(settings, geometry, chunk_frames, total_frames, itemsize, read_frames)
     share.check()
-    most = (total_frames or 1_000_000) - share.sink
+    most = (total_frames or ENDLESS) - share.sink
     # the most frames that fit; fewer always do
     lengths = range(chunk_frames + 1, max(chunk_frames, most) + 1)
     cap = chunk_frames + bisect_left(lengths, True, key=lambda frames: not share.fits(frames))
@@ -32,12 +37,17 @@ def limits(settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_f
 class _Share:
     """What a run with `frames` latent frames besides the sink would take, in bytes; every method counts at the fewest bits."""
 
-    def __init__(self, settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_frames: int | None, itemsize: int):
+    def __init__(self, settings: QVGSettings, geometry: Geometry, chunk_frames: int, total_frames: int | None, itemsize: int,
+                 read_frames: int | None = None):
+        self.read = read_frames
         self.settings, self.geometry, self.chunk, self.total, self.itemsize = settings, geometry, chunk_frames, total_frames, itemsize
         self.codec, tensors = CODECS[settings.codec], (settings.key, settings.value)
         self.budget, self.host = (int(gib * GIB) if gib else None for gib in (settings.budget_gib, settings.host_gib))
         self.sink = min(settings.sink_frames, total_frames or settings.sink_frames)
-        self.copies = geometry.staged_layers if settings.offload else geometry.layers
+        self.copies = geometry.stages if settings.offload else geometry.layers
+        # of offloaded spans that come in pieces, the most that a piece can take
+        self.piece = (staging_bytes(settings, geometry, chunk_frames, ENDLESS, Limits(), itemsize)
+                      if settings.offload and geometry.by_piece else None)
         self.least = tuple(min(self.codec.widths) if self.codec.nested and tensor.bits not in PLAIN_BITS else tensor.bits
                            for tensor in tensors)
         # the newest is encoded before it can lose bits
@@ -70,13 +80,18 @@ class _Share:
 
     def _apart(self, frames: int) -> int:
         """Bytes on the device that are not the spans'."""
-        seen = self.sink + frames + 2 * self.chunk - 1
-        workspace = workspace_bytes(self.geometry, seen if self.total is None else min(seen, self.total), self.itemsize)
+        seen = self.read or self.sink + frames + 2 * self.chunk - 1
+        workspace = workspace_bytes(self.geometry, seen if self.total is None else min(seen, self.total), self.itemsize, self.chunk)
         return workspace + (self.geometry.layers * self._codebooks(frames) + self.encoding if self.settings.offload else 0)
 
     def needed(self, frames: int) -> int:
         """On the device."""
-        return self._apart(frames) + self.copies * (self._spans(frames) + (0 if self.settings.offload else self._codebooks(frames)))
+        if self.read and self.settings.offload:
+            # the device has only what is read, at the bits that it has: that the host holds fewer frames would free nothing
+            return self._apart(frames) + self.copies * staging_bytes(
+                self.settings, self.geometry, self.chunk, min(self.read - self.chunk, self.sink + frames), Limits(), self.itemsize)
+        spans = self._spans(frames) if self.piece is None else min(self._spans(frames), self.piece)
+        return self._apart(frames) + self.copies * (spans + (0 if self.settings.offload else self._codebooks(frames)))
 
     def fits(self, frames: int) -> bool:
         on_device = self.budget is None or self.needed(frames) <= self.budget
@@ -87,19 +102,24 @@ class _Share:
         if self.budget is not None and self.needed(self.chunk) > self.budget:
             raise ValueError(
                 f"A memory budget of {self.settings.budget_gib:g} GiB is too small: the first frames, one chunk and the workspace need "
-                f"{self.needed(self.chunk) / GIB:.3g} GiB at the fewest bits. Raise the budget, or lower the resolution or the sink "
-                "frames.")
+                f"{self.needed(self.chunk) / GIB:.3g} GiB{'' if self.read and self.settings.offload else ' at the fewest bits'}. Raise the "
+                "budget, or lower the resolution or the sink frames.")
         if not self.fits(self.chunk):
             raise ValueError(
                 f"A limit of {self.settings.host_gib:g} GiB for offloaded spans is too small: the first frames and one chunk need "
                 f"{self.geometry.layers * self._spans(self.chunk) / GIB:.3g} GiB at the fewest bits. Raise it, or lower the resolution or "
                 "the sink frames.")
 
-    def layer_bytes(self, frames: int) -> int:
-        """The share of one layer when `frames` frames are to be held."""
-        shares = [] if self.budget is None else [(self.budget - self._apart(frames)) // self.copies]
+    def layer_bytes(self, frames: int) -> int | None:
+        """The share of one layer when `frames` frames are to be held; None where nothing limits it."""
+        on_device = self.budget is not None and not (self.read and self.settings.offload)
+        shares = [(self.budget - self._apart(frames)) // self.copies] if on_device else []
+        if self.piece is not None and shares and self.piece <= shares[0]:
+            # whatever a layer holds, no more of it is on the device
+            shares = []
         shares += [] if self.host is None else [self.host // self.geometry.layers]
-        return min(shares) // ALIGN * ALIGN if self.settings.offload else min(shares)
+        least = min(shares, default=None)
+        return least // ALIGN * ALIGN if self.settings.offload and least is not None else least
 
 
 def capacity_frames(settings: QVGSettings, chunk_frames: int, total_frames: int | None, cap_frames: int | None) -> int | None:
@@ -123,21 +143,33 @@ def history_frames(settings: QVGSettings, chunk_frames: int, total_frames: int |
 
 
 def staging_bytes(settings: QVGSettings, geometry: Geometry, chunk_frames: int, history: int | None, share: Limits,
-                  itemsize: int = 2) -> int | None:
-    """The most bytes that the spans of a layer take while `history` frames of it are stored: a staging buffer. None: not offloaded, or no
-    limit is known."""
+                  itemsize: int = 2, longest: int = 0) -> int | None:
+    """The most bytes that the spans of a layer take while `history` frames of it are stored, or those of a piece: a staging buffer. None:
+    not offloaded, or no limit is known. longest: of pieces, frames of the longest span, if more than a chunk."""
     if not settings.offload or history is None:
         return None
+    if geometry.by_piece:
+        chunk_frames = max(chunk_frames, longest)
     sink = min(history, settings.sink_frames)
     recent = min(history - sink, settings.recent_frames + chunk_frames - 1)
     # frame by frame, which takes no less than any longer spans do
-    most = sum(frames * entry_bytes(geometry, settings, 1, bits, itemsize) for frames, bits in (
-        (sink, first_bits(settings, sink=True)), (recent, first_bits(settings, sink=False)),
-        (history - sink - recent, (settings.key.bits, settings.value.bits))))
+    kinds = ((sink, first_bits(settings, sink=True)), (recent, first_bits(settings, sink=False)),
+             (history - sink - recent, (settings.key.bits, settings.value.bits)))
     behind, waiting_bits = waiting_behind(settings, sink)
     waiting = min(history - behind, waiting_frames(settings, geometry, chunk_frames))
-    most = max(most, behind * entry_bytes(geometry, settings, 1, first_bits(settings, sink=True), itemsize)
-               + waiting * entry_bytes(geometry, settings, 1, waiting_bits, itemsize))
+    piece = history
+    if geometry.by_piece:
+        piece = min(history, at_a_time(geometry.heads, division(geometry, itemsize), chunk_frames).frames)
+
+    def largest(*kinds: tuple[int, tuple[float, float]]) -> int:
+        """Of the frames that take most, as many as are read at once. kinds: frames, and their bits."""
+        left, total = piece, 0
+        for size, frames in sorted(((entry_bytes(geometry, settings, 1, bits, itemsize), frames) for frames, bits in kinds), reverse=True):
+            taken = min(left, frames)
+            left, total = left - taken, total + taken * size
+        return total
+
+    most = max(largest(*kinds), largest((behind, first_bits(settings, sink=True)), (waiting, waiting_bits)))
     return most if share.layer_bytes is None else min(most, share.layer_bytes)
 
 

@@ -40,7 +40,7 @@ class CacheStats(Ratios):
     frames so far at two bytes per element. frames, held_frames: latent frames stored so far, and those still held. elements: of K and V
     that are held. by_kind: stored bytes by what the codec counts them as. by_layer: stored bytes of each layer. by_bits: stored bytes
     without codebooks, by bits per element. host_bytes: the part of stored_bytes that lies in host memory. backends: which backend ran each
-    op, and why a faster one did not; see `backends.summary`.
+    op, and why a faster one did not; see `backends.summary`. attention: exact or fast, and why; see `attention.choice`.
     """
 
     frames: int
@@ -56,6 +56,7 @@ class CacheStats(Ratios):
     by_bits: dict[float, int]
     host_bytes: int = 0
     backends: dict[str, str] = field(default_factory=dict)
+    attention: str = ""
 
     @staticmethod
     def total(parts: list[CacheStats]) -> CacheStats:

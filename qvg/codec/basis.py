@@ -28,6 +28,8 @@ TUNED_BITS = 3
 LEAST_SHARE = 1e-6
 # tokens seen before count at most this many times the new ones, so that a basis follows a cut
 MEMORY = 8
+# tokens whose products a GPU adds up together
+AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,7 @@ def _moments(x: Tensor, previous: Basis | None) -> tuple[Tensor, Tensor, Tensor]
     for part in row_slices(rows, 8 * tokens * dim):
         y = zero_nonfinite(x[:, part]).float().transpose(0, 1)
         mean[part] = y.mean(1)
-        y = y - mean[part, None]
-        covariance[part] = torch.bmm(y.mT, y).div_(tokens)
+        covariance[part] = _products(y, mean[part], tokens if x.device.type == "cpu" else AT_ONCE).div_(tokens)
     seen = torch.full((1,), float(tokens), device=x.device)
     if previous is not None:
         before = previous.seen.clamp(max=MEMORY * tokens)
@@ -83,6 +84,20 @@ def _moments(x: Tensor, previous: Basis | None) -> tuple[Tensor, Tensor, Tensor]
         covariance = covariance.lerp(_covariance(previous), share) + share * (1 - share) * _outer(moved)
         mean = mean + share * moved
     return mean, covariance, seen
+
+
+def _products(y: Tensor, mean: Tensor, at_once: int) -> Tensor:
+    """Sums over T of the outer products of tokens [R, T, D] around their mean [R, D], float32 [R, D, D]; `at_once` tokens in a product."""
+    rows, tokens, dim = y.shape
+    if tokens <= at_once:
+        y = y - mean[:, None]
+        return torch.bmm(y.mT, y)
+    # a product a row would occupy as many multiprocessors as there are rows, for as long as it takes to add up all tokens
+    parts = -(-tokens // at_once)
+    padded = y.new_zeros(rows, parts * at_once, dim)
+    torch.sub(y, mean[:, None], out=padded[:, :tokens])
+    padded = padded.view(rows * parts, at_once, dim)
+    return torch.bmm(padded.mT, padded).view(rows, parts, dim, dim).sum(1)
 
 
 def _basis(mean: Tensor, seen: Tensor, variances: Tensor, vectors: Tensor, bits: int) -> Basis:

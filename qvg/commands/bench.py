@@ -15,7 +15,7 @@ import importlib.util
 
 from . import quality, statistics
 
-BENCHMARKS = ("kernels", "generate", "quality", "statistics", "synthetic")
+BENCHMARKS = ("kernels", "generate", "quality", "statistics", "synthetic", "world")
 
 
 def add_arguments(command) -> None:

@@ -18,13 +18,14 @@ import sys
 
 import torch
 
+from ..video.ranks import RankEnded
 from . import bench, demo, generate, info, plan
 
 # name -> (module with add_arguments and main, help)
 COMMANDS = {
     "demo": (demo, "one video with a bf16 and a quantized cache, side by side"),
     "plan": (plan, "memory that a model, a size and a length need"),
-    "generate": (generate, "make a long video with the tiny model"),
+    "generate": (generate, "make a long video with the tiny model or a checkpoint"),
     "bench": (bench, "measure speed, memory and quality"),
     "info": (info, "versions and backends"),
 }
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return _end("Interrupted.", generate.INTERRUPTED)
-    except OSError as error:
+    except (OSError, RankEnded) as error:
         return _end(error, FAILED)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return _end(f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'on this machine'}). Ask for a shorter or "

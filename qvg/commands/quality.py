@@ -4,7 +4,8 @@
 
 Every preset makes the same videos from the same noise. Figures are dB of latents against the exact cache, in the first chunk that reads a
 history, from the third chunk on, and in the last quarter; with --vae also PSNR and SSIM of decoded frames. Two controls come first: the
-exact cache once more, and one that is off by 1e-3. Bits count codes, scales, ids and codebooks as they are held when the video ends.
+exact cache once more, and one that is off by 1e-3. Bits count codes, scales, ids, codebooks and bases as they are held when the video
+ends.
 
 Writes quality-checkpoint.md, a picture (.png), and one .json to share: hardware, versions, the checkpoint's name and SHA-256, settings and
 all rows. Stop it at any time; the rows that are done are kept.

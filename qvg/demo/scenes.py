@@ -12,19 +12,18 @@ The whole batch is drawn together with signed distances, on the device of the la
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from .marks import fade, outline_distance, pattern_tone, texture_mark, wrap
 from .prompts import COLOURS, DIRECTIONS, PATTERNS, SHAPES, TEXTURES, Background, Motion, Scene, Thing
 
 WIDTH, HEIGHT = 192, 128
 RADII = (18.0, 26.0)
 JITTER = 20.0  # pixels of random offset of a thing with a fixed place
-EDGE = 1.5  # width of an edge in pixels: sharper ones do not survive 8 x 8 compression
 
 
 @dataclass
@@ -113,70 +112,17 @@ def render(layout: Layout, frames: int, first: int = 0) -> Tensor:
     def at(value: Tensor) -> Tensor:  # [B] -> [B, 1, 1, 1]
         return value.view(-1, 1, 1, 1)
 
-    mark = _texture(
+    mark = texture_mark(
         x - at(layout.phase[:, 0]) - time * at(layout.pan[:, 0]),
         y - at(layout.phase[:, 1]) - time * at(layout.pan[:, 1]), at(layout.texture))
     picture = (0.16 + 0.34 * mark).unsqueeze(1) * layout.ground.view(-1, 3, 1, 1, 1)
     for index in reversed(range(layout.shape.shape[1])):
         centre = layout.centre[:, index]
         velocity = layout.velocity[:, index]
-        dx = _wrap(x - at(centre[:, 0]) - time * at(velocity[:, 0]), WIDTH)
-        dy = _wrap(y - at(centre[:, 1]) - time * at(velocity[:, 1]), HEIGHT)
-        cover = _fade(_distance(dx, dy, at(layout.radius[:, index]), at(layout.shape[:, index])))
+        dx = wrap(x - at(centre[:, 0]) - time * at(velocity[:, 0]), WIDTH)
+        dy = wrap(y - at(centre[:, 1]) - time * at(velocity[:, 1]), HEIGHT)
+        cover = fade(outline_distance(dx, dy, at(layout.radius[:, index]), at(layout.shape[:, index])))
         cover = (cover * at(layout.present[:, index])).unsqueeze(1)
-        tone = _pattern(dx, dy, at(layout.pattern[:, index])).unsqueeze(1)
+        tone = pattern_tone(dx, dy, at(layout.pattern[:, index])).unsqueeze(1)
         picture = picture + cover * (tone * layout.colour[:, index].view(-1, 3, 1, 1, 1) - picture)
     return picture * 2 - 1
-
-
-def _wrap(offset: Tensor, period: float) -> Tensor:
-    return torch.remainder(offset + period / 2, period) - period / 2
-
-
-def _fade(distance: Tensor) -> Tensor:
-    """Signed distance in pixels (negative inside) -> coverage of the pixel, 0..1."""
-    return (0.5 - distance / EDGE).clamp(0, 1)
-
-
-def _select(index: Tensor, *options: Tensor) -> Tensor:
-    result = options[0]
-    for number, option in enumerate(options[1:], 1):
-        result = torch.where(index == number, option, result)
-    return result
-
-
-def _distance(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
-    """Signed distance to the outline, in the order of SHAPES."""
-    length = (dx.square() + dy.square()).sqrt()
-    square = torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius
-    triangle = torch.maximum(dx.abs() * 0.866 - dy * 0.5, dy) - 0.58 * radius
-    # fold the plane into half of one of five arms, then measure the distance to the line from the tip to the notch
-    arm = 2 * math.pi / 5
-    angle = _wrap(torch.atan2(dx, -dy), arm).abs()
-    tip, notch = 1.15, 0.5
-    edge_x, edge_y = notch * math.cos(arm / 2) - tip, notch * math.sin(arm / 2)
-    norm = math.hypot(edge_x, edge_y)
-    star = ((length * angle.cos() - tip * radius) * edge_y - length * angle.sin() * edge_x) / norm
-    ring = (length - 0.72 * radius).abs() - 0.3 * radius
-    return _select(shape, length - radius, square, triangle, star, ring)
-
-
-def _pattern(dx: Tensor, dy: Tensor, pattern: Tensor) -> Tensor:
-    """Brightness 0..1 of the thing at an offset from its centre, in the order of PATTERNS."""
-    stripes = _fade(_wrap(dy, 14).abs() - 3.5)
-    dots = _fade((_wrap(dx, 16).square() + _wrap(dy, 16).square()).sqrt() - 4.5)
-    return _select(pattern, torch.ones_like(dx), 0.35 + 0.65 * stripes, 1 - 0.65 * dots)
-
-
-def _texture(x: Tensor, y: Tensor, texture: Tensor) -> Tensor:
-    """Brightness 0..1 of the background, in the order of TEXTURES. Periods divide 64, hence both sides."""
-    dots = _fade((_wrap(x, 32).square() + _wrap(y, 32).square()).sqrt() - 9)
-    stripes = _fade(_wrap(x + y, 32).abs() / 2**0.5 - 5.6)
-    checks = _fade(EDGE * (0.5 - 8 * _triangle_wave(x, 64) * _triangle_wave(y, 64)))
-    waves = _fade(_wrap(y + 7 * torch.sin(x * (2 * math.pi / 64)), 32).abs() - 8)
-    return _select(texture, dots, stripes, checks, waves)
-
-
-def _triangle_wave(x: Tensor, period: float) -> Tensor:
-    """-1..1, zero at the multiples of half a period."""
-    return 1 - _wrap(x - period / 4, period).abs() / (period / 4)

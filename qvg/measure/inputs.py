@@ -58,18 +58,26 @@ def read_embeddings(path: Path, width: int) -> Embeddings:
     return Embeddings(found[POSITIVE].split(1), negative)
 
 
-def open_network(path: Path, device: str) -> tuple[nn.Module, Family, Description]:
-    """The network of a released checkpoint on a device, in bfloat16, or in float32 on a CPU.
+def open_network(path: Path, device: str, walks: bool = False) -> tuple[nn.Module, Family, Description]:
+    """The network of a released checkpoint on a device, in bfloat16, or in float32 on a CPU. walks: whether it may need a camera path.
 
-    Raises ValueError for a file that cannot be opened (see `models.open_checkpoint`), and for packed weights.
+    Raises ValueError for a file that cannot be opened (see `models.open_checkpoint`), for packed weights, and for another model than that.
     """
     state, found = open_checkpoint(path)
     family = FAMILIES[found.family]
+    if family.walks and not walks:
+        raise ValueError(cannot_walk(path.name, family))
 
     def build() -> nn.Module:
         return family.open(state, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
 
     return _strictly(path, build).to(device), family, found
+
+
+def cannot_walk(name: str, family: Family) -> str:
+    """Why a model is not measured here, as a sentence."""
+    return (f"{name} is {family.title}, which walks along a camera path; the closed loop is for models without cameras. Make the same walk "
+            "with the presets to compare.")
 
 
 def open_vae(path: Path, device: str) -> WanVAE:

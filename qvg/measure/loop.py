@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.cached import CachedAttention
+from ..attention.choice import attention_of, packs
 from ..attention.functions import widened
 from ..cache.context import context_settings
 from ..cache.geometry import Geometry
@@ -99,7 +100,7 @@ class CausalLoop:
         conditions = [Condition(self.prompt, caches[0])] if len(caches) == 1 else guided(
             self.prompt, caches[0], self.negative, caches[1], self.cfg)
         chunks, seconds, done, began = [], [], 0, time.perf_counter()
-        model = CachedNetwork(self.network, conditions, attention=widened)
+        model = CachedNetwork(self.network, conditions, attention=attention_of(*caches, exact=widened))
         for event in sampler(model, self.run, self.shape, start=self.start, device=self.device):
             if isinstance(event, Adapted):
                 raise MemoryError("the cache would have had to give something up")
@@ -137,10 +138,11 @@ class SegmentLoop:
 
     def cache(self, settings: QVGSettings, given: int, new: int) -> KVCache:
         sizes, dtype = self.network.sizes, self.prompts.dtype
-        geometry = Geometry(sizes.layers, sizes.heads, sizes.head_dim, (self.shape[2] // PATCH[1], self.shape[3] // PATCH[2]))
+        geometry = Geometry(sizes.layers, sizes.heads, sizes.head_dim, (self.shape[2] // PATCH[1], self.shape[3] // PATCH[2]),
+                            packs=packs(settings, self.device, head_dim=sizes.head_dim))
         return KVCache(context_settings(settings, geometry, given, new, dtype.itemsize), layers=geometry.layers, heads=geometry.heads,
                        head_dim=geometry.head_dim, grid=geometry.grid, rope=self.family.rope, device=self.device, dtype=dtype,
-                       max_frames=given + new, chunk_frames=given, stored_frames=given)
+                       max_frames=given + new, chunk_frames=given, stored_frames=given, packs=geometry.packs)
 
     @torch.no_grad()
     def make(self, settings: QVGSettings, progress: Progress = silent, change: Change = unchanged) -> Made:

@@ -98,7 +98,7 @@ def _figures(videos: Sequence[Made], exact: Sequence[Tensor], windows: Windows, 
     means = {name: windows.means(values) | {"frames": values.tolist()} for name, values in found.items()}
     stats, seconds = [video.stats for video in videos], [second for video in videos for second in video.seconds[1:]]
     return {
-        "bits_per_element": statistics.mean(one.bits_per_element for one in stats),
+        "attention": stats[0].attention, "bits_per_element": statistics.mean(one.bits_per_element for one in stats),
         "codebook_bits": statistics.mean(8 * one.by_kind.get("codebooks", 0) / max(1, one.elements) for one in stats),
         "stored_bytes": round(statistics.mean(one.stored_bytes for one in stats)), "peak_bytes": max(one.peak_bytes for one in stats),
         "seconds_a_chunk": statistics.median(seconds), "seconds": sum(sum(video.seconds) for video in videos)} | means

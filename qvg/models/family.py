@@ -65,10 +65,12 @@ class Family:
     sizes: reads `Sizes` from a state dict in the network's names. network: builds the network from sizes; its forward is
     (latents [B, C, F, H, W], timestep [B, F], context, attend) -> flow [B, C, F, H, W], see `models.wan`.
     rope: (head_dim, grid of tokens) -> positions of its keys and queries; `KVCache(..., rope=family.rope)`.
+    walks: whether it follows a camera path in two branches of attention, see `video.world`; loops without cameras cannot run it.
     lora_name: a parameter's name -> (its other name in LoRA files, which of how many equal parts, how many parts).
     adapter: module with the functions of `nodes.adapters.families.Adapter`, for ComfyUI. A leading dot means a module of this pack. Only
     nodes/ imports it.
-    layout: what a loaded file is said to be, `title` by default.
+    layout: what a loaded file is said to be, `title` by default. licence: a sentence about the weights that a person who loads them should
+    read, "" if their licence holds everywhere.
     """
 
     name: str
@@ -86,9 +88,11 @@ class Family:
     sizes: Callable[[State], Sizes] | None = None
     network: Callable[[Sizes], nn.Module] | None = None
     rope: Callable[[int, tuple[int, int]], Rope] = Rope
+    walks: bool = False
     lora_name: Callable[[str], tuple[str, int, int]] | None = None
     adapter: str = ""
     layout: str = ""
+    licence: str = ""
 
     def open(self, state: State, dtype: torch.dtype | None = None) -> nn.Module:
         """The network that a state dict describes, in any layout of this family, on the device of its tensors.

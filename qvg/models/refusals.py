@@ -16,8 +16,9 @@ OTHER_MODELS = (
      "model cannot hold. Use a text-to-video checkpoint; ARVideoI2V gives it a start image"),
     (("control_adapter.", "ref_conv.", "face_adapter.", "audio_proj.", "casual_audio_encoder.", "cam_encoder"),
      "is a Wan with extra inputs (camera, audio, pose or reference), which is not a causal text-to-video model"),
-    (("condition_embedder.",), "holds a Wan in the diffusers layout. Use the original or ComfyUI's file of it"),
-    (("double_blocks.", "double_stream_blocks."), f"is a HunyuanVideo model, {NO_NETWORK}"),
+    (("condition_embedder.",), "holds a Wan in the diffusers layout, without the actions of HY-WorldPlay. Use the original or ComfyUI's "
+     "file of a Wan, and wan_distilled_model/model.pt of HY-WorldPlay 5B"),
+    (("double_blocks.", "double_stream_blocks."), f"is a HunyuanVideo model without the actions and cameras of HY-WorldPlay, {NO_NETWORK}"),
     (("decoder.conv1.", "encoder.conv1.", "decoder.conv_in."),
      "is a VAE. Put it in models/vae and load it with VAELoader"),
     (("shared.weight", "token_embedding.weight", "text_model."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..cache.geometry import Geometry, buffers_on
+from ..cache.geometry import Geometry, on_device
 from .weights import GGUF, WEIGHTS, weight_type
 
 
@@ -16,8 +16,10 @@ class ModelShape:
     height) in pixels. chunk_frames: latent frames per autoregressive chunk. frame_rate: video frames per second. The VAE of every model
     here maps the first video frame to one latent frame, and each four frames after it to one more.
     note: a sentence for the plan. segment_frames: latent frames per segment, for a model that rebuilds its cache for every segment; 0 for
-    a cache that grows with the video. parameters: of the denoising network, 0 if unknown. feed_forward: its width and its number of
-    matrices. gguf: whether GGUF files of it can be sampled. size_name: what a checkpoint of this many layers and this width is called.
+    a cache that grows with the video. context_frames: latent frames before a chunk that a world model reads at most, 0 for other models.
+    parameters: of the denoising network, 0 if unknown. feed_forward: its width and its number of
+    matrices. projections: number of a layer's attention matrices. gguf: whether GGUF files of it can be sampled. size_name: what a
+    checkpoint of this many layers and this width is called.
     """
 
     layers: int
@@ -29,8 +31,10 @@ class ModelShape:
     head_dim: int = 128
     note: str = ""
     segment_frames: int = 0
+    context_frames: int = 0
     parameters: int = 0
     feed_forward: tuple[int, int] = (0, 0)
+    projections: int = 8
     gguf: bool = True
     size_name: str = ""
 
@@ -54,17 +58,18 @@ class ModelShape:
         kind, dim = WEIGHTS[weights], self.dim
         down = self.layers * dim * self.feed_forward[0]
         value = self.layers * 2 * dim * dim
-        matrices = self.layers * 8 * dim * dim + self.feed_forward[1] * down
+        matrices = self.layers * self.projections * dim * dim + self.feed_forward[1] * down
         bits = 16 * (self.parameters - matrices) + kind.value * value + kind.down * down + kind.bits * (matrices - value - down)
         return round(bits / 8)
 
     def geometry(self, width: int = 0, height: int = 0) -> Geometry:
-        """The cache's geometry for a video of this size in pixels; 0 means the usual size. Raises ValueError for less than one token."""
+        """The cache's geometry on a GPU, for a video of this size in pixels; 0 means the usual size. Raises ValueError for less than one
+        token."""
         width, height = width or self.size[0], height or self.size[1]
         if min(width, height) < self.stride:
             raise ValueError(f"A video of {width} x {height} pixels is smaller than one token; give at least {self.stride} pixels a side.")
-        return Geometry(self.layers, self.heads, self.head_dim, (-(-height // self.stride), -(-width // self.stride)),
-                        buffers=buffers_on("cuda", self.heads))
+        grid = -(-height // self.stride), -(-width // self.stride)
+        return on_device(Geometry(self.layers, self.heads, self.head_dim, grid), "cuda")
 
     def latent_frames(self, seconds: float) -> int:
         """Latent frames of a video of this length, rounded up to whole chunks."""

@@ -261,8 +261,9 @@ def bidirectional(grid: tuple[int, int], frames: int) -> Attend:
 
 
 def is_wan(state: Mapping[str, Tensor]) -> bool:
-    """Whether this is a Wan 2.1 state dict. Variants with other inputs pass, too; `refuse` and `refusals` name them."""
-    return "patch_embedding.weight" in state and "head.modulation" in state
+    """Whether this is a Wan 2.1 state dict. Variants with other inputs pass, too; `refuse` and `refusals` name them. HY-WorldPlay 5B, with
+    an embedding of actions, is a family of its own."""
+    return "patch_embedding.weight" in state and "head.modulation" in state and "action_embedding.0.weight" not in state
 
 
 def refuse(state: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ def draw_chart(chart: dict, *, title: str = "", notes: str = "", size: tuple[int
 
     chart: of `chart.describe`. notes: a line below the summary. size: width and height in pixels.
     """
-    canvas = _Canvas(size, title or "KV cache")
+    canvas = Canvas(size, title or "KV cache")
     unit, width, height = canvas.unit, *canvas.image.size
     margin = MARGIN * unit
     if not chart["summary"]:
@@ -37,7 +37,7 @@ def draw_chart(chart: dict, *, title: str = "", notes: str = "", size: tuple[int
 
 def draw_comparison(charts: Sequence[dict], *, title: str = "", size: tuple[int, int] = SIZE) -> Image.Image:
     """RGB picture of the two charts of `chart.describe_comparison`, one above the other."""
-    canvas = _Canvas(size, title or "Comparison")
+    canvas = Canvas(size, title or "Comparison")
     unit, width, height = canvas.unit, *canvas.image.size
     left, right, middle = (MARGIN + 64) * unit, width - MARGIN * unit, height / 2
     for chart, top, bottom in zip(charts, (56 * unit, middle + 30 * unit), (middle - 16 * unit, height - 40 * unit)):
@@ -46,7 +46,7 @@ def draw_comparison(charts: Sequence[dict], *, title: str = "", size: tuple[int,
     return canvas.reduced()
 
 
-class _Canvas:
+class Canvas:
     """A drawing surface whose lengths are pixels of the reduced picture times `unit`."""
 
     def __init__(self, size: tuple[int, int], title: str):
@@ -86,7 +86,7 @@ class _Canvas:
         self.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
 
-def _draw_panel(canvas: _Canvas, box: tuple[float, float, float, float], chart: dict, width: float = 2) -> None:
+def _draw_panel(canvas: Canvas, box: tuple[float, float, float, float], chart: dict, width: float = 2) -> None:
     """Axes, areas and lines of one chart. box: left, top, right, bottom; width: of the lines."""
     left, top, right, bottom = box
     across, up, unit = chart["frames"], chart["bytes"], canvas.unit
@@ -116,7 +116,7 @@ def _draw_panel(canvas: _Canvas, box: tuple[float, float, float, float], chart: 
             canvas.dot(points[-1], line["colour"], width)
 
 
-def _draw_layers(canvas: _Canvas, box: tuple[float, float, float, float], layers: Sequence[int]) -> None:
+def _draw_layers(canvas: Canvas, box: tuple[float, float, float, float], layers: Sequence[int]) -> None:
     """A bar for the bytes of each layer."""
     left, top, right, bottom = box
     canvas.draw.rectangle(box, fill=PANEL)
@@ -131,7 +131,7 @@ def _draw_layers(canvas: _Canvas, box: tuple[float, float, float, float], layers
     canvas.text(left, bottom + 14 * canvas.unit, f"bytes of each layer, at most {format_bytes(highest)}", 12, FAINT)
 
 
-def _draw_legend(canvas: _Canvas, x: float, y: float, series: Sequence[dict]) -> None:
+def _draw_legend(canvas: Canvas, x: float, y: float, series: Sequence[dict]) -> None:
     unit = canvas.unit
     for entry in series:
         if not entry["name"]:

@@ -8,10 +8,12 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..attention.ranks import Cut, Ranks
 from ..cache.codebooks import shortest_life
 from ..cache.context import context_settings, forecast_context
 from ..cache.forecast import Forecast, forecast
-from ..cache.geometry import Geometry
+from ..cache.geometry import Geometry, division, on_device
+from ..cache.walks import MEMORIES, check_memory, forecast_caches
 from ..models.catalogue import MODELS, ModelShape
 from ..models.weights import weight_type
 from ..settings import PRESETS, QVGSettings
@@ -22,9 +24,13 @@ CARDS = (8, 12, 16, 24, 32, 48, 80)
 BESIDE_GIB = 2.0
 
 
-def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int, misfit: bool = False) -> Forecast:
+def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames: int, misfit: bool = False,
+            memory: str = MEMORIES[0]) -> Forecast:
     """The bytes of a video of `frames` latent frames, or of one segment's context where the model rebuilds its context. misfit: see
-    `forecast`."""
+    `forecast`. memory: of a world model, see `cache.walks`."""
+    if shape.context_frames:
+        return forecast_caches(settings, geometry, memory=memory, window=shape.context_frames, frames=frames,
+                               chunk_frames=shape.chunk_frames, misfit=misfit)
     if not shape.segment_frames:
         found = forecast(settings, geometry, frames, shape.chunk_frames, misfit=misfit)
         if misfit and settings.window_frames:
@@ -36,21 +42,28 @@ def predict(shape: ModelShape, settings: QVGSettings, geometry: Geometry, frames
     return forecast_context(context_settings(settings, geometry, given, new), geometry, given, new)
 
 
-def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 8192) -> int:
+def rebuilds(shape: ModelShape, memory: str) -> bool:
+    """Whether the cache holds one context at a time, however long the video is."""
+    return bool(shape.segment_frames) or (bool(shape.context_frames) and memory == "rebuild")
+
+
+def longest(shape: ModelShape, settings: QVGSettings, geometry: Geometry, limit_bytes: int, most: int = 8192,
+            memory: str = MEMORIES[0]) -> int:
     """Most latent frames, in whole chunks, whose peak in the worst case stays within limit_bytes; 0 when one chunk exceeds it."""
     chunk, end = shape.chunk_frames, most // shape.chunk_frames
 
     def peak(chunks: int) -> int:
-        return predict(shape, settings, geometry, chunks * chunk, misfit=True).peak_bytes
+        return predict(shape, settings, geometry, chunks * chunk, misfit=True, memory=memory).peak_bytes
 
-    # Once sinks, recent frames and window are full, the peak grows by the same bytes with every period in which codebooks and spans repeat,
-    # so it need not be forecast chunk by chunk beyond that.
+    # Once sinks, recent frames, window and workspace are full, the peak grows by the same bytes with every period in which codebooks and
+    # spans repeat, so it need not be forecast chunk by chunk beyond that.
     period = math.lcm(*(-(-frames // chunk) for frames in (settings.codebook_frames, shortest_life(settings, chunk))))
-    full = period * (2 + -(-(settings.sink_frames + settings.recent_frames + settings.window_frames) // (period * chunk)))
+    filling = max(settings.sink_frames + settings.recent_frames + settings.window_frames, division(geometry).frames or 0)
+    full = period * (2 + -(-filling // (period * chunk)))
     start = _last_within(peak, 0, min(full, end), limit_bytes)
     if start < full:
         return chunk * start
-    if shape.segment_frames or settings.budget_gib:
+    if rebuilds(shape, memory) or settings.budget_gib:
         return chunk * _last_within(peak, start, end, limit_bytes)
     ahead = [peak(full + number) for number in range(period + 1)]
 
@@ -66,28 +79,35 @@ def _last_within(peak: Callable[[int], int], low: int, high: int, limit_bytes: i
     return low + bisect_right(range(low + 1, high + 1), limit_bytes, key=peak)
 
 
-def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, latent_frames: int = 0, preset: str = "",
-         vram_gib: float = 0, offload: bool = False, weights: str = "") -> dict:
-    """One row per preset, in bytes and ratios.
+def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, latent_frames: int = 0, preset: str = "",
+         vram_gib: float = 0, offload: bool = False, weights: str = "", memory: str = "", gpus: int = 1) -> dict:
+    """One row per preset, in bytes and ratios, of each GPU.
 
     worst_stored_bytes and worst_peak_bytes are for a video whose codebooks stop fitting as soon as they may; the other figures are for one
     whose codebooks fit for as long as they may serve. `fits` and `longest_latent_frames` are for the worst case.
 
-    width, height: pixels; 0 is the model's usual size. vram_gib: GiB that the cache may take; 0 leaves out whether it fits. offload: spans
-    are in host memory. weights: the type of the weights, where they were counted.
-    Raises ValueError for an unknown model or a length that is not positive.
+    size: width and height in pixels; 0 is the model's usual one. vram_gib: GiB that the cache may take; 0 leaves out whether it fits.
+    offload: spans are in host memory. weights: the type of the weights, where they were counted. memory: of a world model, by default the
+    first of `MEMORIES`; `original_bytes` are what the original keeps of the same frames, in bf16 and for each branch of attention.
+    gpus: how many make the video together, each with a share of the heads (`attention.ranks`).
+    Raises ValueError for an unknown model, a length that is not positive, a memory of a model that has no choice, and a number of GPUs
+    among which heads or tokens cannot be divided.
     """
     if model not in MODELS:
         raise ValueError(f"There is no model {model!r}; choose one of {', '.join(MODELS)}.")
     shape: ModelShape = MODELS[model]
-    geometry = shape.geometry(width, height)
+    if memory and not shape.context_frames:
+        raise ValueError(f"{model} is no world model, so there is no memory to choose; leave {memory!r} out.")
+    memory = memory or MEMORIES[0]
+    check_memory(memory)
+    geometry = one_of_several(shape.geometry(*size), gpus)
     frames = latent_frames or shape.latent_frames(seconds)
     if frames < 1 or seconds < 0 or latent_frames < 0:
         raise ValueError("Give a positive length, as seconds or as latent frames.")
     rows = {}
     for name in [preset] if preset else PRESETS:
         settings = replace(QVGSettings.preset(name), offload=offload)
-        found, worst = (predict(shape, settings, geometry, frames, misfit) for misfit in (False, True))
+        found, worst = (predict(shape, settings, geometry, frames, misfit, memory) for misfit in (False, True))
         rows[name] = {
             "bf16_bytes": found.bf16_bytes, "stored_bytes": found.stored_bytes, "peak_bytes": found.peak_bytes,
             "workspace_bytes": found.workspace_bytes, "stored_ratio": found.stored_ratio, "peak_ratio": found.peak_ratio,
@@ -96,14 +116,26 @@ def plan(model: str, *, width: int = 0, height: int = 0, seconds: float = 0, lat
         if vram_gib:
             limit = int(vram_gib * GIB)
             rows[name] |= {"fits": worst.peak_bytes <= limit,
-                           "longest_latent_frames": longest(shape, settings, geometry, limit)}
-    width, height = width or shape.size[0], height or shape.size[1]
+                           "longest_latent_frames": longest(shape, settings, geometry, limit, memory=memory)}
+    width, height = (given or usual for given, usual in zip(size, shape.size))
     head = {"model": model, "width": width, "height": height, "latent_frames": frames, "seconds": shape.seconds(frames)}
     if weights:
         head |= {"weights": weight_type(weights), "weight_bytes": shape.weight_bytes(weights)}
     if shape.note:
         head["note"] = shape.note
+    if gpus > 1:
+        head["gpus"] = gpus
+    if shape.context_frames:
+        head |= {"memory": memory, "original_bytes": 2 * next(iter(rows.values()))["bf16_bytes"]}
     return head | ({"preset": preset} | rows[preset] if preset else {"presets": rows})
+
+
+def one_of_several(geometry: Geometry, gpus: int) -> Geometry:
+    """The geometry of a cache on one of several GPUs. Raises ValueError where heads or tokens cannot be divided among them."""
+    ranks = Ranks(0, gpus)
+    heads = ranks.heads(geometry.heads)
+    Cut(ranks, geometry.grid)
+    return on_device(replace(geometry, heads=heads), "cuda")
 
 
 def render(result: dict, vram_gib: float = 0) -> str:
@@ -111,6 +143,11 @@ def render(result: dict, vram_gib: float = 0) -> str:
     rows = result["presets"] if "presets" in result else {result["preset"]: result}
     lines = [f"{result['model']}, {result['width']} x {result['height']}, {result['latent_frames']} latent frames "
              f"({result['seconds']:.1f} s): {next(iter(rows.values()))['bf16_bytes'] / GIB:.2f} GiB in bf16"]
+    if "gpus" in result:
+        lines[0] += f" on each of {result['gpus']} GPUs"
+    if "memory" in result:
+        lines[0] = lines[0].replace(":", f", memory {result['memory']}:", 1)
+        lines[0] += f", {result['original_bytes'] / GIB:.2f} GiB with both branches of attention, as the original keeps them"
     if "weights" in result:
         lines.append(f"(beside {result['weight_bytes'] / GIB:.1f} GiB of weights in {result['weights']})")
     if "note" in result:
@@ -128,7 +165,7 @@ def render(result: dict, vram_gib: float = 0) -> str:
         if vram_gib:
             longest_frames, shape = row["longest_latent_frames"], MODELS[result["model"]]
             line += f"   {'fits' if row['fits'] else 'does not fit'}"
-            if not (shape.segment_frames and row["fits"]):
+            if not (rebuilds(shape, result.get("memory", "")) and row["fits"]):
                 line += f"; at most {longest_frames} latent frames ({max(0.0, shape.seconds(longest_frames)):.1f} s)"
         lines.append(line)
     return "\n".join(lines)
@@ -147,7 +184,7 @@ def brief(result: dict, vram_gib: float) -> str:
         worst = f" (at worst {row['worst_peak_bytes'] / GIB:.1f})" if row["worst_peak_bytes"] > row["peak_bytes"] else ""
         lines.append(f"{name.capitalize()}: peak {row['peak_bytes'] / GIB:.1f} GiB{worst}, {row['peak_ratio']:.1f}x less, "
                      + ("fits" if row["fits"] else "does not fit")
-                     + (f"; longest {shape.seconds(most):.0f} s." if most and not shape.segment_frames else "."))
+                     + (f"; longest {shape.seconds(most):.0f} s." if most and not rebuilds(shape, result.get("memory", "")) else "."))
     return "\n".join(lines)
 
 
@@ -175,7 +212,7 @@ def left_for_cache(model: str, card_gib: float, weights: str = "bf16", *, requir
 
 def _longest_text(shape: ModelShape, row: dict) -> str:
     """The longest video of one row of `plan`, in seconds. A cache that is rebuilt for every segment does not grow with the video."""
-    if shape.segment_frames:
+    if rebuilds(shape, MEMORIES[0]):
         return "any" if row["fits"] else "0 s"
     return f"{max(0.0, shape.seconds(row['longest_latent_frames'])):.0f} s"
 

@@ -7,11 +7,17 @@
 | `run`, `events`, `noise` | fields of a run; what the loop reports; noise by seed, chunk and step |
 | `network`, `sampler` | a network with its KV caches; the loop over chunks and steps |
 | `schedule` | prompts by the clock |
+| `cameras`, `camera_moves`, `camera_file`, `view_memory` | where the camera of a world model is, from keys or a file; what it reads again |
 | `decode`, `reader` | latents to pixels and back; image and video files to frames |
-| `writer` | frames to a growing file, over `container_file` (`containers`: MP4, WebM), `image_files` and `written` |
+| `writer` | frames to a growing file, over `container_file` (`containers`: MP4, WebM), `image_files`, `latent_file` and `written` |
 | `session`, `session_parts` | what a run needs to continue, on disk |
-| `segments`, `segment_file` | the same for videos in segments (LongCat-Video); their file while it grows |
+| `world`, `walk_session`, `world_forecast` | walks of world models with three memories, on disk, and in bytes |
+| `ranks`, `rank_sessions` | one video by several processes; its sessions, for any number of them |
+| `sessions` | sessions of a run, whoever makes it |
+| `segment_model`, `segments`, `segment_file` | videos in segments (LongCat-Video): in the loop; on disk; their growing file |
+| `rank_work`, `crew` | what a process does that takes part in videos; starting such processes by Ray |
 | `job`, `prepare`, `generate`, `recorder`, `progress` | a whole video without ComfyUI |
+| `walk_job`, `walk_model` | the same of a walk |
 
 What needs PyAV is not imported here.
 """

@@ -45,6 +45,19 @@ class ChunkDecoder:
         self.memory = {modules[name]: tensor.to(weight) for name, tensor in state.items()}
 
 
+class PixelFrames(ChunkDecoder):
+    """The same as pixels uint8 [n, 8H, 8W, 3] on the CPU, for a `VideoWriter`, of the first video of a batch."""
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return to_bytes(super().__call__(latents)[0])
+
+    def restore(self, state: dict[str, Tensor], shape: tuple[int, ...], frames: int) -> None:
+        """See `ChunkDecoder.restore`. Raises ValueError for the session of a video in latents, too."""
+        if frames and not state:
+            raise ValueError("The session is of a video in latents, which has no pictures to continue. Give the --out of its .latent file.")
+        super().restore(state, shape, frames)
+
+
 @torch.no_grad()
 def encode_stream(vae: WanVAE, video: Tensor) -> Tensor:
     """Video [B, 3, n, 8H, 8W] in -1..1 -> latents [B, 16, F, H, W] as the network reads them, with the memory of encoding four frames.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.cached import CachedAttention
-from ..attention.functions import Attention, sdpa
+from ..attention.functions import Attention
 from ..cache import limits
 from ..cache.kv_cache import KVCache, shrink
 from ..cache.stats import CacheStats
@@ -46,6 +46,16 @@ class Model(Protocol):
         """Sizes of what is stored, for `ChunkDone`."""
 
 
+def finished_before(parts: Sequence[Tensor], first: int) -> list[Tensor]:
+    """Of latents [B, C, f, H, W] of finished chunks, oldest first, those that end at latent frame `first` or earlier."""
+    kept, count = [], 0
+    for part in parts:
+        count += part.shape[2]
+        if count <= first:
+            kept.append(part)
+    return kept
+
+
 @dataclass
 class Condition:
     """One side of guidance: a prompt, the cache that its passes fill, and the weight of its prediction.
@@ -59,7 +69,8 @@ class Condition:
 
     def name(self, frame: int) -> str:
         """A name of the prompt at a latent frame; "" for a prompt that never changes."""
-        return self.prompt.name(frame) if hasattr(self.prompt, "name") else ""
+        # a tensor has a name, too
+        return self.prompt.name(frame) if hasattr(self.prompt, "context") else ""
 
     def context(self, frame: int):
         """What the network takes as context at a latent frame."""
@@ -79,25 +90,34 @@ def check_positions(settings: QVGSettings, run: Run, position_limit: int) -> Non
                          f"{max(0, position_limit - settings.sink_frames - 2 * run.chunk_frames + 1)} frames.")
 
 
+def check_conditions(conditions: Sequence) -> None:
+    """Raises ValueError if two conditions share a cache, or their weights do not add up to 1. Each has `cache` and `weight`."""
+    if len({id(condition.cache) for condition in conditions}) < len(conditions):
+        raise ValueError("Two conditions share a KV cache, but keys and values depend on the prompt; give each its own.")
+    total = sum(condition.weight for condition in conditions)
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"The weights of the conditions add up to {total:g}; they must add up to 1.")
+
+
 class CachedNetwork:
     """A `Model` of a network that predicts the flow, with Wan's forward(x, timestep, context, attend), and one cache per condition.
 
-    conditions: their weights add up to 1. attention: the attention function, torch's by default. position_limit: see `CachedAttention`.
+    conditions: their weights add up to 1. attention, position_limit: see `CachedAttention`.
     Raises ValueError if two conditions share a cache or the weights do not add up.
     """
 
-    def __init__(self, network: nn.Module, conditions: Sequence[Condition], *, attention: Attention = sdpa,
+    def __init__(self, network: nn.Module, conditions: Sequence[Condition], *, attention: Attention | None = None,
                  position_limit: int = 0):
         self.network, self.conditions = network, list(conditions)
         self.caches = [condition.cache for condition in self.conditions]
         self.attention, self.position_limit = attention, position_limit
         for cache in self.caches:
             cache.said = self.caches[0].said  # each warning is given once a run
-        if len({id(cache) for cache in self.caches}) < len(self.caches):
-            raise ValueError("Two conditions share a KV cache, but keys and values depend on the prompt; give each its own.")
-        total = sum(condition.weight for condition in self.conditions)
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"The weights of the conditions add up to {total:g}; they must add up to 1.")
+        check_conditions(self.conditions)
+
+    def _attend(self, cache: KVCache, **options):
+        """What the network calls for its self-attention."""
+        return CachedAttention(cache, **options)
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: float, first: int, *, prompt_frame: int, store: bool) -> Tensor:
@@ -106,8 +126,8 @@ class CachedNetwork:
         timestep = torch.full((batch, frames), TIMESTEPS * sigma, device=x.device)
         mixed = None
         for condition in self.conditions:
-            attend = CachedAttention(condition.cache, start_frame=first, frames=frames, store=store, attention=self.attention,
-                                     position_limit=self.position_limit)
+            attend = self._attend(condition.cache, start_frame=first, frames=frames, store=store, attention=self.attention,
+                                  position_limit=self.position_limit)
             flow = self.network(x, timestep, condition.context(prompt_frame), attend)
             denoised = (x - sigma * flow.float()) * condition.weight
             mixed = denoised if mixed is None else mixed + denoised

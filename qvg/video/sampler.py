@@ -6,8 +6,9 @@
         ...                                     # StepDone, ChunkDone, Adapted; break to stop, iterate again to continue
 
 Each chunk is denoised over the sigmas while it attends to the history. A final pass over the clean chunk stores it; no other pass stores
-anything. Between two steps, fresh noise is added (`renoise`). All noise comes from generators keyed by seed, chunk and step, so a resumed
-run needs no random state. Source of the loop: Self-Forcing (arXiv 2506.08009), pipeline/causal_inference.py.
+anything. Between two steps fresh noise is added (`renoise`), or with the solver "euler" what is left of the chunk's own stays. All noise
+comes from generators keyed by seed, chunk and step, so a resumed run needs no random state. Source of the loop: Self-Forcing (arXiv
+2506.08009), pipeline/causal_inference.py.
 
 Sigmas need not end in 0. A chunk is then returned at the last sigma, for another run to finish, while later chunks see its denoised
 prediction.
@@ -96,9 +97,18 @@ class Sampler:
         for step, (sigma, following) in enumerate(zip(run.sigmas, run.sigmas[1:])):
             denoised = yield from self._attempt(x, sigma, first, prompt_frame=first, store=False)
             yield StepDone(chunk, chunks, step, run.steps, first, denoised)
-            x = denoised if following == 0 else self.renoise(denoised, following, self._draw(length, step))
+            x = self._step(x, denoised, sigma, following, step)
         yield from self._store(denoised, first)
         yield self._finish(x, denoised, generated=True)
+
+    def _step(self, x: Tensor, denoised: Tensor, sigma: float, following: float, step: int) -> Tensor:
+        """From noise level sigma to the following one."""
+        if following == 0:
+            return denoised
+        if self.run.solver == "euler":
+            # on the straight line to the prediction, of flow matching and of EDM alike
+            return denoised + (x - denoised) * (following / sigma)
+        return self.renoise(denoised, following, self._draw(x.shape[2], step))
 
     def _finish(self, latents: Tensor, clean: Tensor, generated: bool) -> ChunkDone:
         """Move the position behind a stored chunk, once nothing else can fail."""

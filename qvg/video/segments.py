@@ -13,6 +13,7 @@ video. The file follows the rules of `session`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,11 @@ import torch
 from torch import Tensor
 
 from . import session as storage
+from .sampler import Sampler
+from .segment_model import SegmentModel
 from .session import SessionError
+from .session_parts import WALK_KIND
+from .walk_session import WalkSession, walk_of
 
 KIND = "segments"
 
@@ -62,11 +67,13 @@ class Segments:
         self.new.append(part.shape[2] if not self.new else new)
         self.given = given
 
-    def save(self, path: str | Path, fingerprint: str) -> None:
-        """Write a session file, whole or not at all. Raises OSError if the disk refuses."""
+    def save(self, path: str | Path, fingerprint: str, extra: Mapping | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write a session file, whole or not at all; extra and tensors as for `session.save`. Raises OSError if the disk refuses."""
+        stored = {f"extra.{name}": tensor for name, tensor in (tensors or {}).items()}
         storage.write(path, {
             "kind": KIND, "fingerprint": fingerprint, "carry": self.carry, "given_frames": self.given_frames, "start": self.start,
-            "new": self.new}, {"given": self.given} | {f"part{number}": part for number, part in enumerate(self.parts)})
+            "new": self.new, "extra": dict(extra or {})},
+            stored | {"given": self.given} | {f"part{number}": part for number, part in enumerate(self.parts)})
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,30 @@ class SegmentSession:
     path: Path
     fingerprint: str
     made: Segments
+    extra: dict = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def frames_done(self) -> int:
+        """Latent frames of the video so far."""
+        return sum(self.made.new)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, C, H, W) of a latent frame."""
+        given = self.made.given.shape
+        return (*given[:2], *given[3:])
+
+    def restore(self, sampler: Sampler, fingerprint: str) -> None:
+        """Move an unused sampler of a `SegmentModel` behind the last segment, or change nothing and raise SessionError."""
+        model: SegmentModel = sampler.model
+        wanted = Segments("latents", video_frames(model.given))
+        made = self.resume(fingerprint, wanted, self.made.done + 1, *reversed(sampler.shape[2:]))
+        if self.frames_done > sampler.run.frames:
+            raise SessionError(f"{self.path.name} holds {self.frames_done} latent frames already, but the run is {sampler.run.frames} "
+                               "long. Ask for a longer video.")
+        model.remember([part.float() for part in made.parts])
+        sampler.frames_done, sampler.chunk = self.frames_done, made.done
 
     @property
     def latents(self) -> Tensor:
@@ -105,12 +136,35 @@ class SegmentSession:
         return replace(made, parts=list(made.parts), new=list(made.new))
 
 
-def load(path: str | Path) -> SegmentSession | storage.Session:
-    """Read and check a session of either kind: of segments, or of a causal model. Raises as `session.load`."""
+def video_frames(frames: int) -> int:
+    """Video frames of so many latent frames."""
+    return 4 * frames - 3
+
+
+def save_sampler(path: str | Path, sampler: Sampler, *, fingerprint: str, extra: Mapping | None = None,
+                 tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write the session of a sampler of a `SegmentModel` between two segments. Frames that it started with are part of the first.
+
+    Raises OSError if the disk refuses, ValueError when the sampler is in the middle of storing a segment, or has made none.
+    """
+    model: SegmentModel = sampler.model
+    if not sampler.settled or not sampler.chunk:
+        raise ValueError(storage.UNSETTLED)
+    opening = len(model.latents) - sampler.chunk + 1
+    parts = [torch.cat(model.latents[:opening], dim=2), *model.latents[opening:]]
+    made = Segments("latents", video_frames(model.given), parts=parts, new=[part.shape[2] for part in parts], given=model.last(model.given))
+    made.save(path, fingerprint, extra, tensors)
+
+
+def load(path: str | Path) -> SegmentSession | storage.Session | WalkSession:
+    """Read and check a session of any kind: of segments, of a walk, or of a causal model. Raises as `session.load`."""
     path = Path(path)
     header, stored = storage.read(path)
+    if header.get("kind") == WALK_KIND:
+        return walk_of(path, header, stored)
     if header.get("kind") != KIND:
         return storage.session_of(path, header, stored)
     parts = [stored[f"part{number}"] for number in range(len(header["new"]))]
     made = Segments(header["carry"], header["given_frames"], header["start"], parts, header["new"], stored["given"])
-    return SegmentSession(path, header["fingerprint"], made)
+    tensors = {name.removeprefix("extra."): tensor for name, tensor in stored.items() if name.startswith("extra.")}
+    return SegmentSession(path, header["fingerprint"], made, header["extra"], tensors)

@@ -19,9 +19,9 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ VERSION, PACKED = 1, 2
 # safetensors refuses a header of more than 100 MB, in which a tensor takes about a line
 MOST_HEADER_BYTES, LINE_BYTES = 80_000_000, 200
 HEADER, DIGEST = "qvg_session", "qvg_session_sha256"
+UNSETTLED = ("The run was broken off while a chunk was being stored, so this moment cannot be saved; an earlier checkpoint can be "
+             "resumed.")
 # what reading a file raises, whatever its content
 DAMAGE = (SafetensorError, ValueError)
 
@@ -96,25 +98,44 @@ def save(path: str | Path, sampler: Sampler, *, fingerprint: str, latents: Tenso
     Raises OSError when the disk is full or cannot be written, ValueError when the sampler is in the middle of storing a chunk; an older
     session at `path` is then unchanged.
     """
-    if not sampler.settled:
-        raise ValueError("The run was broken off while a chunk was being stored, so this moment cannot be saved; an earlier checkpoint can "
-                         "be resumed.")
+    header, of_caches, stored = contents(sampler, fingerprint, latents, extra, tensors)
+    write(path, header, stored | of_caches)
+
+
+def contents(sampler: Sampler, fingerprint: str, latents: Tensor | None, extra: Mapping | None, tensors: Mapping[str, Tensor] | None
+             ) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """The header of a session, the tensors of the caches, and the others."""
     stored = {f"extra.{name}": tensor for name, tensor in (tensors or {}).items()}
     stored |= {f"recent{number}": part for number, part in enumerate(sampler.recent)}
     if latents is not None:
         stored["latents"] = latents
-    caches = sampler.model.caches
+    of_caches: dict[str, Tensor] = {}
+    header = header_of(sampler, sampler.model.caches, of_caches, fingerprint, extra)
+    return header | {"last_prompt": sampler.last_prompt, "recent": len(sampler.recent)}, of_caches, stored
+
+
+def header_of(sampler: Sampler, kept: Sequence[KVCache], stored: dict[str, Tensor], fingerprint: str, extra: Mapping | None) -> dict:
+    """The fields of a run between two chunks. The tensors of `kept`, caches whose contents are saved, are added to `stored`.
+
+    Raises ValueError when the sampler is in the middle of storing a chunk.
+    """
+    if not sampler.settled:
+        raise ValueError(UNSETTLED)
+    caches, layers = sampler.model.caches, layer_states(kept, stored)
+    return {
+        "fingerprint": fingerprint, "run": asdict(sampler.run), "shape": sampler.shape,
+        "settings": [cache.settings.to_json() for cache in caches], "geometry": [shape_of(cache.geometry) for cache in caches],
+        "dtype": str(caches[0].workspace.dtype), "layers": layers, "peaks": [cache.peak_bytes for cache in caches],
+        "frames_done": sampler.frames_done, "chunk": sampler.chunk, "extra": dict(extra or {})}
+
+
+def layer_states(caches: Sequence[KVCache], stored: dict[str, Tensor]) -> list[list[dict]]:
+    """All layers of caches as JSON values; their tensors are added to `stored`."""
     for cache in caches:
         if cache.host is not None:
             cache.host.wait()
-    layers = [[_layer_state(layer, f"cache{number}.{depth}", stored) for depth, layer in enumerate(cache.layers)]
-              for number, cache in enumerate(caches)]
-    write(path, {
-        "fingerprint": fingerprint, "run": asdict(sampler.run), "shape": sampler.shape,
-        "settings": [cache.settings.to_json() for cache in caches], "geometry": [_shape_of(cache.geometry) for cache in caches],
-        "dtype": str(caches[0].workspace.dtype), "layers": layers, "peaks": [cache.peak_bytes for cache in caches],
-        "frames_done": sampler.frames_done, "chunk": sampler.chunk, "last_prompt": sampler.last_prompt, "recent": len(sampler.recent),
-        "extra": dict(extra or {})}, stored)
+    return [[_layer_state(layer, f"cache{number}.{depth}", stored) for depth, layer in enumerate(cache.layers)]
+            for number, cache in enumerate(caches)]
 
 
 def write(path: str | Path, header: Mapping, tensors: Mapping[str, Tensor]) -> None:
@@ -170,42 +191,65 @@ class Session:
     peaks: list[int] = field(repr=False)
     stored: dict[str, Tensor] = field(repr=False)
 
+    def check(self, sampler: Sampler, fingerprint: str) -> None:
+        """See `check_same`."""
+        check_same(self, sampler, fingerprint)
+
     def restore(self, sampler: Sampler, fingerprint: str) -> None:
         """Fill the sampler's empty caches and move it to the session's position, or change nothing and raise.
 
         The caches must have been made with this session's settings and geometry. Raises SessionError when anything differs.
         """
-        caches = sampler.model.caches
-        if fingerprint != self.fingerprint:
-            raise SessionError(f"{self.path.name} was saved with another model than the one that is loaded. Load the model that made it.")
-        if len(caches) != len(self.settings):
-            raise SessionError(f"{self.path.name} holds {len(self.settings)} caches, but this run has {len(caches)} prompts that are "
-                               "weighed against each other. Use the cfg and the number of prompts that it was saved with.")
-        if tuple(sampler.shape) != self.shape:
-            raise SessionError(f"{self.path.name} is of latents {self.shape} (batch, channels, height, width), but this run has "
-                               f"{tuple(sampler.shape)}. Use the size it was saved with.")
-        if sampler.run.frames < self.frames_done:
-            raise SessionError(f"{self.path.name} holds {self.frames_done} latent frames already, but the run is {sampler.run.frames} "
-                               "long. Ask for a longer video.")
-        for cache, settings, geometry in zip(caches, self.settings, self.geometry):
-            ours, theirs = (cache.settings, cache.geometry, str(cache.workspace.dtype)), (settings, geometry, self.dtype)
-            if _content(*ours) != _content(*theirs):
-                raise SessionError(f"{self.path.name} was saved with other cache settings, another size or another number type. "
-                                   "Use the settings it was saved with.")
-        filled = [[_restore_layer(cache, depth, state, f"cache{number}.{depth}", self.stored) for depth, state in enumerate(states)]
-                  for number, (cache, states) in enumerate(zip(caches, self.layers))]
-        for cache, layers, peak in zip(caches, filled, self.peaks):
-            cache.layers, cache.peak_bytes = layers, peak
-        sampler.frames_done, sampler.chunk, sampler.last_prompt = self.frames_done, self.chunk, self.last_prompt
+        self.check(sampler, fingerprint)
+        fill(self, sampler)
+        sampler.last_prompt = self.last_prompt
         sampler.recent = [part.to(sampler.device) for part in self.recent]
 
 
+def check_same(session, sampler: Sampler, fingerprint: str) -> None:
+    """Raises SessionError where a session is not of this model, size or cache. session: a `Session` or a `walk_session.WalkSession`."""
+    caches, name = sampler.model.caches, session.path.name
+    if fingerprint != session.fingerprint:
+        raise SessionError(f"{name} was saved with another model than the one that is loaded. Load the model that made it.")
+    if len(caches) != len(session.settings):
+        raise SessionError(f"{name} holds {len(session.settings)} caches, but this run has {len(caches)} prompts that are weighed against "
+                           "each other. Use the cfg and the number of prompts that it was saved with.")
+    if tuple(sampler.shape) != session.shape:
+        raise SessionError(f"{name} is of latents {session.shape} (batch, channels, height, width), but this run has "
+                           f"{tuple(sampler.shape)}. Use the size it was saved with.")
+    if sampler.run.frames < session.frames_done:
+        raise SessionError(f"{name} holds {session.frames_done} latent frames already, but the run is {sampler.run.frames} long. Ask for a "
+                           "longer video.")
+    for cache, settings, geometry in zip(caches, session.settings, session.geometry):
+        ours, theirs = (cache.settings, cache.geometry, str(cache.workspace.dtype)), (settings, geometry, session.dtype)
+        if _content(*ours) != _content(*theirs):
+            raise SessionError(f"{name} was saved with other cache settings, another size or another number type. Use the settings it was "
+                               "saved with.")
+
+
+def fill(session, sampler: Sampler) -> None:
+    """Fill a sampler's empty caches, those whose layers were saved, and move it to the session's position."""
+    caches = sampler.model.caches
+    fill_caches(caches, session.layers, session.stored)
+    for cache, peak in zip(caches, session.peaks):
+        cache.peak_bytes = peak
+    sampler.frames_done, sampler.chunk = session.frames_done, session.chunk
+
+
+def fill_caches(caches: Sequence[KVCache], layers: list[list[dict]], stored: Mapping[str, Tensor]) -> None:
+    """Fill empty caches with layers from a session, all or none of them."""
+    filled = [[_restore_layer(cache, depth, state, f"cache{number}.{depth}", stored) for depth, state in enumerate(states)]
+              for number, (cache, states) in enumerate(zip(caches, layers))]
+    for cache, held in zip(caches, filled):
+        cache.layers = held
+
+
 def _content(settings: QVGSettings, geometry: Geometry, dtype: str) -> tuple:
-    """What must be equal for stored spans to be valid. Whether they are offloaded may differ from run to run."""
-    return replace(settings, offload=False, host_gib=0.0), _shape_of(geometry), dtype
+    """What must be equal for stored spans to be valid."""
+    return settings.kept, shape_of(geometry), dtype
 
 
-def _shape_of(geometry: Geometry) -> dict:
+def shape_of(geometry: Geometry) -> dict:
     """The fields of a geometry that stored shapes depend on."""
     return {name: getattr(geometry, name) for name in ("layers", "heads", "head_dim", "grid", "batch")}
 

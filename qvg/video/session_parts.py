@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cache.geometry import Geometry
+from ..cache.walks import MEMORIES
 from ..codec import SpanShape, base, e4m3
 from ..codec.base import LARGEST
 from ..files.fields import (
@@ -37,15 +38,17 @@ from ..files.fields import (
     tuple_of,
 )
 from ..models.wan_vae import CHANNELS
+from ..models.worldplay_wan import ACTIONS
 from ..registry import CODECS
 from ..settings import PLAIN_BITS, QVGSettings, TensorSettings
-from .run import MAX_CHUNK, MAX_FRAMES, MAX_SIGMA, MAX_SIGMAS, NOISES
+from .run import MAX_CHUNK, MAX_FRAMES, MAX_SIGMA, MAX_SIGMAS, NOISES, SOLVERS
 from .schedule import latent_frames
 
 MAX_BYTES = 2 ** 50
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATE_BYTES = torch.Generator().get_state().numel()
 SIDES = ("key", "value")
+WALK_KIND = "walk"
 CARRIES = ("pixels", "latents")
 
 Axis = int | range
@@ -73,9 +76,12 @@ TENSORS = mapping(tuple_of(text(40), list_of(integer(0, MAX_BYTES), 0, 8), text(
 BOOK = optional(integer(0, 2 * MAX_FRAMES))
 BITS = bits_per_element
 
+# older sessions lack the solver and the length of a first chunk
 RUN = record(
-    frames=integer(1, MAX_FRAMES), chunk_frames=integer(1, MAX_CHUNK), sigmas=list_of(real_number(0, MAX_SIGMA), 2, MAX_SIGMAS),
-    seed=integer(0, 2 ** 64 - 1), first_alone=boolean, context_noise=real_number(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES))
+    {"solver": "renoise", "first_frames": 0}, frames=integer(1, MAX_FRAMES), chunk_frames=integer(1, MAX_CHUNK),
+    sigmas=list_of(real_number(0, MAX_SIGMA), 2, MAX_SIGMAS), seed=integer(0, 2 ** 64 - 1), first_alone=boolean,
+    context_noise=real_number(0, 1), recache_frames=FRAMES, noise=one_of(*NOISES), solver=one_of(*SOLVERS),
+    first_frames=integer(0, MAX_CHUNK))
 GEOMETRY = record(
     layers=integer(1, 256), heads=integer(1, 1024), head_dim=integer(8, 1024), grid=tuple_of(SIZE, SIZE), batch=integer(1, 1024))
 # entries: first latent frame, frames, bits of K and V, numbers of their codebooks. Older sessions lack trained_on: the latent frames that
@@ -88,9 +94,17 @@ CAUSAL = record(
     geometry=list_of(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)), layers=list_of(list_of(LAYER, 1, 256), 1, 64),
     peaks=list_of(BYTES, 1, 64), frames_done=FRAMES, chunk=FRAMES, last_prompt=optional(text(1_000_000)), recent=FRAMES,
     extra=mapping(anything), tensors=TENSORS)
+# layers: of a memory that rebuilds its context, none. views: see `view_memory.ViewMemory`
+WALK = record(
+    version=integer(1, 2), kind=one_of(WALK_KIND), fingerprint=NAME, run=RUN, shape=tuple_of(SIZE, SIZE, SIZE, SIZE),
+    settings=list_of(settings, 1, 64), geometry=list_of(GEOMETRY, 1, 64), dtype=one_of(*map(str, FLOATS)),
+    layers=list_of(list_of(LAYER, 1, 256), 0, 64), peaks=list_of(BYTES, 1, 64), frames_done=FRAMES, chunk=FRAMES,
+    memory=one_of(*MEMORIES), views=record(recent=FRAMES, first=FRAMES, retrieved=FRAMES), extra=mapping(anything), tensors=TENSORS)
+# older sessions lack extra
 SEGMENTS = record(
-    version=integer(1, 2), kind=one_of("segments"), fingerprint=NAME, carry=one_of(*CARRIES), given_frames=integer(1, MAX_FRAMES),
-    start=NAME, new=list_of(integer(1, MAX_FRAMES), 1, 100_000), tensors=TENSORS)
+    {"extra": {}}, version=integer(1, 2), kind=one_of("segments"), fingerprint=NAME, carry=one_of(*CARRIES),
+    given_frames=integer(1, MAX_FRAMES), start=NAME, new=list_of(integer(1, MAX_FRAMES), 1, 100_000), extra=mapping(anything),
+    tensors=TENSORS)
 STREAM = record(
     {"digest": ""}, version=integer(1, 2), kind=one_of("stream"), key=NAME, done=FRAMES, frames=integer(0, 4 * MAX_FRAMES), digest=NAME,
     tensors=TENSORS)
@@ -139,15 +153,42 @@ def causal_parts(header: Mapping) -> dict[str, Part]:
     parts = {f"recent{number}": Part(FLOATS, latents) for number in range(min(header["recent"], len(listed)))}
     if "latents" in listed:
         parts["latents"] = Part(FLOATS, (*latents[:2], frames, *latents[3:]))
-    # tensors of the caller's, who checks them
-    parts |= {name: Part(FLOATS, (range(MAX_BYTES),) * len(shape)) for name, (_, shape, _) in listed.items() if name.startswith("extra.")}
+    return parts | _extra_parts(listed) | cache_parts(header, [[-(-length // 2) for length in (height, width)]])
+
+
+def walk_parts(header: Mapping) -> dict[str, Part]:
+    """Every tensor of a walk's session whose fields have been checked. Raises FieldError when fields contradict each other."""
+    batch, channels, height, width = header["shape"]
+    frames, listed, exact = header["frames_done"], header["tensors"], (torch.float64,)
+    cameras = listed.get("cameras", ["", [0], ""])[1]
+    count = cameras[0] if cameras else 0
+    require(max(frames, 1) <= count <= MAX_FRAMES, "the number of cameras", count, f"{max(frames, 1)} to {MAX_FRAMES}")
+    require(frames <= header["run"]["frames"] <= count, "header.run.frames", header["run"]["frames"],
+            f"{frames} to {count}, at most as many as there are cameras")
+    parts = {"cameras": Part(exact, (count, 4, 4)), "intrinsics": Part(exact, (count, 3, 3)),
+             "actions": Part((torch.uint8,), (count,), within=(0, ACTIONS - 1))}
+    if frames:
+        parts["latents"] = Part(FLOATS, (batch, channels, frames, height, width))
+    # a patch is one latent pixel or 2 x 2
+    return parts | _extra_parts(listed) | cache_parts(header, [[height, width], [height // 2, width // 2]])
+
+
+def _extra_parts(listed: Mapping) -> dict[str, Part]:
+    """Tensors of the caller's, who checks them."""
+    return {name: Part(FLOATS, (range(MAX_BYTES),) * len(shape)) for name, (_, shape, _) in listed.items() if name.startswith("extra.")}
+
+
+def cache_parts(header: Mapping, grids: list[list[int]]) -> dict[str, Part]:
+    """Tensors of the caches whose layers are listed. grids: the tokens that a latent frame may be cut into."""
+    parts, batch, frames = {}, header["shape"][0], header["frames_done"]
     _check_counts(header)
-    for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
-        geometry = geometry_of(place)
-        where = f"geometry[{number}]"
+    for number, place in enumerate(header["geometry"]):
+        where, geometry = f"geometry[{number}]", geometry_of(place)
         require(geometry.batch == batch, f"header.{where}.batch", geometry.batch, f"{batch}, as in header.shape")
-        fits = [-(-length // 2) for length in (height, width)]
-        require(place["grid"] == fits, f"header.{where}.grid", place["grid"], f"{fits}, as the latents in header.shape are cut into")
+        require(place["grid"] in grids, f"header.{where}.grid", place["grid"],
+                f"{' or '.join(map(str, grids))}, as the latents in header.shape are cut into")
+    for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
+        geometry, where = geometry_of(place), f"geometry[{number}]"
         require(geometry.head_dim % 8 == 0, f"header.{where}.head_dim", geometry.head_dim, "a multiple of 8")
         require(len(layers) == geometry.layers, f"header.layers[{number}]", layers, f"a list of {geometry.layers} layers")
         for depth, layer in enumerate(layers):
@@ -159,7 +200,12 @@ def _check_counts(header: Mapping) -> None:
     """Fields of a causal model's session that must agree."""
     frames, caches = header["frames_done"], len(header["settings"])
     for name in ("geometry", "layers", "peaks"):
-        require(len(header[name]) == caches, f"header.{name}", header[name], f"a list of {caches} values, one for each of header.settings")
+        # between two chunks, a memory that rebuilds its context holds nothing
+        if name == "layers" and header.get("memory") == "rebuild":
+            require(not header[name], f"header.{name}", header[name], "an empty list, since the memory is rebuild")
+        else:
+            require(len(header[name]) == caches, f"header.{name}", header[name],
+                    f"a list of {caches} values, one for each of header.settings")
     require(frames <= header["run"]["frames"], "header.frames_done", frames, f"at most header.run.frames, {header['run']['frames']}")
     require(header["chunk"] <= frames, "header.chunk", header["chunk"], f"at most header.frames_done, {frames}")
 
@@ -236,8 +282,9 @@ def book_of(name: str, codec: str, tensor: TensorSettings, geometry: Geometry, s
 
 
 def check_causal(header: Mapping, stored: Mapping[str, Tensor]) -> None:
-    """Check the rules between tensors of a causal model's session, each of which has been checked alone. Raises FieldError."""
-    frames, held = header["frames_done"], sum(stored[f"recent{number}"].shape[2] for number in range(header["recent"]))
+    """Check the rules between tensors of a causal model's session or a walk's, each of which has been checked alone. Raises FieldError."""
+    frames = header["frames_done"]
+    held = sum(stored[f"recent{number}"].shape[2] for number in range(header.get("recent", 0)))
     require(held <= frames, "the number of latent frames in recent0 and so on", held, f"at most header.frames_done, {frames}")
     for number, (chosen, place, layers) in enumerate(zip(header["settings"], header["geometry"], header["layers"])):
         geometry = geometry_of(place)
@@ -263,9 +310,11 @@ def segment_parts(header: Mapping) -> dict[str, Part]:
     height, width = first[3:] if len(first) == 5 and min(first) else (1, 1)
     parts = {f"part{number}": Part(FLOATS, (1, CHANNELS, range(new, MAX_FRAMES), height, width))
              for number, new in enumerate(header["new"])}
-    require(len(listed) == wanted + 1, "the number of tensors", len(listed), f"{wanted + 1}, one more than header.new has values")
+    extra = _extra_parts(listed)
+    require(len(listed) - len(extra) == wanted + 1, "the number of tensors", len(listed) - len(extra),
+            f"{wanted + 1}, one more than header.new has values")
     most = latent_frames(header["given_frames"], 1)
-    return parts | {"given": Part(FLOATS, (1, CHANNELS, range(1, most + 1), height, width))}
+    return parts | extra | {"given": Part(FLOATS, (1, CHANNELS, range(1, most + 1), height, width))}
 
 
 def stream_parts(header: Mapping) -> dict[str, Part]:
@@ -282,4 +331,5 @@ def parse(json_text: str, where: str) -> object:
 
 
 # the fields and tensors of each kind of header
-KINDS = {None: (CAUSAL, causal_parts), "segments": (SEGMENTS, segment_parts), "stream": (STREAM, stream_parts)}
+KINDS = {
+    None: (CAUSAL, causal_parts), WALK_KIND: (WALK, walk_parts), "segments": (SEGMENTS, segment_parts), "stream": (STREAM, stream_parts)}

@@ -21,11 +21,13 @@ from torch import Tensor
 from ..files import Lock, Taken, check_place, remove_parts
 from .container_file import FORMATS, ContainerFile
 from .image_files import ImageFiles
+from .latent_file import SUFFIX as LATENTS
+from .latent_file import LatentFile
 from .written import Written
 
 
 class VideoWriter:
-    """Pixels to .mp4 (H.264), .webm (VP9), or .png for numbered images.
+    """Pixels to .mp4 (H.264), .webm (VP9), or .png for numbered images; latents to .latent (`latent_file`).
 
     frame_rate: frames per second. quality: constant rate factor, lower is better. frames, digest: of an earlier writer, to continue its
     file after so many frames; the rest of the file is cut off. overwrite: replace another video, at the first flush.
@@ -37,9 +39,10 @@ class VideoWriter:
                  overwrite: bool = False):
         self.path, self.frame_rate = Path(path), frame_rate
         suffix = self.path.suffix.lower()
-        if suffix not in (*FORMATS, ".png"):
-            raise ValueError(f"A video cannot be written as {self.path.suffix or 'a file without a suffix'}; use .mp4, .webm or .png.")
-        self._target = ImageFiles(self.path) if suffix == ".png" else ContainerFile(self.path, frame_rate, quality)
+        if suffix not in (*FORMATS, ".png", LATENTS):
+            raise ValueError(f"A video cannot be written as {self.path.suffix or 'a file without a suffix'}; use .mp4, .webm, .png or "
+                             f"{LATENTS}.")
+        self._target = self._target_of(suffix, quality)
         self._waiting: list[tuple[int, np.ndarray]] = []
         self._written, self._new = Written(frames), False
         check_place(self._target.tried)
@@ -53,6 +56,11 @@ class VideoWriter:
         except BaseException:
             self._lock.release()
             raise
+
+    def _target_of(self, suffix: str, quality: int | None) -> ImageFiles | LatentFile | ContainerFile:
+        if suffix in (".png", LATENTS):
+            return (ImageFiles if suffix == ".png" else LatentFile)(self.path)
+        return ContainerFile(self.path, self.frame_rate, quality)
 
     @property
     def frames(self) -> int:
@@ -73,7 +81,7 @@ class VideoWriter:
             self._target.create()
 
     def write(self, pixels: Tensor) -> None:
-        """Append pixels uint8 [F, H, W, 3], which the next flush brings to the disk."""
+        """Append pixels uint8 [F, H, W, 3], or the frames of a `LatentFrames`, which the next flush brings to the disk."""
         for frame in pixels.numpy():
             number = self._waiting[-1][0] + 1 if self._waiting else self.frames
             self._waiting.append((number, frame))

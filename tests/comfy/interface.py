@@ -13,7 +13,7 @@ from comfy_client import ComfyClient
 
 FILE = Path(__file__).resolve().parents[1] / "data" / "interface.json"
 # lists of files and words for people are not part of it
-CHANGING = {("QVGLoadARVideoModel", "model_name"), ("QVGLoadVideoSession", "name")}
+CHANGING = {("QVGCameraPath", "file"), ("QVGLoadARVideoModel", "model_name"), ("QVGLoadVideoSession", "name")}
 WORDS = {"tooltip", "advanced", "display_name"}
 
 

@@ -9,8 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from comfyui_qvg.qvg.demo import HEIGHT, NETWORK_FILE, PROMPTS, VAE_FILE, WIDTH
+from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.report.plan import plan
+from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.units import GIB
+from comfyui_qvg.qvg.video.view_memory import WORLDPLAY_5B as VIEWS_5B
+from comfyui_qvg.qvg.video.view_memory import WORLDPLAY_8B as VIEWS_8B
+from comfyui_qvg.qvg.video.world_forecast import forecast_walk
 
 WAN = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 TEXT_ENCODER = ("umt5_xxl_fp8_e4m3fn_scaled.safetensors", f"{WAN}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders")
@@ -30,6 +35,21 @@ CAUSAL_FORCING_FRAMES = (
     "https://huggingface.co/TalmajM/causal_forcing_framewise_ComfyUI_repackaged/resolve/main/split_files/diffusion_models/"
     "causal_forcing-framewise.safetensors", "diffusion_models")
 
+WORLDPLAY = "https://huggingface.co/tencent/HY-WorldPlay/resolve/main"
+HUNYUAN = "https://huggingface.co/Comfy-Org/HunyuanVideo_1.5_repackaged/resolve/main/split_files"
+WORLDPLAY_5B = ("model.pt", f"{WORLDPLAY}/wan_distilled_model/model.pt", "diffusion_models")
+WORLDPLAY_8B = ("model.safetensors", f"{WORLDPLAY}/ar_distilled_action_model/model.safetensors", "diffusion_models")
+WAN22_VAE = ("wan2.2_vae.safetensors", "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files/vae/"
+             "wan2.2_vae.safetensors", "vae")
+HUNYUAN_VAE = ("hunyuanvideo15_vae_fp16.safetensors", f"{HUNYUAN}/vae/hunyuanvideo15_vae_fp16.safetensors", "vae")
+QWEN = ("qwen_2.5_vl_7b_fp8_scaled.safetensors", f"{HUNYUAN}/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors", "text_encoders")
+BYT5 = ("byt5_small_glyphxl_fp16.safetensors", f"{HUNYUAN}/text_encoders/byt5_small_glyphxl_fp16.safetensors", "text_encoders")
+SIGLIP = ("sigclip_vision_patch14_384.safetensors",
+          "https://huggingface.co/Comfy-Org/sigclip_vision_384/resolve/main/sigclip_vision_patch14_384.safetensors", "clip_vision")
+VIEWS = {"hy-worldplay-5b": VIEWS_5B, "hy-worldplay-8b": VIEWS_8B}
+# name, address, folder below models
+File = tuple[str, str, str]
+
 
 @dataclass
 class Group:
@@ -42,16 +62,24 @@ class Group:
 
 @dataclass
 class Template:
-    """graph: API format. files: node id -> (name, url, folder). heights: of nodes that show text or pictures. runs: on a fresh ComfyUI.
-    bars: what the thumbnail of a model too large to run says that it shows, and what `qvg plan` is asked for it."""
+    """graph: API format. files: node id -> the file or files that it loads. heights: of nodes that show text or pictures. runs: on a fresh
+    ComfyUI. bars: what the thumbnail of a model too large to run says that it shows, and what `qvg plan` is asked for it."""
 
     name: str
     graph: dict = field(default_factory=dict)
     columns: list[list[Group]] = field(default_factory=list)
-    files: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    files: dict[str, File | list[File]] = field(default_factory=dict)
     heights: dict[str, int] = field(default_factory=dict)
     runs: bool = False
     bars: tuple[str, dict] | None = None
+
+    def files_of(self, node: str) -> list[File]:
+        files = self.files.get(node, [])
+        return files if isinstance(files, list) else [files]
+
+    @property
+    def downloads(self) -> list[File]:
+        return [file for node in self.files for file in self.files_of(node)]
 
     def add(self, node: str, kind: str, /, **inputs) -> list:
         self.graph[node] = {"class_type": kind, "inputs": inputs}
@@ -121,7 +149,7 @@ def tiny(image: bool) -> Template:
     return _finish(template, ["load", "vae"], describe, ("Nothing to download", TINY_NOTE))
 
 
-def _memory_note(model: str, files: list[tuple[str, str, str]]) -> str:
+def _memory_note(model: str, files: list[File]) -> str:
     lines = ["Put these files into ComfyUI/models:", ""]
     lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
     lines += ["", "KV cache at 832 x 480, from `qvg plan` (peak, workspace included):", "",
@@ -141,7 +169,7 @@ PROMPT = (
     "shallow depth of field.")
 
 
-def published(title: str, model: str, file: tuple[str, str, str], block: int, image: bool) -> Template:
+def published(title: str, model: str, file: File, block: int, image: bool) -> Template:
     template = Template(f"{title} - {'image' if image else 'text'} to video")
     template.files = {"load": file, "clip": TEXT_ENCODER, "vae": VAE}
     template.bars = "KV cache of one minute", {"model": model, "seconds": 60}
@@ -177,7 +205,7 @@ LONGCAT_NEGATIVE = (
     "ugly, deformed, extra fingers, fused fingers, messy background")
 
 
-def _longcat_note(lora: bool, files: list[tuple[str, str, str]]) -> str:
+def _longcat_note(lora: bool, files: list[File]) -> str:
     lines = ["Put these files into ComfyUI/models:", ""]
     lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
     lines += ["", "The bf16 file on the same page and the authors' own files also work.", "",
@@ -230,7 +258,7 @@ def longcat(use: str, *, image: bool = False, segments: int = 1, given_frames: i
     template.add("save", "SaveVideo", video=video, filename_prefix="video/qvg_longcat", format="auto", codec="auto")
     template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=["continue", 1])
     template.heights |= {"positive": 200, "negative": 160, "picture": 370, "quantize": 150, "save": 430, "monitor": 560}
-    note = _longcat_note(lora, list(template.files.values()))
+    note = _longcat_note(lora, template.downloads)
     if segments == 1 and not image:
         note += "\n\nA single segment from text needs no cache. Raise **segments** for a longer video."
     if segments > 1:
@@ -316,7 +344,7 @@ def long_video(use: str) -> Template:
     template.add("save", "SaveVideo", video=video, filename_prefix="video/qvg_long", format="auto", codec="auto")
     template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=samples)
     template.heights |= {"quantize": 150, "save": 430, "monitor": 560}
-    note = LONG_NOTE if tiny else LONG_NOTE + LONG_WINDOW + "\n\n" + _memory_note("self-forcing", list(template.files.values()))
+    note = LONG_NOTE if tiny else LONG_NOTE + LONG_WINDOW + "\n\n" + _memory_note("self-forcing", template.downloads)
     template.columns = [
         [Group("Read me", [("Long video", note)], 360)],
         [Group("1  Load", load, 380), Group("2  Quantize the KV cache", ["settings", "quantize"], 380)],
@@ -324,6 +352,84 @@ def long_video(use: str) -> Template:
         [Group("4  Sample", ["sampler", "keep", "stream"], 360)],
         [Group("5  Run", ["noise", "guider", "sigmas", "sample"], 320)],
         [Group("6  Video", ["decode", "video", "save"], 460)],
+        [Group("7  What the cache held", ["monitor"], 560)]]
+    return template
+
+
+WORLD_PROMPT = (
+    "A gentle green hill under a wide blue sky with a few white clouds. A girl with large yellow fox ears and a pink dress stands on the "
+    "grass with open arms. Drawn in flat, bright colours, a calm summer day.")
+WORLD_LICENCE = (
+    "**Licence**: the weights of HY-WorldPlay are under the Tencent HY-WorldPlay Community License, which grants no rights in the European "
+    "Union, the United Kingdom and South Korea. Read it on [their page](https://huggingface.co/tencent/HY-WorldPlay) first.")
+WORLD_NOTE = """\
+**Camera Path (QVG)** says where the camera goes; run it alone to see the path from above. This one turns away and comes back, so that \
+what was seen before is seen again. Every latent frame more is four video frames.
+
+**memory** of *World Walk* is what a chunk of four latent frames remembers:
+
+- *rebuild*: the newest frames and those that saw the same place, computed anew for each chunk, as HY-WorldPlay does.
+- *append*: everything, as it was computed first.
+- *bank*: everything is kept, and those that saw the same place are read.
+
+With a start image of your own, describe the place that it shows, not the movement."""
+
+
+def _walk_bytes(model: str, memory: str, frames: int, preset: str) -> float:
+    """GiB at the peak of a walk's cache; preset "" is bf16."""
+    found = forecast_walk(PRESETS[preset or "off"], MODELS[model].geometry(), memory=memory, views=VIEWS[model], frames=frames)
+    return (found.peak_bytes if preset else found.bf16_bytes) / GIB
+
+
+def _walk_note(model: str, files: list[File]) -> str:
+    width, height = MODELS[model].size
+    lines = [WORLD_LICENCE, "", "Put these files into ComfyUI/models:", ""]
+    lines += [f"- {folder}/ [{name}]({url})" for name, url, folder in files]
+    lines += ["", f"{files[0][0]} is a name of many models: keep it in a folder of its own, or rename it, and choose it in the loader.", "",
+              f"KV cache of a walk at {width} x {height} (forecast of the peak, workspace included):", "",
+              "| latent frames | memory | bf16 | Quality | Balanced | Smallest | Tiny |", "|---|---|---|---|---|---|---|"]
+    for memory, frames, length in (("rebuild", 128, "any"), ("append", 128, "128"), ("bank", 128, "128")):
+        cells = [_walk_bytes(model, memory, frames, preset) for preset in ("", "quality", "balanced", "smallest", "tiny")]
+        lines.append(f"| {length} | {memory} | " + " | ".join(f"{cell:.1f} GiB" for cell in cells) + " |")
+    return "\n".join([*lines, "", WORLD_NOTE])
+
+
+def world_walk(model: str) -> Template:
+    """model: "hy-worldplay-5b" or "hy-worldplay-8b"."""
+    large = model == "hy-worldplay-8b"
+    template = Template(f"HY-WorldPlay {'8B' if large else '5B'} - image to world walk")
+    template.bars = "KV cache of 128 latent frames", {"model": model, "latent_frames": 128}
+    file, vae_file = (WORLDPLAY_8B, HUNYUAN_VAE) if large else (WORLDPLAY_5B, WAN22_VAE)
+    template.files = {"load": file, "clip": [QWEN, BYT5] if large else TEXT_ENCODER, "vae": vae_file}
+    network = template.add("load", "QVGLoadARVideoModel", model_name=file[0], weight_dtype="default")
+    clip = (template.add("clip", "DualCLIPLoader", clip_name1=QWEN[0], clip_name2=BYT5[0], type="hunyuan_video_15", device="default")
+            if large else template.add("clip", "CLIPLoader", clip_name=TEXT_ENCODER[0], type="wan", device="default"))
+    vae = template.add("vae", "VAELoader", vae_name=vae_file[0])
+    load = ["load", "clip", "vae"]
+    network = _quantize(template, network)
+    image = template.add("picture", "LoadImage", image="example.png")
+    prompt = template.add("prompt", "CLIPTextEncode", text=WORLD_PROMPT, clip=clip)
+    describe, seen = ["picture", "prompt"], {}
+    if large:
+        template.files["vision"] = SIGLIP
+        vision = template.add("vision", "CLIPVisionLoader", clip_name=SIGLIP[0])
+        seen["clip_vision_output"] = template.add("see", "CLIPVisionEncode", clip_vision=vision, image=image, crop="center")
+        load.append("vision")
+        describe.append("see")
+    path = template.add("path", "QVGCameraPath", source="moves", moves="w-8, right-15, left-15, s-9", frames=0)
+    walk = template.add("walk", "QVGWorldWalk", model=network, positive=prompt, vae=vae, camera_path=path, width=0, height=0, seed=0,
+                        control_after_generate="fixed", schedule="distilled", steps=4, cfg=1.0, memory="rebuild", start_image=image, **seen)
+    video = template.add("video", "CreateVideo", images=walk, fps=24.0 if large else 16.0)
+    template.add("save", "SaveVideo", video=video, filename_prefix="video/qvg_walk", format="auto", codec="auto")
+    template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=["walk", 1])
+    template.heights |= {"prompt": 180, "picture": 370, "path": 720, "quantize": 150, "save": 430, "monitor": 560}
+    template.columns = [
+        [Group("Read me", [("Licence, files and memory", _walk_note(model, template.downloads))], 400)],
+        [Group("1  Load", load, 380), Group("2  Quantize the KV cache", ["settings", "quantize"], 380)],
+        [Group("3  Describe", describe, 380)],
+        [Group("4  Where the camera goes", ["path"], 400)],
+        [Group("5  Walk", ["walk"], 360)],
+        [Group("6  Video", ["video", "save"], 460)],
         [Group("7  What the cache held", ["monitor"], 560)]]
     return template
 
@@ -336,5 +442,6 @@ TEMPLATES = {template.name: template for template in (
     published("Causal-Forcing", "causal-forcing", CAUSAL_FORCING_FRAMES, 1, image=True),
     longcat("text to video"), longcat("image to video", image=True),
     longcat("long video", segments=8, given_frames=33, lora=True),
-    long_video("tiny"), long_video("prompt schedule"), long_video("resume"), long_video("continue a video"))}
+    long_video("tiny"), long_video("prompt schedule"), long_video("resume"), long_video("continue a video"),
+    world_walk("hy-worldplay-5b"), world_walk("hy-worldplay-8b"))}
 FIRST = "Tiny model - text to video"  # what the README lets people run first

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from comfyui_qvg.qvg.settings import QVGSettings
-from in_process import causal_model, longcat_model, sample_causal, sample_longcat
+from in_process import causal_model, longcat_model, sample_causal, sample_longcat, sample_walk, world_model
 
 WAYS = [("whole", "compiled last"), ("whole", "compiled first"), ("blocks", "compiled last"), ("patched", "compiled first")]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -18,6 +18,11 @@ def causal(comfy_modules):
 @pytest.fixture(scope="module")
 def longcat(comfy_modules):
     return longcat_model()
+
+
+@pytest.fixture(scope="module")
+def world(comfy_modules):
+    return world_model("5b")
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +92,12 @@ def test_longcat(longcat, how, order):
     check(model, sample_longcat, sample_longcat(quantized(longcat)))
 
 
+@pytest.mark.parametrize(("how", "order"), WAYS)
+def test_worldplay(world, how, order):
+    model = compiled(quantized(world), how) if order == "compiled last" else quantized(compiled(world, how))
+    check(model, sample_walk, sample_walk(quantized(world)))
+
+
 def test_longcat_continues_after_a_segment_from_text(longcat):
     """Code that was compiled where nothing is given holds for given frames, and the other way round."""
     model = compiled(quantized(longcat), "whole")
@@ -111,9 +122,9 @@ def test_core_node_with_its_own_compiler(longcat):
     check(node, sample_longcat, sample_longcat(quantized(longcat)))
 
 
-@pytest.mark.parametrize("family", ["causal", "longcat"])
-def test_code_in_one_piece_is_refused(family, request):
-    model, sample = request.getfixturevalue(family), sample_causal if family == "causal" else sample_longcat
+@pytest.mark.parametrize(("family", "sample"), [("causal", sample_causal), ("longcat", sample_longcat), ("world", sample_walk)])
+def test_code_in_one_piece_is_refused(family, sample, request):
+    model = request.getfixturevalue(family)
     steps = []
     with pytest.raises(ValueError, match="Turn fullgraph off"):
         sample(compiled(quantized(model), "whole", fullgraph=True), callback=lambda *_: steps.append(None))

@@ -289,10 +289,13 @@ def test_offloaded_spans_make_the_same_video(comfy, own):
 
 
 def test_a_session_goes_on_where_the_graph_puts_it(comfy):
-    """Saved from the device, gone on with in host memory: what a session holds is the same."""
+    """Saved from the device, gone on with in host memory: what a session holds is the same. With another attention it goes on, too."""
     whole = latents(comfy, build(seconds=4.0, own={}))
     latents(comfy, build(seconds=2.0, own={}, save="moves"))
     assert torch.equal(latents(comfy, build(seconds=4.0, own={}, load="moves", settings={"offload": True})), whole)
+    fast = latents(comfy, build(seconds=4.0, own={}, load="moves", settings={"attention": "fast"}))
+    made = latents(comfy, build(seconds=2.0, own={})).shape[2]
+    assert torch.equal(fast[:, :, :made], whole[:, :, :made]) and not torch.equal(fast, whole)
 
 
 def test_a_cache_that_cannot_fit_is_refused_before_the_first_step(comfy_modules):

@@ -5,13 +5,16 @@ network; what is expected is W + strength * scale * B @ A, with the scale that t
 """
 
 import logging
+import re
 
 import pytest
 import torch
 
 from comfyui_qvg.qvg.demo import METADATA, TEXT_DIM
-from comfyui_qvg.qvg.models.longcat import PUBLISHED, LongCat, LongCatSizes
+from comfyui_qvg.qvg.models import longcat, worldplay_hunyuan, worldplay_wan
+from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
+from random_models import worldplay_state
 
 RANK, STRENGTH = 2, 0.5
 DIFFUSERS = {
@@ -27,7 +30,8 @@ DIFFUSERS = {
 def models(comfy_modules):
     import comfy.sd
 
-    from comfyui_qvg.nodes.adapters import longcat
+    from comfyui_qvg.nodes.adapters import longcat as longcat_adapter
+    from comfyui_qvg.nodes.adapters import worldplay_5b, worldplay_8b
 
     def state(network):
         draw = torch.Generator().manual_seed(6)
@@ -35,17 +39,18 @@ def models(comfy_modules):
 
     sizes = LongCatSizes(dim=64, head_dim=16, ffn_dim=96, layers=2, text_dim=32, time_dim=16, freq_dim=32)
     wan = comfy.sd.load_diffusion_model_state_dict(state(CausalWan(WanSizes(128, 96, 2, TEXT_DIM))), metadata=METADATA)
-    return {"wan": wan, "longcat": longcat.load(state(LongCat(sizes)))}
+    return {"wan": wan, "longcat": longcat_adapter.load(state(LongCat(sizes))), "worldplay 5b": worldplay_5b.load(worldplay_state("5b")),
+            "worldplay 8b": worldplay_8b.load(worldplay_state("8b"))}
 
 
 def layers(model):
-    """Shape of every linear layer, by name."""
+    """Shape of every linear layer, by name. A table of three rows, of the kinds of text, is none."""
     return {name.removesuffix(".weight").removeprefix("diffusion_model."): tuple(tensor.shape)
-            for name, tensor in model.model.state_dict().items() if name.endswith(".weight") and tensor.ndim == 2}
+            for name, tensor in model.model.state_dict().items() if name.endswith(".weight") and tensor.ndim == 2 and tensor.shape[0] > 3}
 
 
 def modules(model, names):
-    """{name in the file: [layers of ours that its rows are]}."""
+    """{name in the file: [layers of ours that its rows are]}. names: "ours", "diffusers", or a family's `published_name`."""
     found = {}
     for name in layers(model):
         if names == "ours":
@@ -54,8 +59,8 @@ def modules(model, names):
             end = next(ours for ours in DIFFUSERS if name.endswith(ours))
             found[name.removesuffix(end) + DIFFUSERS[end]] = [name]
         else:
-            published, place, count = PUBLISHED.published_name(f"{name}.")
-            found.setdefault(published.rstrip("."), [None] * count)[place] = name
+            published, place, count = names(name)
+            found.setdefault(published, [None] * count)[place] = name
     return found
 
 
@@ -79,7 +84,10 @@ LAYOUTS = {
     "lycoris": ("lycoris_", True, "lora_down.weight", "lora_up.weight", "alpha"),
     "underscores alone": ("", True, "lora_down.weight", "lora_up.weight", "alpha"),
 }
-MODELS = [("wan", "ours"), ("wan", "diffusers"), ("longcat", "ours"), ("longcat", "published")]
+MODELS = [pytest.param(model, names, id=f"{model}, {names if isinstance(names, str) else 'published'} names") for model, names in (
+    ("wan", "ours"), ("wan", "diffusers"), ("longcat", "ours"), ("longcat", longcat.published_name),
+    ("worldplay 5b", "ours"), ("worldplay 5b", worldplay_wan.published_name),
+    ("worldplay 8b", "ours"), ("worldplay 8b", worldplay_hunyuan.published_name))]
 
 
 def spelled(name, layout):
@@ -224,24 +232,29 @@ STRANGERS = {
     "vace": ({"vace_blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2), "vace_blocks.0.self_attn.q.lora_B.weight": torch.zeros(2, 2)},
              "None of this LoRA's 2 keys"),
     "nothing": ({}, "it holds no tensors"),
-    "a larger model": ({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 512),
-                        "diffusion_model.blocks.0.self_attn.q.lora_B.weight": torch.zeros(512, 2)},
-                       r"another size than .*blocks\.0\.self_attn\.q is changed as \[512, 512\] and is \["),
 }
 
 
 @pytest.mark.parametrize("kind", STRANGERS)
-@pytest.mark.parametrize("model", ["wan", "longcat"])
+@pytest.mark.parametrize("model", ["wan", "longcat", "worldplay 5b", "worldplay 8b"])
 def test_a_lora_of_another_model_is_refused(models, model, kind):
     file, words = STRANGERS[kind]
     with pytest.raises(ValueError, match=words):
         weights_after(models[model], file)
 
 
+@pytest.mark.parametrize("model", ["wan", "longcat", "worldplay 5b", "worldplay 8b"])
+def test_a_lora_of_a_larger_model_is_refused(models, model):
+    name = next(name for name in layers(models[model]) if "blocks.0." in name)
+    file = {f"diffusion_model.{name}.lora_A.weight": torch.zeros(2, 512), f"diffusion_model.{name}.lora_B.weight": torch.zeros(512, 2)}
+    with pytest.raises(ValueError, match=rf"another size than .*{re.escape(name)} is changed as \[512, 512\] and is \["):
+        weights_after(models[model], file)
+
+
 def test_a_published_lora_for_wan_and_the_other_way_round(models):
-    longcat, _ = lora_file(models["longcat"], "published", "diffusers")
+    theirs, _ = lora_file(models["longcat"], longcat.published_name, "diffusers")
     with pytest.raises(ValueError, match=r"None of this LoRA's .* belongs to the Wan 2\.1 model"):
-        weights_after(models["wan"], {key: tensor for key, tensor in longcat.items() if "attn" in key})
+        weights_after(models["wan"], {key: tensor for key, tensor in theirs.items() if "attn" in key})
 
 
 def test_hooks_ask_the_network_and_the_text_encoder_in_turn(models):
@@ -249,7 +262,7 @@ def test_hooks_ask_the_network_and_the_text_encoder_in_turn(models):
     import comfy.lora
 
     names, text = comfy.lora.model_lora_keys_unet(models["longcat"].model, {}), STRANGERS["text encoder"][0]
-    file, changes = lora_file(models["longcat"], "published", "peft")
+    file, changes = lora_file(models["longcat"], longcat.published_name, "peft")
     assert comfy.lora.load_lora(text, names, log_missing=False) == {}
     assert len(comfy.lora.load_lora(file | text, names, log_missing=False)) == len(changes)
     with pytest.raises(ValueError, match=r"None of this LoRA's 2 keys"):
@@ -272,7 +285,8 @@ def test_a_stopped_video_is_not_gone_on_with_under_another_lora(models, fields):
     assert key(1) == key(1) != key(2)
 
 
-@pytest.mark.parametrize(("names", "kind"), [("published", "lora"), ("ours", "lora"), ("published", "lokr")])
+@pytest.mark.parametrize(("names", "kind"), [(longcat.published_name, "lora"), ("ours", "lora"), (longcat.published_name, "lokr")],
+                         ids=["published-lora", "ours-lora", "published-lokr"])
 def test_loras_beside_the_weights(models, names, kind):
     """Core's bypass loader adds a LoRA to what layers give out, and leaves their weights alone."""
     import comfy.sd
@@ -305,6 +319,6 @@ def test_ordinary_models_are_cores_own_business(models, caplog):
     network = CausalWan(WanSizes(128, 96, 2, 4096))
     plain = comfy.sd.load_diffusion_model_state_dict({name: torch.randn(t.shape) for name, t in network.state_dict().items()})
     assert type(comfy.lora.model_lora_keys_unet(plain.model, {})) is dict
-    file, _ = lora_file(models["longcat"], "published", "diffusers")
+    file, _ = lora_file(models["longcat"], longcat.published_name, "diffusers")
     assert comfy.sd.load_lora_for_models(plain, None, file, 1.0, 0.0)[0].patches == {}
     assert "QVG" not in caplog.text

@@ -90,6 +90,7 @@ def test_chart_moves_and_ends_at_the_servers_bytes(same_page, comfy, tmp_path_fa
     assert shown["areas"] == ["codebooks", *sorted(now["by_bits"], key=float), "workspace"]
     assert all(f"{bits}-bit elements" in shown["text"] for bits in now["by_bits"]) and "codebooks and bases" in shown["text"]
     assert f"{now['ratio']:.1f}x" in shown["text"]
+    assert now["attention"].startswith("exact (") and f"Attention to the cache: {now['attention']}" in shown["text"]
 
     page.reload(wait_until="domcontentloaded")
     wait_until_ready(page)

@@ -72,7 +72,7 @@ def test_loaders_name_where_their_files_come_from(name):
             found[model["name"]] = (model["name"], model["url"], model["directory"])
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].rpartition("/")[2] == model["name"]
-    assert found == {file[0]: file for file in template.files.values()}
+    assert found == {file[0]: file for file in template.downloads}
     assert bool(found) != template.runs
 
 

@@ -124,16 +124,16 @@ def test_settings_show_the_presets_numbers(canvas, comfy, tmp_path_factory):
 
 
 def test_graphs_that_people_have_open_as_they_were(page):
-    """Widgets of the templates, which were saved with "preset" and -1, and of graphs from before there was the codec, the last of them."""
+    """Widgets of the templates, which were saved with "preset" and -1, and of graphs from before there were codec and attention."""
     saved = json.loads((TEMPLATES / "Self-Forcing - prompt schedule.json").read_text())
     (values,) = (node["widgets_values"] for node in saved["nodes"] if node["type"] == "QVGSettings")
     del values[15:]
-    for preset, codec in (("Balanced", []), ("Tiny", []), ("Tiny", ["preset"]), ("Quality", ["qvg"])):
-        values[:] = [preset, *values[1:15], *codec]
+    for preset, newer in (("Balanced", []), ("Tiny", []), ("Tiny", ["preset"]), ("Quality", ["qvg"]), ("Tiny", ["qvg", "fast"])):
+        values[:] = [preset, *values[1:15], *newer]
         page.evaluate(LOAD, saved)
         now = knobs(page)
-        assert now["kept"] == [*values[:15], *(codec or ["preset"])] and now["shown"]["window_frames"] == 12
-        assert now["sent"]["codec"] == now["kept"][15]
+        assert now["kept"] == [*values[:15], *newer, *["preset", "auto"][len(newer):]] and now["shown"]["window_frames"] == 12
+        assert [now["sent"][name] for name in ("codec", "attention")] == now["kept"][15:]
 
 
 def test_the_panel_beside_the_graph_leaves_the_chart_on_its_node(canvas, tmp_path_factory):
@@ -178,14 +178,25 @@ def test_no_node_of_a_template_hides_another_in_nodes_2(page):
         page.evaluate(MODERN, False)
 
 
+# another seed for all nodes that draw noise; returns how many there are
+RESEED = """seed => {
+  const seeds = app.graph.nodes.flatMap(node => (node.widgets ?? []).filter(({ name }) => ['noise_seed', 'seed'].includes(name)))
+  seeds.forEach(widget => { widget.value = seed })
+  return seeds.length
+}"""
+
+
 def test_stop_says_what_goes_on(page, comfy):
     """A message on the screen, a line on the sampler, and a chart that says where the run stopped."""
     graph = json.loads((TEMPLATES / "Tiny model - long video with two prompts.json").read_text())
     page.evaluate(LOAD, graph)
     page.evaluate(FIT)
+    # another test may have run this template on the same server, which would then run nothing
+    assert page.evaluate(RESEED, 987_654)
     known = set(comfy.get(comfy.url + "/history"))
     page.evaluate("app.queuePrompt(0, 1)")
-    page.wait_for_function("Number(document.querySelector('.qvg-monitor')?.dataset.stored) > 0", timeout=300_000)
+    page.wait_for_function("""() => { const shown = document.querySelector('.qvg-monitor')?.dataset
+                                      return shown?.phase === 'sampling' && Number(shown.stored) > 0 }""", timeout=300_000)
     comfy.interrupt()
     page.get_by_text("Press Stop again to end immediately", exact=False).first.wait_for(timeout=120_000)
     page.wait_for_function("document.querySelector('.qvg-monitor').dataset.phase === 'stopped'", timeout=60_000)

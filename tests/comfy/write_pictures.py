@@ -3,7 +3,7 @@
     python tests/comfy/write_pictures.py [NODE ...]
 
 Those that show something after a run are shown after one: the monitor, Compare and Measure Presets with the tiny
-model, the plan with its table. Needs what `write_templates.py` needs.
+model, the plan with its table, the camera path with its picture. Needs what `write_templates.py` needs.
 """
 
 from __future__ import annotations
@@ -119,9 +119,16 @@ def show(page, client, name: str) -> dict:
         run_in_frontend(page, client)
         page.wait_for_timeout(1000)
         return {"types": [name], "scale": 1.2}
+    if name == "QVGCameraPath":
+        page.evaluate(f"app.graph.nodes[0].widgets.find(widget => widget.name === 'moves').value = '{MOVES}'")
+        page.evaluate("app.graph.nodes[0].setSize([420, 780])")
+        run_in_frontend(page, client)
+        page.wait_for_timeout(1500)
+        return {"types": [name], "scale": 1}
     return {"types": [name], "scale": 1.4}
 
 
+MOVES = "w-8, right-20, w+left-6, w-8, d-5"
 # with the pictures that they make
 AFTER_A_RUN = {
     "QVGCompare": (comparison, PLACES),

@@ -38,7 +38,7 @@ BUILD = """
 async ({graph, columns, files, heights, modern, core, pack}) => {
   // SAYS: room for what a node says while it runs
   const GAP = 30, TITLE = 30, HEAD = 60, MARGIN = 20, SAYS = 60
-  const speaking = ['QVGARVideoSampler', 'QVGLongCatContinue', 'QVGLoadARVideoModel']
+  const speaking = ['QVGARVideoSampler', 'QVGLongCatContinue', 'QVGWorldWalk', 'QVGLoadARVideoModel']
   await app.loadGraphData({nodes: [], links: [], groups: [], config: {}, extra: {}, version: 0.4}, true, false)
   const nodes = {}
   const make = (name, type) => {
@@ -55,10 +55,7 @@ async ({graph, columns, files, heights, modern, core, pack}) => {
       const widget = node.widgets?.find(widget => widget.name === key)
       if (widget && !Array.isArray(value)) { widget.value = value; widget.callback?.(value) }
     }
-    if (files[name]) {
-      const [file, url, directory] = files[name]
-      node.properties.models = [{name: file, url, directory}]
-    }
+    if (files[name]) node.properties.models = files[name].map(([file, url, directory]) => ({name: file, url, directory}))
   }
   for (const [name, {inputs}] of Object.entries(graph))
     for (const [key, value] of Object.entries(inputs))
@@ -122,8 +119,9 @@ def _arrange(page, template: Template, core_version: str, modern: dict[str, floa
     """modern: heights of nodes in Nodes 2.0."""
     columns = [[{"title": group.title, "width": group.width, "nodes": [_note(item) for item in group.nodes]} for group in column]
                for column in template.columns]
+    files = {node: template.files_of(node) for node in template.files}
     workflow = json.loads(page.evaluate(BUILD, {
-        "graph": template.graph, "columns": columns, "files": template.files, "heights": template.heights, "modern": modern,
+        "graph": template.graph, "columns": columns, "files": files, "heights": template.heights, "modern": modern,
         "core": core_version, "pack": {"id": PACK_ID, "version": _version()}}))
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_ID}/{template.name}"))
     workflow["extra"] = {"ds": {"scale": 0.6, "offset": [60, 120]}}

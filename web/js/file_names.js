@@ -4,7 +4,7 @@
 import { app } from "../../../scripts/app.js"
 import { chain } from "./nodes.js"
 
-const FILE_NAMES = { QVGStreamVideo: "filename_prefix", QVGLongCatContinue: "stream_to" }
+const FILE_NAMES = { QVGStreamVideo: "filename_prefix", QVGLongCatContinue: "stream_to", QVGWorldWalk: "stream_to" }
 
 app.registerExtension({
   name: "QVG.FileNames",

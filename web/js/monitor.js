@@ -62,6 +62,7 @@ class Monitor {
     this.plot = make("div", "qvg-plot", this.root)
     this.legend = make("ul", "qvg-legend", this.root)
     this.figures = make("dl", "", this.root)
+    this.attention = make("p", "qvg-faint qvg-attention", this.root)
     this.layers = make("details", "", this.root)
     this.summary = make("summary", "", this.layers)
     this.layerList = make("dl", "", this.layers)
@@ -109,10 +110,12 @@ class Monitor {
     this.root.dataset.stored = now?.stored_bytes ?? 0
     this.summary.textContent = say("layers")
     for (const part of [this.legend, this.figures, this.layers]) part.hidden = !now
+    this.attention.hidden = !now?.attention
     this.drawPlot()
     if (!now) return
     this.drawLegend(state)
     this.drawFigures(state, now)
+    this.attention.textContent = now.attention ? say("attention", { chosen: now.attention }) : ""
     this.drawLayers()
   }
 

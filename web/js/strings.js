@@ -26,6 +26,7 @@ export const ENGLISH = {
   budget: "Budget",
   available: "Available on {device}",
   none: "none",
+  attention: "Attention to the cache: {chosen}",
   layers: "Bytes of each layer",
   layer: "Layer {number}",
   codebooks: "codebooks and bases",

@@ -1,0 +1,108 @@
+"""Walks of the tiny world model and what is measured of them, with random weights: its own are not part of this checkout."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comfyui_qvg.benchmarks import world as bench
+from comfyui_qvg.qvg.commands import cli
+from comfyui_qvg.qvg.demo import TEXT_DIM, VAE_PATH
+from comfyui_qvg.qvg.demo.world import WORLD_FILE, WORLD_LATENT, WORLD_VAE_FILE, TinyWorld, load_tiny_world
+from comfyui_qvg.qvg.demo.world_scenes import PACE, random_rooms, render
+from comfyui_qvg.qvg.models.worldplay_wan import WorldWan, WorldWanSizes
+from comfyui_qvg.qvg.settings import PRESETS
+from comfyui_qvg.qvg.video.camera_moves import walk
+from comfyui_qvg.qvg.video.cameras import video_cameras
+from comfyui_qvg.qvg.video.view_memory import ViewMemory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A network of one layer whose attention matters, and the autoencoder of the tiny causal model."""
+    torch.manual_seed(1)
+    network = WorldWan(WorldWanSizes(128, 32, 1, TEXT_DIM, 16, 16))
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    folder = tmp_path_factory.mktemp("world")
+    save_file(network.state_dict(), folder / WORLD_FILE)
+    save_file(load_file(VAE_PATH), folder / WORLD_VAE_FILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    return TinyWorld(*load_tiny_world(folder))
+
+
+@pytest.fixture(scope="module")
+def rooms():
+    return random_rooms(2, torch.Generator().manual_seed(1))
+
+
+PATH = walk("right-5, left-5, still-1", PACE)
+
+
+def test_a_walk_begins_with_the_picture_of_the_room(world, rooms):
+    made = world.walk(rooms, PATH, PRESETS["off"], memory="rebuild")
+    assert made.latents.shape == (2, 16, len(PATH), *WORLD_LATENT) and len(made.seconds) == 3
+    assert torch.equal(made.latents[:, :, :1], world.start(rooms, PATH))
+    pictures = world.pictures(made.latents)
+    assert pictures.shape == (2, 3, 4 * len(PATH) - 3, 80, 144)
+    exact = render(rooms, PATH.cameras[:1].expand(2, 1, 4, 4))
+    assert (-10 * ((pictures[:, :, :1] - exact) / 2).square().mean().log10()) > 20
+
+
+def test_rooms_of_a_batch_do_not_mix(world, rooms):
+    """The first room is walked as it is alone, with another one beside it."""
+    both, alone = (world.walk(some, PATH, PRESETS["off"], memory="bank").latents[:1, :, :4] for some in (rooms, rooms[:1]))
+    assert alone.std() > 0.1 and (both - alone).abs().amax() < 1e-3
+
+
+@pytest.mark.parametrize("memory", ["rebuild", "append", "bank"])
+def test_what_is_read_matters(world, rooms, memory):
+    """Two bits change the walk, and so does reading less; making it again changes nothing."""
+    def make(name="off", retrieved=4):
+        views = ViewMemory(4, 0, retrieved)
+        return world.walk(rooms, PATH, PRESETS[name], memory=memory, views=views).latents
+
+    exact = make()
+    assert torch.equal(make(), exact) and not torch.equal(make("tiny"), exact)
+    if memory != "append":
+        assert not torch.equal(make(retrieved=0)[:, :, 8:], exact[:, :, 8:])
+
+
+def test_views_that_come_again_are_found():
+    path = walk("right-2, w-1, s-1, left-2", PACE)
+    assert bench.revisits(path, 3) == [(5, 1), (6, 0)]
+    assert bench.revisits(path, 5) == [(6, 0)]
+
+
+def test_what_is_drawn_exactly_is_remembered_exactly(rooms):
+    exact = render(rooms, video_cameras(PATH.cameras).expand(2, -1, -1, -1))
+    found = bench.remembered(exact, exact, PATH)
+    assert all((found[name] > 60).all() for name in ("again", "start"))
+    other = bench.remembered(exact.flip(0), exact, PATH)
+    assert (other["again"] > 60).all() and (other["start"] < 25).all()
+
+
+def test_a_window_takes_the_bytes_that_it_is_given(world, rooms):
+    walks = bench.Walks(world, rooms, [PATH])
+    row = replace(bench.rows(True)[0], memory="rebuild")
+    for views in (ViewMemory(4, 0, 0), ViewMemory(8, 0, 0)):
+        stored = walks.measure(replace(row, views=views))["bytes"]
+        assert walks.window(stored) == views and walks.window(stored + 1) == views and walks.window(stored - 1).recent <= views.recent
+
+
+def test_the_benchmark_runs(folder, tmp_path, capsys):
+    assert cli.main(["bench", "world", "--weights", str(folder), "--small", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    rows = {row["row"]: row for row in json.loads((tmp_path / "world.json").read_text())["rows"]}
+    assert list(rows) == ["exact", "balanced", "window of as many bytes", "no memory"]
+    assert rows["no memory"]["bytes"] == 0 < rows["window of as many bytes"]["bytes"] <= rows["balanced"]["bytes"] < rows["exact"]["bytes"]
+    assert all(len(row["again"]) == 1 for row in rows.values())
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "world", "--weights", str(tmp_path), "--out", str(tmp_path / "other")])
+    assert "train the tiny world model" in capsys.readouterr().err
