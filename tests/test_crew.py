@@ -81,12 +81,20 @@ def together(found: crew.Crew, plan: Plan, network, each=lambda: None) -> torch.
         return video(Sampler(leader, plan.run, (1, 16, *LATENT)), each)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pair():
     """Two ranks for all tests that leave them whole."""
-    found = crew.Crew(2, "cpu")
-    yield found
-    found.stop()
+    if not PAIR or PAIR[0].stopped:
+        PAIR[:] = [crew.Crew(2, "cpu")]
+    return PAIR[0]
+
+
+@pytest.fixture
+def no_pair():
+    """No test that ran before in this process has left its ranks."""
+    while PAIR:
+        PAIR.pop().stop()
+    assert wait_until(lambda: not below())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,10 +102,13 @@ def others():
     """Processes that earlier tests of this process left running, such as a resource tracker."""
     OTHERS.update(below())
     yield
+    while PAIR:
+        PAIR.pop().stop()
     OTHERS.clear()
 
 
 OTHERS: dict[int, str] = {}
+PAIR: list[crew.Crew] = []
 
 
 def below(process: int | None = None) -> dict[int, str]:
@@ -125,7 +136,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(10 * ((one.max() - one.min()) ** 2 / (one - other).square().mean()).log10())
 
 
-def test_a_cluster_that_is_not_there():
+def test_a_cluster_that_is_not_there(no_pair):
     """The first test, because Ray reads how long it shall look when it is imported."""
     with pytest.raises(ValueError, match=r"There is no Ray cluster at 127\.0\.0\.1:1 "):
         crew.Crew(2, "cpu", "127.0.0.1:1")
@@ -208,7 +219,7 @@ def test_an_error_of_a_rank_is_told(pair, network):
     assert pair.stopped and wait_until(lambda: not below())
 
 
-def test_a_killed_rank_ends_the_video_and_leaves_nothing(network):
+def test_a_killed_rank_ends_the_video_and_leaves_nothing(no_pair, network):
     """Here, Ray notices it four seconds later."""
     found = crew.Crew(2, "cpu")
     folder, kept = Path(found._folder), []
@@ -216,9 +227,10 @@ def test_a_killed_rank_ends_the_video_and_leaves_nothing(network):
     slow = threading.Timer(4, raylet.resume)
 
     def kill():
+        ranks = ranks_below()
         raylet.suspend()
-        kept.append([os.kill(number, signal.SIGKILL) for number in ranks_below()])
         slow.start()
+        kept.append([os.kill(number, signal.SIGKILL) for number in ranks])
 
     with pytest.raises(RankEnded, match=r"ended \(it was killed or crashed\)\. Finished chunks are in its session"):
         together(found, plan_of(network), network, kill)
@@ -253,7 +265,7 @@ def test_a_python_whose_path_has_a_space(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
 
 
-def test_a_python_that_does_not_start(monkeypatch):
+def test_a_python_that_does_not_start(no_pair, monkeypatch):
     monkeypatch.setattr(crew, "TO_START", 8)
     monkeypatch.setattr(crew, "_started_with", lambda env: {"env_vars": env, "py_executable": "/nowhere/python"})
     with pytest.raises(RuntimeError, match=f"within 8 seconds: the machine is busy, or Ray cannot run {re.escape(sys.executable)} there"):
@@ -261,7 +273,7 @@ def test_a_python_that_does_not_start(monkeypatch):
     assert wait_until(lambda: not below())
 
 
-def test_a_ray_of_another_pack_is_used_and_left(network):
+def test_a_ray_of_another_pack_is_used_and_left(no_pair, network):
     import ray
 
     ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False)
