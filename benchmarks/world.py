@@ -1,11 +1,11 @@
 """What a walk remembers: the tiny world model turns away and back, with every preset, every memory, and none.
 
-    qvg bench world --weights FOLDER [--small] [--rooms N] [--out DIR]
+    qvg bench world [--small] [--rooms N] [--weights FOLDER] [--out DIR]
 
 The model is shown one picture of a room and invents the rest. What comes into view again should be what it was, so every view is compared
-with the first one of the same camera, made at least 12 latent frames earlier; and the view of the start, once it comes back, with the room
+with the first one of the same camera, made at least 16 latent frames earlier; and the view of the start, once it comes back, with the room
 as it is drawn exactly. Rows differ in the cache alone: the preset, the memory (see `video.world`), or which frames a chunk reads. A window
-of the newest frames takes no more bytes in bf16 than Balanced takes for all.
+of the newest frames, rebuilt for each chunk, takes no more bytes in bf16 than Balanced takes with that memory.
 
 Bytes are those of keys and values at the end of the walk. The model is tiny and made for tests: the order of rows is an indication, the
 decibels are its own.
@@ -27,38 +27,41 @@ from ..qvg.measure.rows import error_of_mean
 from ..qvg.settings import PRESETS, QVGSettings
 from ..qvg.video.camera_moves import walk
 from ..qvg.video.cameras import CameraPath, video_cameras
-from ..qvg.video.view_memory import ViewMemory
-from ..qvg.video.world import CHUNK
+from ..qvg.video.view_memory import WORLDPLAY_5B, ViewMemory
+from ..qvg.video.world import CHUNK, MEMORIES
 from .measure import add_places, claim, command_line, environment, progress, table, write
 
 LOOK_AROUND = "right-18, left-18, still-3"
 BACK_AND_FORTH = "left-14, right-14, w-4, s-4, still-3"
-SHORT = "right-6, left-6, still-3"
-VIEWS = ViewMemory(recent=8, retrieved=4)
+SHORT = "right-8, left-8, still-3"
+VIEWS = WORLDPLAY_5B
 SAME_CAMERA = 1e-6
-COLUMNS = ("row", "memory", "reads", "bits per element", "kB", "again dB", "+-", "start dB", "+-")
+COLUMNS = ("row", "reads", "bits per element", "kB", "again dB", "+-", "start dB", "+-")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to remember. The window is as many newest frames as the bytes of Balanced hold in bf16."""
+    """A way to remember. instead_of: a memory; the row is a window of as many newest frames as the bytes of Balanced hold in bf16 there."""
 
     name: str
     settings: QVGSettings
-    memory: str = "bank"
+    memory: str
     views: ViewMemory = VIEWS
-    as_large_as_balanced: bool = False
+    instead_of: str = ""
+
+    @property
+    def reads(self) -> str:
+        """The most latent frames that a chunk reads."""
+        return "all" if self.memory == "append" else str(self.views.window)
 
 
 def rows(small: bool) -> list[Row]:
-    off, balanced = PRESETS["off"], PRESETS["balanced"]
-    found = [Row("exact", off), Row("balanced", balanced), Row("window of as many bytes", off, as_large_as_balanced=True),
-             Row("no memory", off, "rebuild", ViewMemory(0, 0, 0))]
-    if small:
-        return found
-    found[2:2] = [Row(name, PRESETS[name]) for name in ("quality", "smallest", "tiny")]
-    return [*found, *(Row(f"{name}, {memory}", settings, memory) for memory in ("rebuild", "append")
-                      for name, settings in (("exact", off), ("balanced", balanced)))]
+    found, off = [], PRESETS["off"]
+    for memory in ("rebuild",) if small else MEMORIES:
+        presets = ("balanced",) if small or memory == "append" else ("quality", "balanced", "smallest", "tiny")
+        found += [Row(f"{memory}, exact", off, memory), *(Row(f"{memory}, {name}", PRESETS[name], memory) for name in presets),
+                  Row(f"window of as many bytes as {memory}, balanced", off, "rebuild", instead_of=memory)]
+    return [*found, Row("no memory", off, "rebuild", ViewMemory(0, 0, 0))]
 
 
 def revisits(path: CameraPath, apart: int) -> list[tuple[int, int]]:
@@ -100,7 +103,7 @@ class Walks:
             stats = made.stats
             for name, values in remembered(self.world.pictures(made.latents), exact, path).items():
                 found[name] += values.tolist()
-        return {"row": row.name, "memory": row.memory, "reads": row.views.window, "bits": stats.bits_per_element,
+        return {"row": row.name, "memory": row.memory, "reads": row.reads, "bits": stats.bits_per_element,
                 "bytes": stats.stored_bytes, **found}
 
     def window(self, stored: int) -> ViewMemory:
@@ -111,13 +114,13 @@ class Walks:
 
 
 def measured(walks: Walks, wanted: list[Row]) -> Iterator[dict]:
-    stored = 0
+    stored = {}
     for row in wanted:
-        if row.as_large_as_balanced:
-            row = replace(row, memory="rebuild", views=walks.window(stored))
+        if row.instead_of:
+            row = replace(row, views=walks.window(stored[row.instead_of]))
         found = walks.measure(row)
-        if row.name == "balanced":
-            stored = found["bytes"]
+        if row.settings.name == "balanced":
+            stored[row.memory] = found["bytes"]
         progress(f"{row.name}: {found['bits']:.2f} bits, again {mean(found['again']):.2f} dB, start {mean(found['start']):.2f} dB")
         yield found
 
@@ -128,7 +131,7 @@ def mean(values: list[float]) -> float:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="qvg bench world", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, metavar="FOLDER", help="what `benchmarks.train_world` wrote")
+    parser.add_argument("--weights", metavar="FOLDER", help="what `benchmarks.train_world` wrote (default: the weights that ship)")
     parser.add_argument("--small", action="store_true", help="one room, one path and few rows, to see that it runs")
     parser.add_argument("--rooms", type=whole(1, 999))
     add_places(parser)
@@ -142,7 +145,7 @@ def main(arguments: list[str]) -> None:
     rooms = random_rooms(options.rooms or (1 if options.small else 6), torch.Generator().manual_seed(31)).to(device)
     paths = [walk(text, PACE) for text in ((SHORT,) if options.small else (LOOK_AROUND, BACK_AND_FORTH))]
     found = list(measured(Walks(TinyWorld(*weights, device), rooms, paths), rows(options.small)))
-    shown = [(row["row"], row["memory"], row["reads"], row["bits"], row["bytes"] / 1e3, mean(row["again"]), error_of_mean(row["again"]),
+    shown = [(row["row"], row["reads"], row["bits"], row["bytes"] / 1e3, mean(row["again"]), error_of_mean(row["again"]),
               mean(row["start"]), error_of_mean(row["start"])) for row in found]
     result = {"environment": environment(device, command_line("world", arguments)), "rooms": len(rooms), "rows": found}
     write(options.out, "world", result, table(COLUMNS, shown))

@@ -6,6 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from ..qvg.demo import NETWORK_PATH, VAE_PATH
+from ..qvg.demo.world import WORLD_NETWORK_PATH, WORLD_VAE_PATH
 from . import kv_cache, live
 from .camera_path import QVGCameraPath
 from .compare import QVGCompare
@@ -27,8 +28,8 @@ from .world_walk import QVGWorldWalk
 
 
 def list_tiny_model() -> None:
-    """Let core's own loaders list the tiny model where it lies, so that nothing is copied into a person's models."""
-    for path in (NETWORK_PATH, VAE_PATH):
+    """Let core's own loaders list the tiny models where they lie, so that nothing is copied into a person's models."""
+    for path in (NETWORK_PATH, VAE_PATH, WORLD_NETWORK_PATH, WORLD_VAE_PATH):
         if path.is_file():
             folder_paths.add_model_folder_path(path.parent.name, str(path.parent))
 

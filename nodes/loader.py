@@ -9,11 +9,13 @@ from the weights (`qvg.models.checkpoint`) and loads it through the family's ada
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..qvg.demo import WEIGHTS
 from ..qvg.files import first_line
 from ..qvg.models import FAMILIES
 from ..qvg.models.checkpoint import SUFFIXES, open_checkpoint
@@ -21,6 +23,7 @@ from .adapters.families import adapter_of
 from .live import TEXT
 
 FOLDER = "diffusion_models"
+OWN = "These weights come with the pack, under its licence, Apache-2.0."
 WEIGHT_DTYPES = {"default": None, "fp8_e4m3fn": torch.float8_e4m3fn}
 
 
@@ -67,6 +70,7 @@ class QVGLoadARVideoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, weight_dtype="default") -> io.NodeOutput:
-        model, found = load_model(folder_paths.get_full_path_or_raise(FOLDER, model_name), weight_dtype)
-        said = [str(found), FAMILIES[found.family].licence]
+        path = folder_paths.get_full_path_or_raise(FOLDER, model_name)
+        model, found = load_model(path, weight_dtype)
+        said = [str(found), OWN if Path(path).is_relative_to(WEIGHTS) else FAMILIES[found.family].licence]
         return io.NodeOutput(model, ui={TEXT: ["\n".join(filter(None, said))]})

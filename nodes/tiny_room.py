@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..qvg.demo.world import world_prompt
+from ..qvg.demo.world import WORLD_FILE, world_prompt
 from ..qvg.demo.world_scenes import HALF, HALF_HEIGHT, WORLD_HEIGHT, WORLD_WIDTH, Rooms, random_rooms, render
 from ..qvg.video.cameras import CameraPath, video_cameras
 from .camera_type import CameraPathType
@@ -38,7 +38,8 @@ class QVGTinyRoom(io.ComfyNode):
                                 tooltip=f"What the first camera sees, {WORLD_WIDTH} x {WORLD_HEIGHT} pixels, for World Walk."),
                 io.Image.Output(display_name="views", tooltip="What every video frame of the walk would show if it were drawn exactly."),
                 io.Conditioning.Output(display_name="conditioning",
-                                       tooltip="For a network of benchmarks/train_world, which knows no other prompt."),
+                                       tooltip=f"For the tiny world model that comes with the pack, {WORLD_FILE}, which knows no other "
+                                               "prompt."),
             ])
 
     @classmethod

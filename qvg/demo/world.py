@@ -1,13 +1,14 @@
 """The tiny world model: HY-WorldPlay 5B's layout, made for procedural rooms, with a Wan VAE of its own; 6 MB together.
 
-    world = TinyWorld(*load_tiny_world(folder))
+    world = TinyWorld(*load_tiny_world())
     rooms = random_rooms(1, torch.Generator().manual_seed(7))
     path = walk("right-14, left-14, still-3", PACE)
     made = world.walk(rooms, path, PRESETS["balanced"], memory="bank")
     pictures = world.pictures(made.latents)
 
 The walk begins with a picture of the room, and the model invents what lies outside it. So a wall that is seen again shows whether
-the model remembers: it cannot know the wall from anywhere else. `benchmarks/train_world` makes the weights; this release has none.
+the model remembers: it cannot know the wall from anywhere else. The files open in Load AR Video Model (QVG) and in ComfyUI's own VAELoader.
+`benchmarks/train_world` made them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from ..models.worldplay_wan import WorldWan
 from ..settings import QVGSettings
 from ..video.cameras import CameraPath
 from ..video.view_memory import WORLDPLAY_5B, ViewMemory
-from . import TEXT_DIM
+from . import NETWORK_PATH, TEXT_DIM, VAE_PATH
 from .world_scenes import WORLD_HEIGHT, WORLD_WIDTH, Rooms, render
 
 WORLD_FILE, WORLD_VAE_FILE = "qvg_tiny_world.safetensors", "qvg_tiny_world_vae.safetensors"
+WORLD_NETWORK_PATH, WORLD_VAE_PATH = NETWORK_PATH.with_name(WORLD_FILE), VAE_PATH.with_name(WORLD_VAE_FILE)
 WORLD_LATENT = (WORLD_HEIGHT // 8, WORLD_WIDTH // 8)  # rows, columns of a latent frame
 WORLD_GRID = (WORLD_HEIGHT // 16, WORLD_WIDTH // 16)  # rows, columns of tokens
 
@@ -37,15 +39,18 @@ def world_prompt() -> Tensor:
     return torch.zeros(1, 1, TEXT_DIM)
 
 
-def load_tiny_world(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[WorldWan, WanVAE]:
-    """The network and the autoencoder in a folder that the training wrote, on the CPU. Raises FileNotFoundError if one is missing."""
+def load_tiny_world(folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[WorldWan, WanVAE]:
+    """The network and the autoencoder on the CPU: those that ship, or those in a folder that the training wrote.
+
+    Raises FileNotFoundError if one is missing.
+    """
     from safetensors.torch import load_file
 
-    paths = [Path(folder) / name for name in (WORLD_FILE, WORLD_VAE_FILE)]
-    for path in paths:
+    network, vae = (WORLD_NETWORK_PATH, WORLD_VAE_PATH) if folder is None else (Path(folder) / WORLD_FILE, Path(folder) / WORLD_VAE_FILE)
+    for path in (network, vae):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; train the tiny world model with benchmarks/train_world, which writes it.")
-    return WorldWan.from_state_dict(load_file(paths[0]), dtype), WanVAE.from_state_dict(load_file(paths[1]), dtype)
+    return WorldWan.from_state_dict(load_file(network), dtype), WanVAE.from_state_dict(load_file(vae), dtype)
 
 
 class TinyWorld:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from comfyui_qvg.qvg.demo import HEIGHT, NETWORK_FILE, PROMPTS, VAE_FILE, WIDTH
+from comfyui_qvg.qvg.demo.world import WORLD_FILE, WORLD_VAE_FILE
+from comfyui_qvg.qvg.demo.world_scenes import PACE
 from comfyui_qvg.qvg.models.catalogue import MODELS
 from comfyui_qvg.qvg.report.plan import plan
 from comfyui_qvg.qvg.settings import PRESETS
@@ -434,6 +436,53 @@ def world_walk(model: str) -> Template:
     return template
 
 
+TINY_WALK_NOTE = """\
+The tiny world model comes with the pack (6 MB, trained on drawn rooms), so there is nothing to download. It shows whether a walk \
+remembers, not what a large model can do.
+
+The camera turns away and comes back. The model gets one picture of the room and invents the rest, so the walls that come into view \
+differ from the real ones: that is no fault. **Look at the way back.** Does a picture that it invented come again as it was? Is the \
+first wall at the end the one of the beginning?
+
+- The **video** has the real room on the left and the walk on the right.
+- The **chart** compares the two: high at first, low where the model invents, and high again at the end if it remembers.
+
+What to change:
+
+- **QVG Settings**: Off is the exact cache, Tiny the smallest one.
+- **memory** of *World Walk*: rebuild, bank or append; hover over it to see what they do.
+- To see it **forget**: set memory to append, and in *QVG Settings*, under the advanced settings, window_frames to 4 and sink_frames to \
+0. Then it sees only the newest four latent frames, and the wall at the end is another one.
+- **seed** of *Tiny Room*: another room. **moves** of *Camera Path*: another walk; keep **turn** at 9 and **step** at 0.15, which the \
+model was trained with."""
+
+
+def tiny_walk() -> Template:
+    template = Template("Tiny model - world walk", runs=True)
+    network = template.add("load", "QVGLoadARVideoModel", model_name=WORLD_FILE, weight_dtype="default")
+    vae = template.add("vae", "VAELoader", vae_name=WORLD_VAE_FILE)
+    network = _quantize(template, network)
+    path = template.add("path", "QVGCameraPath", source="moves", moves="right-18, left-18, still-3", frames=0, step=PACE.step,
+                        turn=PACE.turn)
+    start = template.add("room", "QVGTinyRoom", seed=0, camera_path=path)
+    walk = template.add("walk", "QVGWorldWalk", model=network, positive=["room", 2], vae=vae, camera_path=path, width=0, height=0, seed=0,
+                        control_after_generate="fixed", schedule="distilled", steps=4, cfg=1.0, memory="rebuild", start_image=start)
+    both = template.add("compare", "QVGCompare", first=["room", 1], second=walk)
+    template.add("chart", "PreviewImage", images=["compare", 2])
+    video = template.add("video", "CreateVideo", images=both, fps=16.0)
+    template.add("save", "SaveVideo", video=video, filename_prefix="video/qvg_tiny_walk", format="auto", codec="auto")
+    template.add("monitor", "QVGMemoryMonitor", model=["quantize", 0], samples=["walk", 1])
+    template.heights |= {"path": 720, "walk": 640, "quantize": 150, "chart": 330, "save": 300, "monitor": 560}
+    template.columns = [
+        [Group("Read me", [("Does the walk remember?", TINY_WALK_NOTE)], 400)],
+        [Group("1  Load", ["load", "vae"], 380), Group("2  Quantize the KV cache", ["settings", "quantize"], 380)],
+        [Group("3  Where the camera goes", ["path"], 400)],
+        [Group("4  A room, and a walk in it", ["room", "walk"], 360)],
+        [Group("5  The real room and the walk", ["compare", "chart", "video", "save"], 520)],
+        [Group("6  What the cache held", ["monitor"], 560)]]
+    return template
+
+
 TEMPLATES = {template.name: template for template in (
     tiny(image=False), tiny(image=True),
     published("Self-Forcing", "self-forcing", SELF_FORCING, 3, image=False),
@@ -443,5 +492,5 @@ TEMPLATES = {template.name: template for template in (
     longcat("text to video"), longcat("image to video", image=True),
     longcat("long video", segments=8, given_frames=33, lora=True),
     long_video("tiny"), long_video("prompt schedule"), long_video("resume"), long_video("continue a video"),
-    world_walk("hy-worldplay-5b"), world_walk("hy-worldplay-8b"))}
+    tiny_walk(), world_walk("hy-worldplay-5b"), world_walk("hy-worldplay-8b"))}
 FIRST = "Tiny model - text to video"  # what the README lets people run first

@@ -1,9 +1,10 @@
-"""The tiny model that ships is listed by core's loaders where it lies, each file by its own loader alone."""
+"""The tiny models that ship are listed by core's loaders where they lie, each file by its own loader alone."""
 
 import pytest
 from safetensors.torch import save_file
 
 from comfyui_qvg.qvg.demo import HEIGHT, NETWORK_PATH, VAE_PATH, WIDTH
+from comfyui_qvg.qvg.demo.world import WORLD_NETWORK_PATH, WORLD_VAE_PATH
 
 
 @pytest.fixture
@@ -17,9 +18,10 @@ def registered(comfy_modules, tmp_path, monkeypatch):
     folders = {name: (list(paths), kinds) for name, (paths, kinds) in folder_paths.folder_names_and_paths.items()}
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    for name, path in (("NETWORK_PATH", NETWORK_PATH), ("VAE_PATH", VAE_PATH)):
+    for name, path in (("NETWORK_PATH", NETWORK_PATH), ("VAE_PATH", VAE_PATH), ("WORLD_NETWORK_PATH", WORLD_NETWORK_PATH),
+                       ("WORLD_VAE_PATH", WORLD_VAE_PATH)):
         copy = tmp_path / path.relative_to(path.parents[1])
-        copy.parent.mkdir()
+        copy.parent.mkdir(exist_ok=True)
         save_file({"x": torch.zeros(1)}, copy)
         monkeypatch.setattr(pack, name, copy)
     pack.list_tiny_model()
@@ -31,8 +33,9 @@ def test_each_file_is_listed_by_its_loader(registered):
 
     networks = nodes.UNETLoader.INPUT_TYPES()["required"]["unet_name"][0]
     autoencoders = nodes.VAELoader.INPUT_TYPES()["required"]["vae_name"][0]
-    assert NETWORK_PATH.name in networks and VAE_PATH.name not in networks
-    assert VAE_PATH.name in autoencoders and NETWORK_PATH.name not in autoencoders
+    for network, autoencoder in ((NETWORK_PATH, VAE_PATH), (WORLD_NETWORK_PATH, WORLD_VAE_PATH)):
+        assert network.name in networks and autoencoder.name not in networks
+        assert autoencoder.name in autoencoders and network.name not in autoencoders
 
 
 def test_what_a_person_saves_goes_where_it_went(registered):
@@ -46,18 +49,19 @@ def test_nothing_is_registered_without_weights(comfy_modules, tmp_path, monkeypa
 
     import comfyui_qvg.nodes as pack
 
-    monkeypatch.setattr(pack, "NETWORK_PATH", tmp_path / "none" / "x.safetensors")
-    monkeypatch.setattr(pack, "VAE_PATH", tmp_path / "none" / "y.safetensors")
+    for name in ("NETWORK_PATH", "VAE_PATH", "WORLD_NETWORK_PATH", "WORLD_VAE_PATH"):
+        monkeypatch.setattr(pack, name, tmp_path / "none" / "x.safetensors")
     pack.list_tiny_model()
     assert "none" not in folder_paths.folder_names_and_paths
 
 
-def test_core_and_pack_both_list_the_network(comfy, tiny_model):
+def test_core_and_pack_both_list_the_networks(comfy, tiny_model):
     core = comfy.object_info("UNETLoader")["UNETLoader"]["input"]["required"]["unet_name"][0]
     ours = comfy.object_info("QVGLoadARVideoModel")["QVGLoadARVideoModel"]["input"]["required"]["model_name"][1]["options"]
     vae = comfy.object_info("VAELoader")["VAELoader"]["input"]["required"]["vae_name"][0]
-    assert NETWORK_PATH.name in core and NETWORK_PATH.name in ours and VAE_PATH.name in vae
-    assert VAE_PATH.name not in core + ours and NETWORK_PATH.name not in vae
+    for network, autoencoder in ((NETWORK_PATH, VAE_PATH), (WORLD_NETWORK_PATH, WORLD_VAE_PATH)):
+        assert network.name in core and network.name in ours and autoencoder.name in vae
+        assert autoencoder.name not in core + ours and network.name not in vae
 
 
 def test_the_prompt_draws_its_scene(comfy):

@@ -191,14 +191,15 @@ def run_in_frontend(page, client) -> dict:
 
 
 def draw_run(video: Path) -> Image.Image:
-    """Six moments of a generated video."""
+    """Moments of a generated video: six, or four where two videos lie side by side."""
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
-    picture = Image.new("RGB", SIZE)
-    tile = SIZE[0] // 2, SIZE[1] // 3
-    for number in range(6):
-        frame = frames[number * (len(frames) - 1) // 5].resize(tile, Image.Resampling.LANCZOS)
-        picture.paste(frame, (tile[0] * (number % 2), tile[1] * (number // 2)))
+    columns, rows = (1, 4) if frames[0].width > 3 * frames[0].height else (2, 3)
+    picture, last = Image.new("RGB", SIZE), columns * rows - 1
+    tile = SIZE[0] // columns, SIZE[1] // rows
+    for number in range(last + 1):
+        frame = frames[number * (len(frames) - 1) // last].resize(tile, Image.Resampling.LANCZOS)
+        picture.paste(frame, (tile[0] * (number % columns), tile[1] * (number // columns)))
     return picture
 
 
