@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..qvg import backends
 from ..qvg.attention.cached import CachedAttention
+from ..qvg.attention.choice import packs
 from ..qvg.attention.functions import Attention, sdpa
 from ..qvg.attention.rope import Rope, rotate
 from ..qvg.cache.geometry import Geometry
@@ -122,7 +123,8 @@ class Ours(Method):
         super().__init__(*arguments)
         geometry = self.geometry
         self.cache = KVCache(self.settings, layers=geometry.layers, heads=geometry.heads, head_dim=geometry.head_dim, grid=geometry.grid,
-                             rope=Rope, device=self.device, dtype=self.dtype, max_frames=self.max_frames, chunk_frames=self.chunk)
+                             rope=Rope, device=self.device, dtype=self.dtype, max_frames=self.max_frames, chunk_frames=self.chunk,
+                             packs=packs(self.settings, self.device))
         if not self.overlap:
             self.cache.workspace.side = None
 

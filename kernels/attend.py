@@ -25,8 +25,6 @@ from .tiles import converts_e4m3, major, platform, require_channels_last
 
 # exponentials in E4M3 are 448 at most, which is folded into their exponent
 LOG2_OF_448, LOG2_OF_E, LN_2 = tl.constexpr(8.807354922057604), tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# until `hopper_attend` has run on a GPU, and not only in tests/ptx_machine.py, the kernel for any GPU attends on Hopper, too
-USES_HOPPER = False
 ON_HOPPER = "attend on Hopper"
 _hopper_failures = Failures()
 
@@ -151,7 +149,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, space: fast.Space | None = None) -> 
 
 def _on_hopper(q: Tensor, packed: Packed) -> tuple[Tensor, Tensor] | None:
     """Attend with the kernel for Hopper, if that is possible. Variants that failed are not tried again."""
-    if not USES_HOPPER or major(q.device) != 9 or packed.value_scales is None or q.dtype == torch.float32:
+    if major(q.device) != 9 or packed.value_scales is None or q.dtype == torch.float32:
         return None
     compiled_for = q.device, q.dtype, q.shape[3]
     if reason := _hopper_failures.reason(compiled_for, q.shape):

@@ -1,7 +1,8 @@
 """`attend` for NVIDIA's Hopper and a history packed in E4M3. Reference: `qvg.attention.fast`.
 
-One warp loads tiles of keys and values into a ring in shared memory. Two or three groups of four warps hold 64 queries each and take turns:
-one starts its products while another computes exponentials. Thread q of the four that share a row holds columns 2q, 2q + 1, 2q + 8 and
+One warp loads tiles of keys and values into a ring in shared memory. Three groups of four warps hold 64 queries each: one computes
+exponentials while the products of another are under way. Two groups that keep two products under way each, in turns or not, were 6 % slower
+on an H200 (benchmarks/RESULTS.md). Thread q of the four that share a row holds columns 2q, 2q + 1, 2q + 8 and
 2q + 9 of every 16 of a product, and columns 4q to 4q + 3 of every 16 of an operand in eight bits. So keys are loaded in an order in which
 the former are keys 4q to 4q + 3, and weights are operands in the registers in which they were computed.
 
@@ -38,19 +39,17 @@ from .hopper_attend_tile import (
     add_product,
     exp2,
     logits_of,
-    pass_turn,
     prepare_queries,
     product_of,
     products_layout,
     sums_of,
     wait_for,
-    wait_for_turn,
     weights_of,
     words_of,
 )
 
-# queries of a warp group
-ROWS = gl.constexpr(64)
+# queries of a warp group, and groups
+ROWS, GROUPS = gl.constexpr(64), gl.constexpr(3)
 # registers of a thread that loads
 FEW = gl.constexpr(24)
 # tiles of keys that a program could multiply while it starts and ends; an estimate
@@ -83,16 +82,13 @@ def _load(keys, values, ring, key_row, value_row, begin, tiles, N: gl.constexpr,
 
 @gluon.jit
 def _attend(inputs, outputs, ring, query, first, queries, q_token, scale, begin, tiles, count, heads, is_part,
-            GROUP: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-            TURNS: gl.constexpr, ADDS: gl.constexpr):
-    """What a warp group does. Product and logits of two tiles run at the same time if AHEAD, which takes more registers."""
+            N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """What a warp group does."""
     q, mean, key_scales, value_scales = inputs
     k_ring, v_ring, k_full, v_full, free = ring
     unit, of_mean = prepare_queries(q, q_token, first, queries, mean, scale, query, ROWS, D)
     fence_async_shared()
     barrier()
-    if TURNS and GROUP == GROUPS - 1:
-        pass_turn(GROUP, GROUPS)
     pair = gl.arange(0, N // TILE, layout=gl.BlockedLayout([N // TILE], [32], [4], [0]))
     last = begin + tiles - 1
     wait_for(k_full, 0, True, STAGES)
@@ -102,41 +98,23 @@ def _attend(inputs, outputs, ring, query, first, queries, q_token, scale, begin,
     following = gl.load(key_scales + begin * (N // TILE) + pair)
     logits = warpgroup_mma_wait(0, deps=[logits])
     mbarrier.arrive(free.index(0), count=1)
-    weights, most = weights_of(logits, unit, scales, unit, count - last * N, N, True, ADDS)
+    weights, most = weights_of(logits, unit, scales, unit, count - last * N, N, True)
     size = sums_of(weights)
     words = words_of(weights, N)
     total = gl.full((ROWS, D), 0.0, gl.float32, products_layout(D))
     past = gl.full((ROWS,), 0.0, gl.float32, unit.type.layout)
-    if AHEAD:
-        wait_for(k_full, 1, tiles > 1, STAGES)
     for tile in range(1, tiles):
         scales = following
         following = gl.load(key_scales + gl.minimum(begin + tile, last) * (N // TILE) + pair)
-        if AHEAD:
-            if TURNS:
-                wait_for_turn(GROUP)
-            logits = logits_of(query, k_ring, tile, N, STAGES)
-            wait_for(v_full, tile - 1, True, STAGES)
-            product = product_of(words, v_ring, tile - 1, N, STAGES)
-            if TURNS:
-                pass_turn(GROUP, GROUPS)
-            logits = warpgroup_mma_wait(1, deps=[logits])
-        else:
-            wait_for(v_full, tile - 1, True, STAGES)
-            product = product_of(words, v_ring, tile - 1, N, STAGES)
-            total = add_product(total, past, warpgroup_mma_wait(0, deps=[product]))
-            wait_for(k_full, tile, True, STAGES)
-            logits = warpgroup_mma_wait(0, deps=[logits_of(query, k_ring, tile, N, STAGES)])
-            mbarrier.arrive(free.index(tile % STAGES), count=1)
-        weights, larger = weights_of(logits, unit, scales, most, 0, N, False, ADDS)
+        wait_for(v_full, tile - 1, True, STAGES)
+        product = product_of(words, v_ring, tile - 1, N, STAGES)
+        total = add_product(total, past, warpgroup_mma_wait(0, deps=[product]))
+        wait_for(k_full, tile, True, STAGES)
+        logits = warpgroup_mma_wait(0, deps=[logits_of(query, k_ring, tile, N, STAGES)])
+        mbarrier.arrive(free.index(tile % STAGES), count=1)
+        weights, larger = weights_of(logits, unit, scales, most, 0, N, False)
         now_past = exp2(most - larger)
         size = add_product(size, now_past, sums_of(weights))
-        if AHEAD:
-            # here, because the assembler moves exponentials behind a wait for products, but not behind a loop
-            wait_for(k_full, tile + 1, tile + 1 < tiles, STAGES)
-            product = warpgroup_mma_wait(0, deps=[product])
-            mbarrier.arrive(free.index(tile % STAGES), count=1)
-            total = add_product(total, past, product)
         words, past, most = words_of(weights, N), now_past, larger
     wait_for(v_full, tiles - 1, True, STAGES)
     product = warpgroup_mma_wait(0, deps=[product_of(words, v_ring, tiles - 1, N, STAGES)])
@@ -175,8 +153,7 @@ def _barriers(count, STAGES: gl.constexpr):
 def attend_kernel(
     keys, values, q, key_mean, key_scales, value_scales, out, lse, parts, part_lse,
     queries, heads, shared, tokens, row_stride, whole, pieces, q_batch, q_token, q_head, scale,
-    N: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
-    ADDS: gl.constexpr, REGISTERS: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):
     """Attention of queries [C * B, T, H, D] to `tokens` keys; batch entry b of q reads entry b % shared of the history.
 
@@ -207,47 +184,32 @@ def attend_kernel(
     query = gl.allocate_shared_memory(gl.int8, [GROUPS, ROWS, D], held)
     second = (outputs[0], outputs[1], outputs[2] + ROWS * D, outputs[3] + ROWS)
     third = (outputs[0], outputs[1], outputs[2] + 2 * ROWS * D, outputs[3] + 2 * ROWS)
-    if GROUPS == 2:
-        gl.warp_specialize([
-            (_attend, (inputs, outputs, ring, query.index(0), first, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
-                       0, GROUPS, N, D, STAGES, AHEAD, TURNS, ADDS)),
-            (_attend, (inputs, second, ring, query.index(1), first + ROWS, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
-                       1, GROUPS, N, D, STAGES, AHEAD, TURNS, ADDS)),
-            (_load, (keys, values, ring, row * row_stride, row * D, begin, tiles, N, D, STAGES)),
-        ], [4, 1], [REGISTERS, FEW])
-    else:
-        gl.warp_specialize([
-            (_attend, (inputs, outputs, ring, query.index(0), first, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
-                       0, GROUPS, N, D, STAGES, AHEAD, TURNS, ADDS)),
-            (_attend, (inputs, second, ring, query.index(1), first + ROWS, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
-                       1, GROUPS, N, D, STAGES, AHEAD, TURNS, ADDS)),
-            (_attend, (inputs, third, ring, query.index(2), first + 2 * ROWS, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
-                       2, GROUPS, N, D, STAGES, AHEAD, TURNS, ADDS)),
-            (_load, (keys, values, ring, row * row_stride, row * D, begin, tiles, N, D, STAGES)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, FEW])
+    gl.warp_specialize([
+        (_attend, (inputs, outputs, ring, query.index(0), first, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
+                   N, D, STAGES)),
+        (_attend, (inputs, second, ring, query.index(1), first + ROWS, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
+                   N, D, STAGES)),
+        (_attend, (inputs, third, ring, query.index(2), first + 2 * ROWS, queries, q_token, scale, begin, tiles, tokens, heads, is_part,
+                   N, D, STAGES)),
+        (_load, (keys, values, ring, row * row_stride, row * D, begin, tiles, N, D, STAGES)),
+    ], [4, 4, 1], [REGISTERS, REGISTERS, FEW])
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch is cut. groups: of warps, 64 queries each. keys: of a tile. stages: tiles in the ring. ahead, turns, adds: constants of
-    the kernel."""
+    """How a launch is cut. keys: of a tile. stages: tiles in the ring."""
 
-    groups: int = 2
     keys: int = 128
     stages: int = 3
-    ahead: bool = True
-    turns: bool = True
-    adds: bool = False
 
     @property
     def queries(self) -> int:
         """Of a program."""
-        return self.groups * ROWS.value
+        return GROUPS.value * ROWS.value
 
-    def constants(self, head_dim: int) -> dict[str, int | bool]:
+    def constants(self, head_dim: int) -> dict[str, int]:
         """Of the kernel. Warps that load give registers to the groups."""
-        return {"N": self.keys, "D": head_dim, "GROUPS": self.groups, "STAGES": self.stages, "AHEAD": self.ahead, "TURNS": self.turns,
-                "ADDS": self.adds, "REGISTERS": 240 if self.groups == 2 else 160}
+        return {"N": self.keys, "D": head_dim, "STAGES": self.stages, "REGISTERS": 160}
 
     @staticmethod
     def of(head_dim: int) -> Cut:

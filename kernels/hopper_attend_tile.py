@@ -39,19 +39,6 @@ def fma(x, y, z):
 
 
 @gluon.jit
-def wait_for_turn(GROUP: gl.constexpr):
-    """Wait until this warp group may start its products. Barriers with lower numbers are the compiler's."""
-    gl.inline_asm_elementwise("bar.sync $1, 256; mov.u32 $0, 0;", "=r,n", args=[8 + GROUP], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def pass_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
-    """Let the group after this one start; after the last comes the first."""
-    gl.inline_asm_elementwise("bar.arrive $1, 256; mov.u32 $0, 0;", "=r,n", args=[8 + (GROUP + 1) % GROUPS], dtype=gl.int32,
-                              is_pure=False, pack=1)
-
-
-@gluon.jit
 def prepare_queries(q, q_token, first, queries, mean, scale, query, R: gl.constexpr, D: gl.constexpr):
     """Write queries, int8 [R, D], to shared memory. Returns what 1 of a logit is worth before the scale of its key, as a power of two, and
     the product with the mean of the keys, both [R]."""
@@ -108,11 +95,11 @@ def _everywhere(x):
 
 
 @gluon.jit
-def weights_of(logits, unit, scales, most, left, N: gl.constexpr, FIRST: gl.constexpr, ADDS: gl.constexpr):
+def weights_of(logits, unit, scales, most, left, N: gl.constexpr, FIRST: gl.constexpr):
     """Weights of a tile, at most 448, as `_by_thread` orders them, and the largest logit of a row so far [R].
 
     logits: int32 [R, N] in units of `unit` [R] times `scales` [N / TILE]. most: the largest logit before. FIRST: there was none, and only
-    the first `left` keys exist. ADDS: convert to float32 by an addition, whose error the exponent takes back.
+    the first `left` keys exist.
     """
     x = _by_thread(logits, N)
     F: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, x.type.layout)))
@@ -132,11 +119,9 @@ def weights_of(logits, unit, scales, most, left, N: gl.constexpr, FIRST: gl.cons
     shift = gl.expand_dims(gl.convert_layout(SHIFT - largest, gl.SliceLayout(1, F)), 1)
     if FIRST:
         return exp2(x + _everywhere(shift)), largest
-    if ADDS:
-        x = (x + WHOLE_BITS).to(gl.float32, bitcast=True)
-        shift = shift - factor * WHOLE
-    else:
-        x = x.to(gl.float32)
+    # an addition converts to float32 faster than an instruction that converts, and the exponent takes its error back
+    x = (x + WHOLE_BITS).to(gl.float32, bitcast=True)
+    shift = shift - factor * WHOLE
     return exp2(fma(x, _everywhere(factor), _everywhere(shift))), largest
 
 

@@ -52,6 +52,10 @@ def expected(q, v, packed):
     """Attention to the packed keys without another rounding, float64: logits, their log-sum-exp, outputs, and outputs of |v|."""
     repeats, scale = (len(q) // len(v), 1, 1, 1), q.shape[-1] ** -0.5
     rows, row_scale = fast._whole_numbers(q.transpose(1, 2).float(), (-1,))
+    if ON_GPU:
+        # one instruction multiplies and adds, and so rounds the product itself
+        most = q.transpose(1, 2).float().abs().amax(-1, keepdim=True).clamp(min=fast.TINY)
+        rows = (q.transpose(1, 2).double() * fast._divided(fast.INT8, most).double()).round()
     keys = packed.keys[:, :, :v.shape[1]].double() * packed.key_scales.repeat_interleave(fast.TILE, 2)[:, :, :v.shape[1], None]
     logits = rows.double() * row_scale @ keys.mT.repeat(repeats) * scale
     of_mean = q.transpose(1, 2).double() @ packed.key_mean.double()[..., None].repeat(repeats) * scale
@@ -275,7 +279,7 @@ def test_what_is_packed_counts(monkeypatch, changes, limit, first_frames, packs)
         for start, stop in zip(starts, [*starts[1:], total]):
             one = CachedAttention(cache, start_frame=start, frames=stop - start, store=True)
             for layer in range(2):
-                one(layer, *(x[:, :, 1:-1] for x in drawn(1, 1, 12 * (stop - start), 12 * (stop - start), 10, 64, seed=start)))
+                one(layer, *(x[:, :, 1:-1].cpu() for x in drawn(1, 1, 12 * (stop - start), 12 * (stop - start), 10, 64, seed=start)))
     finally:
         backends.remove("packing")
     stats = cache.stats()
