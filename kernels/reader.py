@@ -68,11 +68,15 @@ class Angles:
 
     def __init__(self, rope):
         self._rope, self.frames, self.origin, self.table, self.pairs = rope, 0, 0, None, None
+        # what was replaced, because the second stream may not have read it yet; lengths double, so it takes no more than what replaced it
+        self._before: list[tuple[Tensor, Tensor]] = []
 
     def reach(self, first: int, last: int, device) -> None:
         """Make the table cover frames `first` to `last`, and more, because a video grows."""
         if -self.origin <= first and last < self.frames - self.origin:
             return
+        if self.table is not None:
+            self._before.append((self.table, self.pairs))
         self.origin = max(self.origin, -2 * first)
         self.frames = self.origin + max(2 * last, MIN_FRAMES)
         height, width = self._rope.grid

@@ -208,6 +208,17 @@ def test_decode_keeps_no_span_alive():
     assert span() is None
 
 
+def test_angles_that_are_replaced_stay():
+    """Positions of a later piece may extend the tables while the second stream still reads an earlier piece with the ones before."""
+    from comfyui_qvg.kernels.reader import Angles
+
+    angles = Angles(Rope(64, (2, 3)))
+    angles.reach(0, 40, DEVICE)
+    before = [weakref.ref(part) for part in (angles.table, angles.pairs)]
+    angles.reach(-4, 40, DEVICE)
+    assert angles.origin == 8 and all(part() is not None and part() is not now for part, now in zip(before, (angles.table, angles.pairs)))
+
+
 def test_decode_writes_its_heads_alone():
     """A strided workspace: memory between and after the tokens is unchanged."""
     cache = filled(BARE)
