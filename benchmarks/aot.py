@@ -39,6 +39,7 @@ from ..kernels import (
     hopper_attend_join,
     hopper_decode,
     jobs,
+    join,
     project,
     rotate,
     store,
@@ -100,6 +101,9 @@ PAIR_PACKED = {"k": "*bf16", "v": "*bf16", "keys": "*i8", **dict.fromkeys(("sums
 SCALES = {"roots": "*fp32", **_pairs(scales="*u8", exponents="*i8")}
 WHOLE = {**ENCODED, **_pairs(units="*bf16", channel_scale="*bf16", scales="*u8", exponents="*i8"), "arrived": "*i32", "words": "*i32"}
 JOINED = {"parts": "*fp32", "part_lse": "*fp32", "out": "*bf16", "lse": "*fp32"}
+PARTS = {"first": "*bf16", "second": "*bf16", "out": "*fp32", **dict.fromkeys(("first_lse", "second_lse", "lse"), "*fp32")}
+# the first two parts, another, and the last to its place
+PART_TYPES = {"first": PARTS, "next": PARTS | {"first": "*fp32"}, "last": PARTS | {"first": "*fp32", "out": "*bf16"}}
 ATTENDED_ON_HOPPER = {**JOINED, **ATTENDED, "scale": "fp32"}
 
 
@@ -188,6 +192,8 @@ def variants(target: GPUTarget, few: bool = False) -> Iterator[Variant]:
         for turns in (False, True):
             yield Variant(f"project-d{dim}{'-turns' * turns}", project.project_kernel, PROJECTED,
                           {"D": dim, "LINES": 2048 // dim, "TURNS": turns}, 4)
+        for part, types in PART_TYPES.items():
+            yield Variant(f"join-{part}-d{dim}", join.join_kernel, types, {"D": dim, "LINES": join.ELEMENTS // dim, "UNIT": join.UNIT}, 4)
         if dim in fast.HEAD_DIMS:
             yield from _attend(dim, name, native_e4m3, target.arch // 10 if nvidia else 0)
         try:
@@ -267,6 +273,7 @@ def _ones(nvidia: bool) -> Iterator[Variant]:
         ("residual", store.residual_kernel, {"x": "*bf16", **STORED, "residual": "*fp32"}, {"D": 64, **product, "NATIVE_E4M3": False}),
         ("rotate", rotate.rotate_kernel, ROTATED, {"D": 64, "LINES": 32, "PLACES": True}),
         ("project", project.project_kernel, PROJECTED, {"D": 64, "LINES": 32, "TURNS": True}),
+        ("join", join.join_kernel, PARTS, {"D": 64, "LINES": 32, "UNIT": join.UNIT}),
         ("encode", encode.encode_kernel, ENCODED, {**shape, "BITS": 1, **product}),
         ("encode-scales", encode.scales_kernel, SCALES, {"BLOCK": 64}),
         ("attend", attend.attend_kernel, {**ATTENDED, "values": "*bf16"},

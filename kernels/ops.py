@@ -9,6 +9,7 @@ from .attend import attend
 from .eigh import eigh
 from .encode import encode
 from .encode_transform import encode_transform
+from .join import join
 from .kmeans import kmeans
 from .project import project
 from .reader import read, recover
@@ -19,6 +20,7 @@ from .update import update
 OPS = {
     "assign": assign, "update": update, "kmeans": kmeans, "store": store, "encode": encode, "encode_transform": encode_transform,
     "eigh": eigh, "rotate": rotate, "rotate_chunk": rotate_chunk, "project": project, "decode": read, "recover": recover, "attend": attend,
+    "join": join,
 }
 # with TRITON_INTERPRET=1 kernels run in Python on the CPU, which only tests ask for
 FORCED_DEVICES = () if isinstance(assign_kernel, JITFunction) else ("cpu",)

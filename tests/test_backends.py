@@ -358,9 +358,9 @@ def test_listeners_hear_of_every_variant_of_a_video_once(fresh):
             CachedAttention(cache, start_frame=frame, frames=1, store=True)(0, q, k, v)
             if frame == 1:
                 early = len(said)
-    # fused kernels run instead of the first three, and the others are of another codec, of world models or of fast attention
+    # fused kernels run instead of the first three, and the others are of another codec, of world models of fast attention, or of pieces
     told = {sentence.rpartition(" ")[2] for sentence in said if sentence}
-    assert told == set(backends.OPS) - {"assign", "update", "rotate", "project", "encode_transform", "eigh", "attend"}
+    assert told == set(backends.OPS) - {"assign", "update", "rotate", "project", "encode_transform", "eigh", "attend", "join"}
     assert said[-1] == "" and TOLD.format("decode") in said[early:]
     seen = len(said)
     with backends.force("triton"), backends.on_compile(said.append):

@@ -27,7 +27,8 @@ def test_compiles_without_spills(target):
     names = " ".join(report["name"] for report in reports)
     assert all(kernel in names for kernel in (
         "decode", "assign", "sums", "means", "store", "residual", "encode-d", "encode-scales", "decode-transform", "bit-vectors",
-        "encode-transform", "pack", "rotate", "project", "attend-d", "attend-sums", "attend-pack"))
+        "encode-transform", "pack", "rotate", "project", "join-first", "join-next", "join-last", "attend-d",
+        "attend-sums", "attend-pack"))
     for kernel in ("encode-hopper", "decode-hopper", "attend-hopper", "attend-join"):
         assert (kernel in names) == (target == "cuda:90")
     for report in reports:

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from comfyui_qvg.benchmarks.planes import PLANES
 from comfyui_qvg.qvg.attention import CachedAttention, Rope, sdpa, widened
+from comfyui_qvg.qvg.attention import pieces as attention_pieces
 from comfyui_qvg.qvg.attention.functions import eight_bits
-from comfyui_qvg.qvg.attention.pieces import Running, _plain, partial
+from comfyui_qvg.qvg.attention.pieces import Running, _plain, by_cudnn, partial
 from comfyui_qvg.qvg.cache import codebook_lifetime
 from comfyui_qvg.qvg.cache import geometry as geometries
 from comfyui_qvg.qvg.cache.forecast import forecast
@@ -316,3 +318,51 @@ class TestFullSize:
         exact = CachedAttention(limited(cache, 0), start_frame=21, frames=CHUNK, store=False)
         for layer, near in enumerate(results[0]):
             torch.testing.assert_close(near, exact(layer, q, k, v), rtol=0, atol=5e-6)
+
+
+def test_what_cudnn_refuses_is_not_tried_again(caplog, monkeypatch):
+    monkeypatch.setattr(attention_pieces, "_refused", set())
+    q, k, v = (drawn(1, 2, 6, 32, seed=seed, dtype=torch.bfloat16) for seed in range(3))
+    with caplog.at_level("INFO"):
+        # there is no cuDNN on a CPU
+        assert [by_cudnn(*(x[..., :dim] for x in (q, k, v))) for dim in (32, 32, 16, 32)] == [None] * 4
+        assert by_cudnn(q, k[:, :, :0], v[:, :, :0]) is None
+    assert [record.args[0] for record in caplog.records] == [32, 16]
+    assert attention_pieces._refused == {(q.device, 32, q.dtype), (q.device, 16, q.dtype)}
+
+
+def test_cudnn_without_memory_is_not_refused(monkeypatch):
+    monkeypatch.setattr(attention_pieces, "_refused", set())
+
+    class Full(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if "cudnn_attention" in str(function):
+                raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+            return function(*arguments, **(options or {}))
+
+    q, k, v = (drawn(1, 2, 6, 32, seed=seed, dtype=torch.bfloat16) for seed in range(3))
+    with Full(), pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        by_cudnn(q, k, v)
+    assert not attention_pieces._refused
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() < (9, 0),
+                    reason="pieces are attended to by cuDNN from compute capability 9.0 on")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("keys", [1, 77, 1560, 4 * 1560])
+def test_cudnn_is_flash_attention(keys, dim, dtype):
+    """Of some heads of a wider tensor, as pieces come."""
+    q, k, v = (drawn(2, count, 12, dim, seed=seed, device="cuda", dtype=dtype)[:, :, 3:6] for seed, count in enumerate((333, keys, keys)))
+    found = by_cudnn(*(x.transpose(1, 2) for x in (q, k, v)))
+    assert found is not None
+    out, lse = partial(q, k, v)
+    assert torch.equal(out, found[0].transpose(1, 2)) and torch.equal(lse, found[1].transpose(1, 2))
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        near, sums = partial(q, k, v)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert (out.float() - near.float()).norm() < {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype] * near.float().norm()
+    torch.testing.assert_close(lse, sums, rtol=0, atol=2e-5)

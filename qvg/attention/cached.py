@@ -113,8 +113,7 @@ class CachedAttention:
                     running = unfinished.setdefault(heads.start, [Running() for _ in own])
                     if piece is None:
                         for at, joined in zip(own, unfinished.pop(heads.start)):
-                            joined.add(*exact(q[at, :, heads], k[at, :, heads], v[at, :, heads]))
-                            out[at, :, heads] = joined.result(out.dtype)
+                            joined.finish(out[at, :, heads], *exact(q[at, :, heads], k[at, :, heads], v[at, :, heads]))
                     elif piece.coarse and rough is not None:
                         outs, sums = rough(q[:, :, heads], keys, values, workspace.packing(number))
                         for at, joined in zip(own, running):

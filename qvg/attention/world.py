@@ -157,7 +157,7 @@ class WorldAttention:
                         for frames, pair in self._new_frames(reader, heads, number, k, v):
                             _add(branches, self._branches(reader, number, pair, frames), exact)
                         for out, (_, running) in zip(outs, branches):
-                            out[:, :, heads] = running.result(out.dtype)
+                            running.finish(out[:, :, heads])
                         continue
                     attention = exact
                     if piece.coarse and history_in_few:

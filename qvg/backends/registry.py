@@ -29,6 +29,7 @@ OPS = {
     "recover": "spans to tokens, keys before RoPE",
     "decode": "spans to keys and values, with RoPE",
     "attend": "attention in eight bits",
+    "join": "attention to parts of the keys, joined",
 }
 # the name of the reference implementations, which are in plain torch
 REFERENCE = "torch"
