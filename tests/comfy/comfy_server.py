@@ -62,6 +62,8 @@ class ComfyServer:
         link = self.folder("custom_nodes") / self.name
         if not link.is_symlink():
             link.symlink_to(self.pack, target_is_directory=True)
+        # someone who is not here for the first time, to whom the frontend opens no dialog
+        (self.folder("user", "default") / "comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')
         self.port = free_port()
         path = os.pathsep.join(filter(None, [str(SHIMS), os.environ.get("PYTHONPATH")]))
         with open(self.base / "server.log", "w") as log:

@@ -174,14 +174,14 @@ def test_the_node_shows_its_path(page, comfy, modern, tmp_path_factory):
     }""")
     page.evaluate("app.queuePrompt(0, 1)")
     try:
-        page.wait_for_function("app.rootGraph.nodes[0].qvgText?.root?.innerText.includes('80 latent frames: 20 chunks')", timeout=120_000)
+        page.wait_for_function("app.rootGraph.nodes[0].qvgText?.root?.innerText.includes('80 latent frames: 20 chunks')")
         page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         page.wait_for_timeout(2000)
         page.screenshot(path=tmp_path_factory.getbasetemp() / f"camera path {'modern' if modern else 'classic'}.png")
         # the preview: an element in Nodes 2.0, drawn on the canvas before
         seen = ("[...document.querySelectorAll('[data-node-id] img')].some(image => image.naturalWidth === 640)" if modern else
                 "app.rootGraph.nodes[0].imgs?.[0]?.naturalWidth === 640")
-        page.wait_for_function(seen, timeout=20_000)
+        page.wait_for_function(seen)
         errors = [text for kind, text in page.console if kind in ("error", "pageerror") and "qvg" in text.lower()]
         assert errors == []
     finally:

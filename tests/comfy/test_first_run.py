@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from comfy_browser import settled
 from comfy_server import PACK
 from template_graphs import FIRST, TEMPLATES
 
@@ -17,16 +18,14 @@ def test_from_browse_templates_to_a_video(page, comfy, tmp_path_factory):
     shots = tmp_path_factory.getbasetemp()
     page.get_by_text("Templates", exact=True).first.click()
     page.get_by_text(PACK, exact=True).first.click()
-    page.wait_for_timeout(2000)
-    page.screenshot(path=shots / "templates.png")
-    shown = page.inner_text("body")
-    missing = [name for name in TEMPLATES if name not in shown]
-    assert missing == []
+    missing = "names => names.filter(name => !document.body.innerText.includes(name))"
+    assert settled(page, missing, lambda names: not names, list(TEMPLATES)) == []
     # the browser loads the pictures that are in sight
-    pictures = page.evaluate("[...document.images].filter(image => image.naturalWidth === 480 && image.naturalHeight === 480).length")
-    assert pictures >= 4
+    pictures = "[...document.images].filter(image => image.naturalWidth === 480 && image.naturalHeight === 480).length"
+    assert settled(page, pictures, lambda count: count >= 4) >= 4
+    page.screenshot(path=shots / "templates.png")
     page.get_by_text(FIRST, exact=True).first.click()
-    page.wait_for_function("app.graph.nodes.some(node => node.type === 'QVGMemoryMonitor')", timeout=20_000)
+    page.wait_for_function("app.graph.nodes.some(node => node.type === 'QVGMemoryMonitor')")
     page.wait_for_timeout(1000)
     before = set(comfy.get(comfy.url + "/history"))
     page.get_by_role("button", name=re.compile("^Run")).first.click()
@@ -50,9 +49,9 @@ def test_help_opens_beside_the_node(page, tmp_path_factory):
     }""")
     page.wait_for_timeout(800)
     page.locator('[data-testid="info-button"]').first.click()
-    page.get_by_text("Expert settings").first.wait_for(timeout=15_000)
-    page.wait_for_timeout(1000)
-    widths = page.evaluate("[...document.images].filter(image => image.src.includes('/docs/images/')).map(image => image.naturalWidth)")
+    page.get_by_text("Expert settings").first.wait_for()
+    widths = settled(page, "[...document.images].filter(image => image.src.includes('/docs/images/')).map(image => image.naturalWidth)",
+                     lambda found: found and min(found) > 300)
     assert widths and min(widths) > 300
     page.screenshot(path=tmp_path_factory.getbasetemp() / "help.png")
 
@@ -63,30 +62,35 @@ def test_the_widget_follows_the_theme(page, tmp_path_factory):
     colours = {}
     for theme in ("dark", "light"):
         page.evaluate("theme => app.extensionManager.setting.set('Comfy.ColorPalette', theme)", theme)
-        page.wait_for_timeout(1000)
-        colours[theme] = page.evaluate("(() => { const s = getComputedStyle(document.querySelector('.qvg-monitor'));"
-                                       " return [s.color, s.backgroundColor] })()")
+        page.wait_for_timeout(500)
+        colours[theme] = settled(page, "(() => { const s = getComputedStyle(document.querySelector('.qvg-monitor'));"
+                                       " return [s.color, s.backgroundColor] })()",
+                                 lambda found: all(one != other for one, other in zip(found, colours.get("dark", [None, None]))))
     page.screenshot(path=tmp_path_factory.getbasetemp() / "light.png")
     page.evaluate("app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
     assert colours["dark"][0] != colours["light"][0] and colours["dark"][1] != colours["light"][1]
 
 
 def test_a_warning_only_under_pressure(page):
-    """The forecast of a run against free memory: too much brings one toast, enough none, and the setting turns it off."""
-    def toasts(need, free):
-        page.evaluate("""({need, free}) => app.api.dispatchCustomEvent('qvg.memory', {
-          nodes: [], workflow: '', run: 'x', points: [], now: null, ended: false, free_bytes: free, forecast: {peak_bytes: need}})""",
-                      {"need": need, "free": free})
-        page.wait_for_timeout(600)
-        # newer frontends say it once more, with all of its text, to screen readers
-        return page.get_by_text("KV cache may not fit", exact=True).count()
+    """The forecast of a run against free memory: enough brings no toast, too much brings one, and the setting turns it off."""
+    said, gib = page.get_by_text("KV cache may not fit", exact=True), 2**30
 
-    gib = 2**30
-    assert toasts(4 * gib, 8 * gib) == 0
-    assert toasts(12 * gib, 8 * gib) == 1
-    assert "12.0 GiB" in page.inner_text("body") and "8.0 GiB" in page.inner_text("body")
+    def begin(run, need):
+        page.evaluate("""({run, need, free}) => app.api.dispatchCustomEvent('qvg.memory', {
+          nodes: [], workflow: '', run, points: [], now: null, ended: false, free_bytes: free, forecast: {peak_bytes: need}})""",
+                      {"run": run, "need": need, "free": 8 * gib})
+        page.wait_for_timeout(600)
+
+    begin("enough", 4 * gib)
+    assert said.count() == 0
     page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Toasts', false)")
     try:
-        assert toasts(12 * gib, 8 * gib) == 1
+        begin("off", 12 * gib)
+        assert said.count() == 0
     finally:
         page.evaluate("app.extensionManager.setting.set('QVG.Monitor.Toasts', true)")
+    begin("too much", 12 * gib)
+    said.first.wait_for()
+    # newer frontends say it once more, with all of its text, to screen readers
+    assert said.count() == 1
+    assert "12.0 GiB" in page.inner_text("body") and "8.0 GiB" in page.inner_text("body")

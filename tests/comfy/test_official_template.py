@@ -6,6 +6,7 @@ exchanged: the names of the files, and the text encoder, of which there is no ti
 
 import pytest
 
+from comfy_browser import settled
 from comfyui_qvg.qvg.demo import HEIGHT, NETWORK_FILE, PROMPTS, VAE_FILE, WIDTH
 
 NAME = "video_causal_forcing_i2v"
@@ -82,11 +83,10 @@ def test_it_runs_with_the_cache_quantized(page, comfy, modern):
     assert report["forecast"]["stored_bytes"] == report["now"]["stored_bytes"] < report["now"]["bf16_bytes"]
     saved = [item["filename"] for output in entry["outputs"].values() for item in output.get("images", ())]
     assert [name for name in saved if name.endswith(".mp4")]
-    page.wait_for_timeout(1500)
-    shown = page.evaluate("""() => {
+    shown = settled(page, """() => {
       const inside = app.rootGraph.nodes.find(node => node.subgraph).subgraph
-      return inside.nodes.find(node => node.type === 'QVGMemoryMonitor').qvgMonitor.state.now.stored_bytes
-    }""")
+      return inside.nodes.find(node => node.type === 'QVGMemoryMonitor').qvgMonitor.state?.now?.stored_bytes
+    }""", lambda found: found == report["now"]["stored_bytes"])
     assert shown == report["now"]["stored_bytes"], "the chart inside the subgraph has the run"
     page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
     assert [text for kind, text in page.console if kind in ("error", "pageerror") and "qvg" in text.lower()] == []

@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from comfy_browser import wait_until_ready
+from comfy_browser import settled, wait_until_ready
 from comfy_paths import REPOSITORY
 
 TEMPLATES = REPOSITORY / "workflows"
@@ -28,6 +28,7 @@ def files(tiny_model):
 @pytest.fixture(params=[False, True], ids=["classic", "nodes 2.0"])
 def canvas(page, request):
     page.evaluate(MODERN, request.param)
+    page.wait_for_function("on => LiteGraph.vueNodesMode === on", arg=request.param)
     page.wait_for_timeout(500)
     yield page
     page.evaluate(MODERN, False)
@@ -52,14 +53,13 @@ def test_a_plan_stays_on_its_node(canvas, comfy, tmp_path_factory):
     page.evaluate(ADD, "QVGPlanMemory")
     page.evaluate(FIT)
     page.evaluate("app.queuePrompt(0, 1)")
-    page.wait_for_function("app.rootGraph.nodes[0].qvgText?.root?.innerText.includes('Balanced: peak')", timeout=120_000)
-    page.wait_for_timeout(1500)
-    first = page.evaluate(TEXT, "QVGPlanMemory")
+    page.wait_for_function("app.rootGraph.nodes[0].qvgText?.root?.innerText.includes('Balanced: peak')")
+    first = settled(page, TEXT, lambda found: found["shown"] and found["hidden"] <= 0, "QVGPlanMemory")
     assert first["shown"] and first["hidden"] <= 0 and first["breaks"] == "normal" and len(first["text"].splitlines()) >= 5
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"plan {page.evaluate('LiteGraph.vueNodesMode')}.png")
     page.reload(wait_until="domcontentloaded")
     wait_until_ready(page)
-    page.wait_for_function("app.rootGraph.nodes[0]?.qvgText?.root?.innerText.includes('Balanced: peak')", timeout=20_000)
+    page.wait_for_function("app.rootGraph.nodes[0]?.qvgText?.root?.innerText.includes('Balanced: peak')")
     assert page.evaluate(TEXT, "QVGPlanMemory")["text"] == first["text"]
 
 
@@ -141,14 +141,13 @@ def test_the_panel_beside_the_graph_leaves_the_chart_on_its_node(canvas, tmp_pat
     page = canvas
     page.evaluate(LOAD, json.loads((TEMPLATES / "Tiny model - text to video.json").read_text()))
     page.evaluate(FIT)
-    page.wait_for_timeout(1000)
-    width = "document.querySelector('.qvg-monitor').offsetWidth"
-    before = page.evaluate(width)
+    width = "document.querySelector('.qvg-monitor')?.offsetWidth ?? 0"
+    before = settled(page, width, lambda found: found > 400)
     page.get_by_label("Toggle properties panel").first.click()
     page.evaluate("app.canvas.selectNode(app.rootGraph.nodes.find(node => node.type === 'QVGMemoryMonitor'))")
     page.wait_for_timeout(1500)
     page.screenshot(path=tmp_path_factory.getbasetemp() / f"panel {page.evaluate('LiteGraph.vueNodesMode')}.png")
-    assert page.evaluate(width) == pytest.approx(before, abs=2) and before > 400
+    assert settled(page, width, lambda found: found > 0) == pytest.approx(before, abs=2) and before > 400
     shown = page.evaluate("document.body.innerText")
     assert "qvg_memory" not in shown and "qvg_text" not in shown
 
@@ -166,14 +165,15 @@ MEET = """() => {
 
 def test_no_node_of_a_template_hides_another_in_nodes_2(page):
     page.evaluate(MODERN, True)
+    page.wait_for_function("LiteGraph.vueNodesMode")
     try:
         for path in sorted(TEMPLATES.glob("*.json")):
             workflow = json.loads(path.read_text())
             page.evaluate(LOAD, workflow)
             page.evaluate(FIT)
-            page.wait_for_timeout(1200)
-            count, meeting = page.evaluate(MEET)
-            assert count == len(workflow["nodes"]) and meeting == [], path.stem
+            page.wait_for_timeout(700)
+            nodes = len(workflow["nodes"])
+            assert settled(page, MEET, lambda found: found == [nodes, []]) == [nodes, []], path.stem  # noqa: B023
     finally:
         page.evaluate(MODERN, False)
 
@@ -196,11 +196,11 @@ def test_stop_says_what_goes_on(page, comfy):
     known = set(comfy.get(comfy.url + "/history"))
     page.evaluate("app.queuePrompt(0, 1)")
     page.wait_for_function("""() => { const shown = document.querySelector('.qvg-monitor')?.dataset
-                                      return shown?.phase === 'sampling' && Number(shown.stored) > 0 }""", timeout=300_000)
+                                      return shown?.phase === 'sampling' && Number(shown.stored) > 0 }""")
     comfy.interrupt()
-    page.get_by_text("Press Stop again to end immediately", exact=False).first.wait_for(timeout=120_000)
-    page.wait_for_function("document.querySelector('.qvg-monitor').dataset.phase === 'stopped'", timeout=60_000)
-    assert page.evaluate(TEXT, "QVGARVideoSampler")["text"].startswith("Stopped. The ")
+    page.get_by_text("Press Stop again to end immediately", exact=False).first.wait_for()
+    page.wait_for_function("document.querySelector('.qvg-monitor').dataset.phase === 'stopped'")
+    page.wait_for_function(f"({TEXT})('QVGARVideoSampler')?.text.startsWith('Stopped. The ')")
     comfy.interrupt()
     (prompt,) = comfy.wait_until(lambda: set(comfy.get(comfy.url + "/history")) - known, 300, "the run to end")
     assert "execution_interrupted" in [kind for kind, _ in comfy.history(prompt)["status"]["messages"]]
