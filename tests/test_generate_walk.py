@@ -219,20 +219,20 @@ def test_a_killed_process_and_ctrl_c_leave_a_whole_session(files, tmp_path):
         way = ("--memory", "bank", "--camera", moves, "--save-every", "1", "--out", out)
         run = subprocess.Popen([*TOGETHER, "generate", *own, *way, *more],
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while (not place.exists() or place.stat().st_mtime_ns == before) and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         return run
 
     run = started()
     os.kill(second_of(run.pid), signal.SIGKILL)
-    said = run.communicate(timeout=300)[1]
+    said = run.communicate(timeout=600)[1]
     assert run.returncode != 0 and "qvg: Another rank of this video ended (" in said, said
     first = walk_session.load(place)
     assert 0 < first.frames_done < first.run.frames == len(first.cameras) and latents(out).shape[2] >= first.frames_done
     run = started("--resume")
     os.killpg(run.pid, signal.SIGINT)
-    run.communicate(timeout=300)
+    run.communicate(timeout=600)
     then = walk_session.load(place)
     assert first.frames_done < then.frames_done < then.run.frames
     # as long as what is there and one chunk more

@@ -27,7 +27,7 @@ def together(folder: Path, size: int, **case) -> dict:
     case, place = {"out": "out.pt"} | case, folder / f"ranks-{uuid4().hex}"
     processes = [subprocess.Popen([sys.executable, WORKER, folder, str(rank), str(size), place, json.dumps(case)],
                                   stderr=subprocess.PIPE, text=True) for rank in range(size)]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     ended = [process.returncode for process in processes]
     assert ended == [0, *[9 if case.get("dies") else 0] * (size - 1)], "\n".join(errors)
     return torch.load(folder / case["out"])

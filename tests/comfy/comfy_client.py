@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 PREVIEW, TEXT, PREVIEW_WITH_METADATA = 1, 3, 4
+PATIENCE = 600  # seconds, for what takes a few where no other process has the cores
 
 
 class ComfyError(RuntimeError):
@@ -53,8 +54,8 @@ class ComfyClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._listen(),), daemon=True)
         self._thread.start()
-        if not self._connected.wait(30):
-            raise TimeoutError(f"no websocket at {url} within 30 s")
+        if not self._connected.wait(PATIENCE):
+            raise TimeoutError(f"no websocket at {url} within {PATIENCE} s")
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._listener.cancel)
@@ -62,7 +63,7 @@ class ComfyClient:
 
     # -- graphs
 
-    def run(self, prompt: dict, timeout: float = 120) -> dict:
+    def run(self, prompt: dict, timeout: float = PATIENCE) -> dict:
         """Queues `prompt` and waits: {node id: {output name: [...]}} of its output nodes."""
         return self.wait(self.submit(prompt), timeout)
 
@@ -74,7 +75,7 @@ class ComfyClient:
             details = json.loads(refusal.read())
             raise ComfyError(_refusal_text(details), details) from None
 
-    def wait(self, prompt_id: str, timeout: float = 120) -> dict:
+    def wait(self, prompt_id: str, timeout: float = PATIENCE) -> dict:
         """The history outputs of a queued prompt, once it has ended and its messages have come."""
         entry = self.wait_until(lambda: self.history(prompt_id), timeout, f"prompt {prompt_id}")
         # the last message of a run comes after its history: from here on `messages` is complete
@@ -117,7 +118,7 @@ class ComfyClient:
         """The data of all messages of this type, from the `since`-th message on."""
         return [message.data for message in self.messages[since:] if message.type == kind]
 
-    def wait_for(self, kind: str, where=lambda data: True, timeout: float = 60, since: int = 0) -> dict:
+    def wait_for(self, kind: str, where=lambda data: True, timeout: float = PATIENCE, since: int = 0) -> dict:
         """The first message of this type for which `where(data)` holds, waited for if it has not come yet."""
         return self.wait_until(
             lambda: next(filter(where, self.of_type(kind, since)), None), timeout, f"a {kind} message"
@@ -136,14 +137,14 @@ class ComfyClient:
     # -- transport
 
     @staticmethod
-    def get(url: str, timeout: float = 60):
+    def get(url: str, timeout: float = PATIENCE):
         with urllib.request.urlopen(url, timeout=timeout) as answer:
             return json.load(answer)
 
     def post(self, path: str, body: dict):
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 

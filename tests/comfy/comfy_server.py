@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 import urllib.error
+from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 
 from comfy_client import ComfyClient
 from comfy_paths import REPOSITORY, SHIMS, find_comfyui
@@ -142,6 +144,10 @@ class ComfyServer:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that systems give to whoever asks for any, and above those of Ray's workers: ComfyUI listens seconds later, and until
+    then another process could get it."""
+    while True:
+        port = SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

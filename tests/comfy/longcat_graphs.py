@@ -88,7 +88,7 @@ def build(file="longcat.safetensors", dtype="default", preset="Balanced", lora=N
 
 def run(comfy, graph):
     """(latents, how many frames, the monitor's report or None)"""
-    outputs = comfy.run(graph, timeout=180)
+    outputs = comfy.run(graph)
     latents = load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"]
     assert latents.isfinite().all()
     report = json.loads(outputs["report"]["text"][0]) if "report" in outputs else None

@@ -68,9 +68,9 @@ def test_comfy_cli_accepts_and_packs_the_same_files(tmp_path):
     """In a clone, because `comfy node pack` writes beside what it packs."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(REPOSITORY), str(clone)], check=True)
-    valid = subprocess.run([COMFY, "--skip-prompt", "node", "validate"], cwd=clone, capture_output=True, text=True, timeout=120)
+    valid = subprocess.run([COMFY, "--skip-prompt", "node", "validate"], cwd=clone, capture_output=True, text=True, timeout=600)
     assert valid.returncode == 0 and "warning" not in (valid.stdout + valid.stderr).lower(), valid.stdout + valid.stderr
-    packed = subprocess.run([COMFY, "--skip-prompt", "node", "pack"], cwd=clone, capture_output=True, text=True, timeout=120)
+    packed = subprocess.run([COMFY, "--skip-prompt", "node", "pack"], cwd=clone, capture_output=True, text=True, timeout=600)
     assert packed.returncode == 0, packed.stdout + packed.stderr
     with zipfile.ZipFile(clone / "node.zip") as file:
         names = {name for name in file.namelist() if not name.endswith("/")}

@@ -70,7 +70,7 @@ def texts(server, graph, *nodes):
     """What the nodes showed, in order."""
     client = server.client
     client.messages.clear()
-    client.run(graph, timeout=120)
+    client.run(graph)
     return [[data["text"] for data in client.of_type("qvg.text") if data["node"] == node] for node in nodes]
 
 

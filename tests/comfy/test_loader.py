@@ -51,7 +51,7 @@ def sample(comfy, loader, quantized=False, lora=None):
             "latent_image": ["latent", 0]}},
         "save": {"class_type": "SaveLatent", "inputs": {"samples": ["sample", 0], "filename_prefix": "loader"}},
     }
-    outputs = comfy.run(nodes, timeout=120)
+    outputs = comfy.run(nodes)
     return load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"]
 
 

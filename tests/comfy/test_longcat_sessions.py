@@ -25,7 +25,7 @@ def graph_of(**settings):
 
 def made(comfy, **settings):
     """(latents, frames as one array)"""
-    return collected(comfy, comfy.run(graph_of(**settings), timeout=180))
+    return collected(comfy, comfy.run(graph_of(**settings)))
 
 
 def collected(comfy, outputs):
@@ -74,7 +74,7 @@ def test_an_interrupt_within_a_segment_loses_that_segment_alone(comfy, carry):
     whole = made(comfy, segments=6, steps=12, carry=carry, seed=5)
     interrupted(comfy, graph_of(segments=6, steps=12, carry=carry, seed=5, save="broken", every=1000), 12 + 12 + 5)
     again = graph_of(segments=6, steps=12, carry=carry, seed=5, load="broken", save="broken")
-    outputs = comfy.run(again, timeout=180)
+    outputs = comfy.run(again)
     assert comfy.of_type("progress")[0]["value"] > 24, "progress begins where the run was stopped"
     assert equal(collected(comfy, outputs), whole)
 
@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_goes_on(start_comfy):
     (other.folder("output", "video_sessions") / "killed.safetensors").write_bytes(
         (server.folder("output", "video_sessions") / "killed.safetensors").read_bytes())
     graph = graph_of(load="killed", **settings)
-    assert equal(collected(other.client, other.client.run(graph, timeout=180)), whole)
+    assert equal(collected(other.client, other.client.run(graph)), whole)
 
 
 def test_a_session_and_a_stream(comfy):
@@ -105,7 +105,7 @@ def test_a_session_and_a_stream(comfy):
 
     whole = made(comfy, seed=7)
     made(comfy, segments=2, seed=7, save="streamed", stream_to="video/first")
-    outputs = comfy.run(graph_of(seed=7, load="streamed", save="streamed", stream_to="video/rest"), timeout=180)
+    outputs = comfy.run(graph_of(seed=7, load="streamed", save="streamed", stream_to="video/rest"))
     path = comfy.output_path(outputs["continue"]["images"][0])
     with av.open(str(path)) as file:
         frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in file.decode(video=0)]
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused(comfy, name):
         made(comfy, segments=2, steps=1, save="refused")
     settings, sentence = REFUSED[name]
     with pytest.raises(ComfyError, match=sentence):
-        comfy.run(graph_of(**{"load": "refused"} | settings), timeout=60)
+        comfy.run(graph_of(**{"load": "refused"} | settings))
 
 
 def test_sessions_of_the_two_families_are_not_mixed_up(comfy, comfy_server):

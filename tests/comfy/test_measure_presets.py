@@ -41,7 +41,7 @@ def build(loader="UNETLoader", file=NETWORK_FILE, own=None, negative=False, sigm
 
 def measured(comfy, **inputs):
     """The report and all outputs."""
-    outputs = comfy.run(build(**inputs), timeout=300)
+    outputs = comfy.run(build(**inputs))
     return json.loads(outputs["report"]["text"][0]), outputs
 
 

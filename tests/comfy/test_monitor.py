@@ -50,7 +50,7 @@ def report_of(outputs):
 
 @pytest.mark.parametrize("block", [3, 5])
 def test_report_chart_and_forecast(comfy, block):
-    outputs = comfy.run(graph("Balanced", seed=block, block=block), timeout=120)
+    outputs = comfy.run(graph("Balanced", seed=block, block=block))
     report = report_of(outputs)
     now = report["now"]
     chunks = [min(start + block, 12) for start in range(0, 12, block)]
@@ -68,7 +68,7 @@ def test_report_chart_and_forecast(comfy, block):
 
 def test_moments_reach_the_monitor_while_sampling(comfy):
     """Through another node, and before the monitor itself is executed; the node that patched the model shows two lines."""
-    comfy.run(graph("Smallest", seed=7, watched="shift"), timeout=120)
+    comfy.run(graph("Smallest", seed=7, watched="shift"))
     kinds = [message.type for message in comfy.messages if message.type == "qvg.memory"
              or (message.type == "executing" and message.data["node"] == "monitor")]
     assert kinds.index("qvg.memory") < kinds.index("executing"), "nothing was sent before the monitor was executed"
@@ -82,7 +82,7 @@ def test_moments_reach_the_monitor_while_sampling(comfy):
 
 
 def test_a_page_that_comes_later_gets_the_whole_run(comfy):
-    outputs = comfy.run(graph("Balanced", seed=11), timeout=120)
+    outputs = comfy.run(graph("Balanced", seed=11))
     (report,) = outputs["monitor"]["qvg_memory"]
     run = comfy.get(comfy.url + "/qvg/memory?workflow=")["runs"][-1]
     assert run["nodes"] == ["monitor"] and run["chart"] == report["chart"] and run["now"] == report["now"]
@@ -92,7 +92,7 @@ def test_a_page_that_comes_later_gets_the_whole_run(comfy):
 @pytest.mark.parametrize("preset", ["Balanced", "Tiny"])
 def test_bytes_by_precision_add_up(comfy, preset):
     """Also with fractions of a bit, which are keys of the report as they are written: "0.5"."""
-    outputs = comfy.run(graph(preset, seed=12), timeout=120)
+    outputs = comfy.run(graph(preset, seed=12))
     now, settings = report_of(outputs)["now"], PRESETS[preset.lower()]
     assert sum(now["by_bits"].values()) + now["by_kind"]["codebooks"] == now["stored_bytes"]
     assert set(now["by_bits"]) == {str(settings.key.bits), str(settings.sink_bits)}, "sinks and recent frames are held differently"
@@ -101,14 +101,14 @@ def test_bytes_by_precision_add_up(comfy, preset):
 
 
 def test_off_counts_cores_own_cache(comfy):
-    now = report_of(comfy.run(graph("Off", seed=8), timeout=120))["now"]
+    now = report_of(comfy.run(graph("Off", seed=8)))["now"]
     # float32 on the CPU: twice the bytes of bf16
     assert now["stored_bytes"] == 2 * now["bf16_bytes"] == now["by_kind"]["plain"]
 
 
 def test_an_unpatched_model_is_refused(comfy):
     with pytest.raises(ComfyError, match="is not watched"):
-        comfy.run(graph("Balanced", seed=9, watched="load"), timeout=120)
+        comfy.run(graph("Balanced", seed=9, watched="load"))
 
 
 def test_available_memory(comfy_modules):

@@ -45,7 +45,7 @@ def graph(seed, names=None, sampler="SamplerARVideo", preset="Smallest"):
 def shown(comfy, prompt):
     """(nodes that got a text, nodes that got a chart) while the graph ran."""
     comfy.messages.clear()
-    outputs = comfy.run(prompt, timeout=120)
+    outputs = comfy.run(prompt)
     texts = {data["node"] for data in comfy.of_type("qvg.text")}
     charts = {node for data in comfy.of_type("qvg.memory") for node in data["nodes"]}
     return texts, charts, outputs

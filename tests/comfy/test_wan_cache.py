@@ -52,7 +52,7 @@ def graph(preset=None, frames=12, block=3, checkpoint="random_causal.safetensors
 
 
 def sample(comfy, **kwargs):
-    outputs = comfy.run(graph(**kwargs), timeout=120)
+    outputs = comfy.run(graph(**kwargs))
     return load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"]
 
 

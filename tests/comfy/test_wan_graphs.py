@@ -67,7 +67,7 @@ def build(seed=1, frames=9, block=3, preset="Balanced", dtype="default", image=F
 
 def run(comfy, graph):
     """(latent, the monitor's report or None)"""
-    outputs = comfy.run(graph, timeout=180)
+    outputs = comfy.run(graph)
     latent = load_file(comfy.output_path(outputs["save"]["latents"][0]))["latent_tensor"]
     return latent, json.loads(outputs["report"]["text"][0]) if "report" in outputs else None
 
@@ -229,6 +229,6 @@ WRONG = {
 def test_wrong_use_has_a_sentence_and_leaves_no_harm(comfy, name):
     make, sentence = WRONG[name]
     with pytest.raises(ComfyError, match=sentence):
-        comfy.run(make(), timeout=60)
+        comfy.run(make())
     assert not comfy.of_type("progress"), "refused before the first step"
     assert run(comfy, build(frames=3))[0].isfinite().all()

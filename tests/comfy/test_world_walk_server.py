@@ -27,7 +27,7 @@ def comfy(server):
 
 
 def run(comfy, graph):
-    return results(comfy, comfy.run(graph, timeout=240))
+    return results(comfy, comfy.run(graph))
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -51,7 +51,7 @@ def test_what_is_loaded_names_the_territory_of_the_licence(comfy):
     graph = build("8b", moves="w-3")
     # as it was not loaded before
     graph["load"]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
-    said = comfy.run(graph, timeout=120)["load"]["qvg_text"][0]
+    said = comfy.run(graph)["load"]["qvg_text"][0]
     assert "HY-WorldPlay 8B" in said and "excludes the European Union, the United Kingdom and South Korea" in said
 
 
@@ -86,4 +86,4 @@ def test_refusals_reach_the_page(comfy):
         if inputs.get("negative", 0) is None:
             del graph["walk"]["inputs"]["negative"]
         with pytest.raises(ComfyError, match=sentence):
-            comfy.run(graph, timeout=120)
+            comfy.run(graph)
