@@ -45,12 +45,12 @@ NOT_SENT = [".git", "benchmarks", "docs", "locales", "subgraphs", "tests", "web"
 LOOPBACK = "127.0.0.1"
 # bytes; nothing is put there, and Ray refuses less
 OBJECT_STORE = 80 << 20
-# how Ray behaves in this process: it tells nobody, does not look minutes for a cluster that is not there (seconds), kills no rank where
-# other programs fill the memory, and waits until it knows why one ended (milliseconds), where a busy machine needs more than a second
-RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_py_gcs_connect_timeout_s": "5", "RAY_memory_monitor_refresh_ms": "0",
-       "RAY_timeout_ms_task_wait_for_death_info": "10000"}
-# how often Ray looks for a cluster. A Ray that is started here would wait no longer for its own server, so it is not told
-JOIN = {"RAY_gcs_server_port_wait_time_s": "1"}
+# how Ray behaves in this process: it tells nobody, kills no rank where other programs fill the memory, and waits until it knows why one
+# ended (milliseconds), where a busy machine needs more than a second
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "RAY_timeout_ms_task_wait_for_death_info": "10000"}
+# and does not look minutes for a cluster that is not there (seconds). A Ray that is started here is not told: its processes would give up
+# as early while they wait for each other
+JOIN = {"RAY_gcs_server_port_wait_time_s": "1", "RAY_py_gcs_connect_timeout_s": "5"}
 # seconds
 TO_START, TO_ANSWER, TO_PART = 180, 120, 20
 
@@ -180,9 +180,10 @@ class Crew:
         folder = tempfile.mkdtemp(prefix="qvg-")
         self._meetings, self._folder = count(), folder
         try:
-            # Ray reads some of them when it is imported
-            with _environment(**RAY, **(JOIN if address else {})):
+            # some of them are read by the import, and others later
+            with _environment(**RAY, **JOIN):
                 self.ray = load_ray()
+            with _environment(**RAY, **(JOIN if address else {})):
                 own = _connect(self.ray, address, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
