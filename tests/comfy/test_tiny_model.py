@@ -8,16 +8,23 @@ from comfyui_qvg.qvg.demo.world import WORLD_NETWORK_PATH, WORLD_VAE_PATH
 
 
 @pytest.fixture
-def registered(comfy_modules, tmp_path, monkeypatch):
-    """ComfyUI's folders after the pack was loaded with weights in a folder of this test."""
+def folders(comfy_modules, monkeypatch):
+    """ComfyUI's folders, as they are for this test alone."""
     import folder_paths
+
+    kept = {name: (list(paths), kinds) for name, (paths, kinds) in folder_paths.folder_names_and_paths.items()}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", kept)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return folder_paths
+
+
+@pytest.fixture
+def registered(folders, tmp_path, monkeypatch):
+    """ComfyUI's folders after the pack was loaded with weights in a folder of this test."""
     import torch
 
     import comfyui_qvg.nodes as pack
 
-    folders = {name: (list(paths), kinds) for name, (paths, kinds) in folder_paths.folder_names_and_paths.items()}
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     for name, path in (("NETWORK_PATH", NETWORK_PATH), ("VAE_PATH", VAE_PATH), ("WORLD_NETWORK_PATH", WORLD_NETWORK_PATH),
                        ("WORLD_VAE_PATH", WORLD_VAE_PATH)):
         copy = tmp_path / path.relative_to(path.parents[1])
@@ -25,7 +32,7 @@ def registered(comfy_modules, tmp_path, monkeypatch):
         save_file({"x": torch.zeros(1)}, copy)
         monkeypatch.setattr(pack, name, copy)
     pack.list_tiny_model()
-    return folder_paths
+    return folders
 
 
 def test_each_file_is_listed_by_its_loader(registered):
@@ -53,6 +60,16 @@ def test_nothing_is_registered_without_weights(comfy_modules, tmp_path, monkeypa
         monkeypatch.setattr(pack, name, tmp_path / "none" / "x.safetensors")
     pack.list_tiny_model()
     assert "none" not in folder_paths.folder_names_and_paths
+
+
+def test_own_weights_have_the_licence_of_the_pack(folders):
+    """And not that of HY-WorldPlay, whose layout the tiny world model has."""
+    from comfyui_qvg.nodes import list_tiny_model
+    from comfyui_qvg.nodes.loader import OWN, QVGLoadARVideoModel
+
+    list_tiny_model()
+    (said,) = QVGLoadARVideoModel.execute(WORLD_NETWORK_PATH.name).ui["qvg_text"]
+    assert "HY-WorldPlay 5B" in said and said.endswith(OWN)
 
 
 def test_core_and_pack_both_list_the_networks(comfy, tiny_model):

@@ -35,7 +35,6 @@ def walked(comfy_server):
 
 def test_it_walks_with_what_comes_with_the_pack(walked, comfy):
     outputs, decibels = walked
-    assert "These weights come with the pack" in outputs["load"]["qvg_text"][0] and "European" not in outputs["load"]["qvg_text"][0]
     assert len(decibels) == 4 * FRAMES - 3
     assert json.loads(outputs["report"]["text"][0])["now"]["stored_bytes"] > 0
     (saved,) = (item for item in outputs["save"]["images"] if item["filename"].endswith(".mp4"))
