@@ -20,15 +20,12 @@ from ..qvg.attention.functions import eight_bits, sdpa
 from ..qvg.attention.pieces import partial
 from ..qvg.attention.prope import Prope
 from ..qvg.attention.world import View, WorldAttention
-from ..qvg.cache import geometry
 from ..qvg.cache.geometry import on_device
 from ..qvg.cache.kv_cache import KVCache
 from ..qvg.cache.workspace import Workspace
 from ..qvg.settings import PRESETS
 
 BEGAN, LATEST = time.monotonic(), 75
-# what is to be shown here: on CUDA, too, offloaded spans come a piece at a time
-geometry.PIECES_ON_TWO_STREAMS = True
 TINY = "--tiny" in sys.argv
 DEVICE = "cpu" if TINY else "cuda"
 DTYPE = torch.float32 if TINY else torch.bfloat16

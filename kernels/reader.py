@@ -70,6 +70,7 @@ class Angles:
         self._rope, self.frames, self.origin, self.table, self.pairs = rope, 0, 0, None, None
         # what was replaced, because the second stream may not have read it yet; lengths double, so it takes no more than what replaced it
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._made: torch.cuda.Event | None = None
 
     def reach(self, first: int, last: int, device) -> None:
         """Make the table cover frames `first` to `last`, and more, because a video grows."""
@@ -87,6 +88,18 @@ class Angles:
         table[self.frames:, times.shape[1]:] = space.movedim(0, -1)
         self.pairs = table.half().flatten(1).view(torch.int64).unflatten(1, (-1, 2)).mT.contiguous()
         self.table = table.view(torch.int64).unflatten(1, (-1, 4))[..., 0].mT.contiguous()
+        if self.table.device.type == "cuda":
+            self._made = torch.cuda.current_stream(device).record_event()
+
+    def wait(self) -> None:
+        """Make the current stream wait for the table: a group of heads that reads an early piece on one stream gets the table that the
+        group before made on the other, for a later piece."""
+        if self._made is None:
+            return
+        if self._made.query():
+            self._made = None
+        else:
+            torch.cuda.current_stream(self.table.device).wait_event(self._made)
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,7 @@ class Reader:
         """Write some heads of every span to keys and values [B, T, h, D]."""
         if keys.stride() != values.stride() or keys.stride(-1) != 1 or keys.dtype != self._dtype or values.dtype != self._dtype:
             raise Unsupported(f"keys and values must be {self._dtype} with equal strides, channels last")
+        self._angles.wait()
         batch, _, count, _ = keys.shape
         places, vectors = self._rope.grid[0] * self._rope.grid[1], self._vectors.make(batch, heads, all_heads, self.on_hopper)
         for variant, kind, tile, first, spans, share in self._launches:

@@ -27,7 +27,7 @@ def gpu(monkeypatch):
     backends.register(Backend("pretend", devices=("cuda",), ops={"attend": sdpa}))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(choice, "FASTER", {(9, 0)})
+    monkeypatch.setattr(choice, "FASTER", {(9, 0): True})
     yield monkeypatch
     backends.remove("pretend")
 
@@ -64,6 +64,14 @@ def test_auto_is_exact_with_heads_that_no_kernel_attends_to(gpu, head_dim):
     assert {choose(AUTO, "cuda", head_dim=size).function for size in (64, 128)} == {eight_bits}
     # as everywhere without a kernel
     assert choose(FAST, "cuda", head_dim=head_dim) == (eight_bits, f"fast (as set; in plain torch, which is slow: {reason})")
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((9, 0), "is slower on GPUs of compute capability 9.0"),
+                                                    ((8, 9), "has not been measured to be faster on GPUs of compute capability 8.9")])
+def test_auto_is_exact_where_fast_is_slower_or_nobody_knows(gpu, capability, reason):
+    gpu.setattr(choice, "FASTER", {(9, 0): False})
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose(AUTO, "cuda") == (sdpa, f"exact (attention in eight bits {reason})")
 
 
 def test_the_heads_are_those_of_the_cache(monkeypatch):

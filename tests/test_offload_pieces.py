@@ -13,7 +13,6 @@ from comfyui_qvg.qvg.attention.pieces import partial
 from comfyui_qvg.qvg.attention.prope import Prope
 from comfyui_qvg.qvg.attention.world import View, WorldAttention
 from comfyui_qvg.qvg.cache import codebook_lifetime
-from comfyui_qvg.qvg.cache import geometry as geometries
 from comfyui_qvg.qvg.cache.context import context_settings, forecast_context
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.geometry import Geometry, on_device
@@ -291,10 +290,6 @@ class TestOffloadedPieces:
     def drawn(self, frames, seed):
         draw = torch.Generator().manual_seed(seed)
         return [torch.randn(1, frames * 48, 12, 64, generator=draw).to(self.SHAPE["device"], torch.bfloat16) for _ in range(3)]
-
-    @pytest.fixture(autouse=True)
-    def by_piece(self, monkeypatch):
-        monkeypatch.setattr(geometries, "PIECES_ON_TWO_STREAMS", True)
 
     @pytest.fixture(params=["", "copies", "reads", "reads on the second stream", "reads on the first stream", "attention"])
     def attention(self, request, monkeypatch):

@@ -15,7 +15,6 @@ from comfyui_qvg.qvg.attention import pieces as attention_pieces
 from comfyui_qvg.qvg.attention.functions import eight_bits
 from comfyui_qvg.qvg.attention.pieces import Running, _plain, by_cudnn, partial
 from comfyui_qvg.qvg.cache import codebook_lifetime
-from comfyui_qvg.qvg.cache import geometry as geometries
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.geometry import Division, Geometry, division, on_device, workspace_bytes
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
@@ -181,19 +180,14 @@ def test_fewer_heads_where_a_frame_is_too_large(limit, found):
     assert workspace_bytes(geometry, 100) == heads * (frames or 100) * 1536
 
 
-@pytest.mark.parametrize("two_streams", [False, True])
-def test_the_usual_limit(monkeypatch, two_streams):
-    """96 MiB wherever there is one stream; where there are two, as soon as that is known to work."""
-    monkeypatch.setattr(geometries, "PIECES_ON_TWO_STREAMS", two_streams)
+def test_the_usual_limit():
+    """96 MiB, and on CUDA, where two groups of heads are decoded at once, twice as much."""
     shape = Geometry(30, 12, 128, (30, 52))
     assert on_device(shape, "cpu").limit == on_device(shape, "mps").limit == 96 << 20
-    assert on_device(shape, "cuda").limit == (96 << 20 if two_streams else 0)
-    # a head alone is not divided between streams
-    assert on_device(replace(shape, heads=1), "cuda").limit == 96 << 20
+    assert on_device(shape, "cuda").limit == 192 << 20
     assert KVCache(PRESETS["balanced"], layers=1, heads=12, head_dim=128, grid=(30, 52), rope=Rope).geometry.limit == 96 << 20
-    # nor do offloaded pieces come to such a device
-    assert on_device(shape, "cpu").by_piece and not on_device(shape, "cpu", 0).by_piece
-    assert [on_device(replace(shape, heads=heads), "cuda", 96 << 20).by_piece for heads in (12, 1)] == [two_streams] * 2
+    # and so offloaded spans come a piece at a time
+    assert on_device(shape, "cpu").by_piece and on_device(shape, "cuda").by_piece and not on_device(shape, "cpu", 0).by_piece
 
 
 def test_pieces_are_whole_spans_of_many_bits_or_of_few():

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_qvg.qvg.cache import geometry
 from comfyui_qvg.qvg.cache.forecast import forecast
 from comfyui_qvg.qvg.cache.geometry import Geometry
 from comfyui_qvg.qvg.commands import cli
@@ -60,16 +59,10 @@ def test_longest_is_the_longest(preset, gib):
     assert limit < forecast(settings, shape.geometry(), frames + 3, misfit=True).peak_bytes
 
 
-@pytest.fixture
-def on_two_streams(monkeypatch):
-    """Pieces where there are two streams, too; see the constant."""
-    monkeypatch.setattr(geometry, "PIECES_ON_TWO_STREAMS", True)
-
-
 @pytest.mark.parametrize("model", ["self-forcing", "krea-14b", "hy-worldplay-5b"])
 @pytest.mark.parametrize("preset", ["quality", "smallest"])
 @pytest.mark.parametrize("gib", [0.3, 1, 4])
-def test_longest_is_the_longest_in_pieces(on_two_streams, model, preset, gib):
+def test_longest_is_the_longest_in_pieces(model, preset, gib):
     """The workspace grows at first, and then no more."""
     shape, settings, limit = MODELS[model], PRESETS[preset], gib * GIB
     frames = longest(shape, settings, shape.geometry(), limit, memory="append")
@@ -81,25 +74,25 @@ def test_longest_is_the_longest_in_pieces(on_two_streams, model, preset, gib):
     assert limit < peak(frames + shape.chunk_frames)
 
 
-@pytest.mark.parametrize(("preset", "share"), [("balanced", 0.97), ("smallest", 0.96), ("tiny", 0.95)])
-def test_in_pieces_the_peak_is_nearly_what_is_stored(on_two_streams, preset, share):
+@pytest.mark.parametrize(("preset", "share"), [("balanced", 0.95), ("smallest", 0.93), ("tiny", 0.91)])
+def test_in_pieces_the_peak_is_nearly_what_is_stored(preset, share):
     """At 180 frames and at any length."""
     for frames in (180, 720):
         row = plan("self-forcing", latent_frames=frames, preset=preset)
-        assert row["workspace_bytes"] <= 96 * MIB
+        assert row["workspace_bytes"] <= 192 * MIB
         assert row["stored_bytes"] + row["workspace_bytes"] == row["peak_bytes"]
         assert row["peak_ratio"] > share * row["stored_ratio"]
         assert row["workspace_bytes"] == plan("self-forcing", latent_frames=60, preset=preset)["workspace_bytes"]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_workspace_of_every_model_in_pieces(on_two_streams, model):
+def test_the_workspace_of_every_model_in_pieces(model):
     """LongCat's and HY-WorldPlay's contexts are long spans, of which a few heads are decoded at a time."""
     shape = MODELS[model]
     for memory in MEMORIES if shape.context_frames else [""]:
         for frames in (shape.segment_frames or 40, 400):
             found = predict(shape, PRESETS["balanced"], shape.geometry(), frames, memory=memory or MEMORIES[0])
-            assert 80 * MIB < found.workspace_bytes <= 96 * MIB
+            assert 160 * MIB < found.workspace_bytes <= 192 * MIB
 
 
 def test_with_a_window_any_length_fits():

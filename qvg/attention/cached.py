@@ -107,13 +107,19 @@ class CachedAttention:
         q, k = rotate_chunk(q, k, v, *self._angles)
         out = torch.empty_like(q)
         unfinished: dict[int, list[Running]] = {}
-        with PieceReader(self.cache, history, self.shift) as reader:
-            for (heads, number, stream), piece, _, keys, values in reader.steps():
+        # behind the history, unless conditions differ in it or the history is attended to otherwise
+        room = self.frames if len(own) == 1 and rough is None else 0
+        with PieceReader(self.cache, history, self.shift, apart=rough is not None, room=room) as reader:
+            for (heads, number, stream), piece, _, keys, values, room in reader.steps():
                 with stream:
                     running = unfinished.setdefault(heads.start, [Running() for _ in own])
-                    if piece is None:
+                    if room:
+                        keys[:, -k.shape[1]:], values[:, -k.shape[1]:] = k[:, :, heads], v[:, :, heads]
+                        running[0].finish(out[:, :, heads], *exact(q[:, :, heads], keys, values))
+                    elif piece is None:
                         for at, joined in zip(own, unfinished.pop(heads.start)):
-                            joined.finish(out[at, :, heads], *exact(q[at, :, heads], k[at, :, heads], v[at, :, heads]))
+                            if not reader.room:
+                                joined.finish(out[at, :, heads], *exact(q[at, :, heads], k[at, :, heads], v[at, :, heads]))
                     elif piece.coarse and rough is not None:
                         outs, sums = rough(q[:, :, heads], keys, values, workspace.packing(number))
                         for at, joined in zip(own, running):

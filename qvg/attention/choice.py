@@ -25,9 +25,8 @@ from .functions import Attention, eight_bits, sdpa
 # codec -> most bits per element of old frames with which closed loops lost at most 0.3 dB; see benchmarks/RESULTS.md, "Attention in eight
 # bits"
 HARMLESS = {"transform": 1.25}
-# compute capabilities of NVIDIA GPUs on which `qvg bench generate` found fast to be faster than exact; it has not been run since there are
-# kernels
-FASTER: frozenset[tuple[int, int]] = frozenset()
+# compute capabilities of NVIDIA GPUs -> whether `qvg bench generate` found fast to be faster than exact; see benchmarks/RESULTS.md
+FASTER: dict[tuple[int, int], bool] = {(9, 0): False}
 
 
 class Choice(NamedTuple):
@@ -96,7 +95,7 @@ def _speed(device: torch.device) -> str:
         name = "AMD GPUs" if torch.version.hip else device.type
     else:
         capability = torch.cuda.get_device_capability(device)
-        if capability in FASTER:
-            return ""
-        name = f"GPUs of compute capability {capability[0]}.{capability[1]}"
+        name, faster = f"GPUs of compute capability {capability[0]}.{capability[1]}", FASTER.get(capability)
+        if faster is not None:
+            return "" if faster else f"attention in eight bits is slower on {name}"
     return f"attention in eight bits has not been measured to be faster on {name}"

@@ -106,13 +106,15 @@ class Group(NamedTuple):
 
 class Step(NamedTuple):
     """A piece of the history that was decoded for a group, or None where the group has all of it. first: latent frames before the piece.
-    keys, values: [B, T, h, D], which the next step with this buffer overwrites."""
+    keys, values: [B, T, h, D], which the next step with this buffer overwrites. room: latent frames after the piece that are in them, too,
+    uninitialized."""
 
     group: Group
     piece: Piece | None
     first: int = 0
     keys: Tensor | None = None
     values: Tensor | None = None
+    room: int = 0
 
 
 class PieceReader:
@@ -128,20 +130,24 @@ class PieceReader:
     One group reads all pieces and then the next, so that only one has unfinished results. Offloaded pieces come to the device once instead
     (`Geometry.by_piece`): all groups read one, while the next is copied, and the results of all groups are unfinished until the last.
 
-    frames: the most latent frames of a piece. Leaving it makes the current stream wait for the other.
+    frames: the most latent frames of a piece. room: latent frames behind the last one. Leaving it makes the current stream wait for the
+    other. The host launches kernels for every piece, so there are as few as can be.
     """
 
-    def __init__(self, cache: KVCache, history: LayerCache, shift: int = 0, reads: bool = True):
-        """reads: whether there is a history to decode; shift: see `LayerCache.read`."""
+    def __init__(self, cache: KVCache, history: LayerCache, shift: int = 0, reads: bool = True, apart: bool = False, room: int = 0):
+        """reads: whether there is a history to decode; shift: see `LayerCache.read`; apart: see `LayerCache.pieces`. room: latent frames
+        that the last piece is to leave space for, if it can."""
         self._cache, self._history, self._shift, self._workspace = cache, history, shift, cache.workspace
         seen = history.seen if reads else []
         self._heads, frames = cache.workspace.at_a_time(max((entry.frames for entry in seen), default=0))
         # what is attended to in two ways is in pieces without a limit, too
         self.frames = frames or max(1, sum(entry.frames for entry in seen))
-        self._pieces = history.pieces(self.frames) if reads else []
-        self._firsts = list(accumulate((piece.frames for piece in self._pieces), initial=0))
         # offloaded pieces come once for all groups
         self._once = cache.host is not None and cache.geometry.by_piece
+        self._apart = apart
+        self._pieces = history.pieces(self.frames, self._apart) if reads else []
+        self.room = room if self._pieces and self._pieces[-1].frames + room <= self.frames else 0
+        self._firsts = list(accumulate((piece.frames for piece in self._pieces), initial=0))
         self._described: list[torch.cuda.Event | None] = [None] * len(self._pieces)
 
     def __enter__(self) -> PieceReader:
@@ -176,17 +182,18 @@ class PieceReader:
         return self._workspace.views(frames * self._cache.geometry.frame_tokens, buffer, self._heads)
 
     def _decoded(self, group: Group, index: int) -> Step:
-        piece = self._pieces[index]
-        keys, values = self.views(piece.frames, group.number)
+        piece, room = self._pieces[index], self.room if index + 1 == len(self._pieces) else 0
+        keys, values = self.views(piece.frames + room, group.number)
+        held = piece.frames * self._cache.geometry.frame_tokens
         with group.stream:
             current = None if self._workspace.side is None else torch.cuda.current_stream(self._workspace.device)
             if current is not None and self._described[index] is not None:
                 # what a kernel needs to know of the spans is sent to the device once, by the group that reads them first
                 current.wait_event(self._described[index])
-            self._history.read(group.heads, keys, values, self._shift, piece.part, self._following(index))
+            self._history.read(group.heads, keys[:, :held], values[:, :held], self._shift, piece.part, self._following(index))
             if current is not None:
                 self._described[index] = current.record_event()
-        return Step(group, piece, self._firsts[index], keys, values)
+        return Step(group, piece, self._firsts[index], keys, values, room)
 
     def _following(self, index: int) -> Place | None:
         """The offloaded piece that is read after this one, of this layer or the next."""
@@ -194,5 +201,5 @@ class PieceReader:
             return None
         if index + 1 < len(self._pieces):
             return self._history, self._pieces[index + 1].part
-        first = self._history.next.pieces(self.frames)[:1]
+        first = self._history.next.pieces(self.frames, self._apart)[:1]
         return (self._history.next, first[0].part) if first else None

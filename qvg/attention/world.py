@@ -144,8 +144,8 @@ class WorldAttention:
         """Both branches over a few latent frames at a time, which are decoded once for both, to `outs`."""
         exact, history_in_few = self.attention.partial, getattr(self.attention, "history", None)
         unfinished: dict[int, list[tuple[Tensor, Running]]] = {}
-        with PieceReader(self.cache, history, reads=bool(self.view.frames)) as reader:
-            for (heads, number, stream), piece, first, *near in reader.steps():
+        with PieceReader(self.cache, history, reads=bool(self.view.frames), apart=history_in_few is not None) as reader:
+            for (heads, number, stream), piece, first, *near, _ in reader.steps():
                 with stream:
                     if heads.start not in unfinished:
                         unfinished[heads.start] = [(q[:, :, heads], Running()) for q in queries]

@@ -9,11 +9,9 @@ from typing import NamedTuple
 ALIGN = 128
 # attention in eight bits: tokens of a tile of keys, which has a scale of its own, and of which the packed ones are a multiple
 TILE, PACKED = 64, 128
-# bytes of the workspace, however long a video is
-WORKSPACE_LIMIT = 96 << 20
-# The order of two streams that read a history in pieces was fixed without a GPU, and so was that of the copies of offloaded pieces. Until
-# both have been checked on one, devices with two streams decode the history whole, and on CUDA offloaded spans come a layer at a time.
-PIECES_ON_TWO_STREAMS = False
+# Bytes of the workspace, however long a video is. On a GPU every piece takes the host almost a millisecond to launch: behind 180 frames of
+# the causal Wan 1.3B a pass takes 2 % longer in pieces of 288 MiB than whole, and 31 % in pieces of 96 MiB (H200, benchmarks/RESULTS.md).
+WORKSPACE_LIMIT, WORKSPACE_LIMIT_CUDA = 96 << 20, 192 << 20
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,12 @@ class Geometry:
 
 
 def head_group(heads: int) -> int:
-    """Heads decoded at a time: the largest divisor that is at most a quarter of them.
+    """Heads decoded at a time: the largest divisor that is at most a quarter of them, or 3 of six heads and more.
 
-    The workspace then is at most a quarter of one layer. Three of twelve heads a call attend as fast as twelve on an H200; two or four
-    of twelve leave the last wave of blocks half empty and lose a third.
+    Three of twelve heads a call attend as fast as twelve on an H200; two or four of twelve leave the last wave of blocks half empty and
+    lose a third. One of the six that each of two GPUs has leaves most of the device idle.
     """
-    return fewer_heads(heads, heads // 4, heads)
+    return fewer_heads(heads, max(heads // 4, 3 if heads >= 6 else 0), heads)
 
 
 def buffers_on(device_type: str, heads: int) -> int:
@@ -79,8 +77,8 @@ def on_device(geometry: Geometry, device_type: str, limit: int | None = None) ->
     """The geometry with what the kind of device decides: buffers, and where `limit` is None, the limit of the workspace."""
     geometry = replace(geometry, buffers=buffers_on(device_type, geometry.heads))
     if limit is None:
-        limit = WORKSPACE_LIMIT if PIECES_ON_TWO_STREAMS or geometry.buffers == 1 else 0
-    return replace(geometry, limit=limit, by_piece=limit > 0 and (PIECES_ON_TWO_STREAMS or device_type != "cuda"))
+        limit = WORKSPACE_LIMIT_CUDA if device_type == "cuda" else WORKSPACE_LIMIT
+    return replace(geometry, limit=limit, by_piece=limit > 0)
 
 
 class Division(NamedTuple):

@@ -195,14 +195,14 @@ class LayerCache:
         """The layer that is read after this one: the first after the last."""
         return self.owner.layers[(self.number + 1) % len(self.owner.layers)]
 
-    def pieces(self, most: int) -> list[Piece]:
-        """What `read` decodes, in parts of at most `most` latent frames, of whole spans that are all coarse or all not."""
+    def pieces(self, most: int, apart: bool = True) -> list[Piece]:
+        """What `read` decodes, in parts of at most `most` latent frames, of whole spans. apart: that are all coarse or all not."""
         parts: list[Piece] = []
         for index, entry in enumerate(self.seen):
             coarse = max(entry.key_bits, entry.value_bits) <= COARSE
-            if parts and parts[-1].coarse == coarse and parts[-1].frames + entry.frames <= most:
+            if parts and (parts[-1].coarse == coarse or not apart) and parts[-1].frames + entry.frames <= most:
                 before = parts.pop()
-                parts.append(Piece(slice(before.part.start, index + 1), before.frames + entry.frames, coarse))
+                parts.append(Piece(slice(before.part.start, index + 1), before.frames + entry.frames, before.coarse and coarse))
             else:
                 parts.append(Piece(slice(index, index + 1), entry.frames, coarse))
         return parts
