@@ -9,9 +9,8 @@ from typing import NamedTuple
 ALIGN = 128
 # attention in eight bits: tokens of a tile of keys, which has a scale of its own, and of which the packed ones are a multiple
 TILE, PACKED = 64, 128
-# Bytes of the workspace, however long a video is. On a GPU every piece takes the host almost a millisecond to launch: behind 180 frames of
-# the causal Wan 1.3B a pass takes 2 % longer in pieces of 288 MiB than whole, and 31 % in pieces of 96 MiB (H200, benchmarks/RESULTS.md).
-WORKSPACE_LIMIT, WORKSPACE_LIMIT_CUDA = 96 << 20, 192 << 20
+# bytes of the workspace, however long a video is
+WORKSPACE_LIMIT = 96 << 20
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def on_device(geometry: Geometry, device_type: str, limit: int | None = None) ->
     """The geometry with what the kind of device decides: buffers, and where `limit` is None, the limit of the workspace."""
     geometry = replace(geometry, buffers=buffers_on(device_type, geometry.heads))
     if limit is None:
-        limit = WORKSPACE_LIMIT_CUDA if device_type == "cuda" else WORKSPACE_LIMIT
+        limit = WORKSPACE_LIMIT
     return replace(geometry, limit=limit, by_piece=limit > 0)
 
 
