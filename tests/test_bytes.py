@@ -94,9 +94,10 @@ def test_a_geometry():
     assert [replace(ODD, layers=layers).stages for layers in (1, 2, 30)] == [1, 2, 2]
 
 
-@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (9, 1), (10, 2), (12, 3), (16, 4), (24, 6), (40, 10)])
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 1), (4, 1), (5, 1), (6, 3), (7, 1), (8, 2), (9, 3), (10, 2), (12, 3), (16, 4),
+                                              (24, 6), (40, 10)])
 def test_heads_that_are_decoded_at_once(heads, group):
-    """The largest divisor of at most a quarter."""
+    """The largest divisor of at most a quarter, or of at most three of six and more."""
     assert geometry.head_group(heads) == group
 
 
