@@ -185,8 +185,19 @@ def test_the_usual_limit():
     shape = Geometry(30, 12, 128, (30, 52))
     assert {on_device(shape, kind).limit for kind in ("cpu", "mps", "cuda")} == {96 << 20}
     assert KVCache(PRESETS["balanced"], layers=1, heads=12, head_dim=128, grid=(30, 52), rope=Rope).geometry.limit == 96 << 20
-    # and so offloaded spans come a piece at a time
+    # offloaded spans come a piece at a time
     assert on_device(shape, "cpu").by_piece and on_device(shape, "cuda").by_piece and not on_device(shape, "cpu", 0).by_piece
+
+
+@pytest.mark.parametrize(("capability", "hip", "limit"), [((9, 0), None, 96 << 20), ((8, 0), None, 96 << 20), ((7, 5), None, 0),
+                                                          ((9, 4), "7.0", 0)])
+def test_the_history_is_whole_where_no_fast_attention_joins_pieces(monkeypatch, capability, hip, limit):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = on_device(Geometry(30, 12, 128, (30, 52)), "cuda")
+    assert found.limit == limit and found.by_piece == (limit > 0)
+    assert on_device(found, "cpu").limit == 96 << 20
 
 
 def test_pieces_are_whole_spans_of_many_bits_or_of_few():

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
+
 # offloaded tensors begin at multiples of this many bytes, which kernels require of what they read
 ALIGN = 128
 # attention in eight bits: tokens of a tile of keys, which has a scale of its own, and of which the packed ones are a multiple
 TILE, PACKED = 64, 128
-# bytes of the workspace, however long a video is
+# bytes of the workspace, however long a video is, where attention can read a history in pieces
 WORKSPACE_LIMIT = 96 << 20
 
 
@@ -76,8 +78,16 @@ def on_device(geometry: Geometry, device_type: str, limit: int | None = None) ->
     """The geometry with what the kind of device decides: buffers, and where `limit` is None, the limit of the workspace."""
     geometry = replace(geometry, buffers=buffers_on(device_type, geometry.heads))
     if limit is None:
-        limit = WORKSPACE_LIMIT
+        limit = WORKSPACE_LIMIT if _joins_pieces(device_type) else 0
     return replace(geometry, limit=limit, by_piece=limit > 0)
+
+
+def _joins_pieces(device_type: str) -> bool:
+    """Whether a fast attention there returns what joins pieces. torch's flash attention does, on NVIDIA from compute capability 8.0 on; on
+    AMD it was not tried."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return True
+    return not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0)
 
 
 class Division(NamedTuple):
