@@ -17,6 +17,7 @@ TARGETS = ["cuda:80", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942"
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target):
+    """But for those of `SPILLS`."""
     # in a process of its own, because here Triton interprets
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "comfyui_qvg.benchmarks.aot", "--few", "--targets", target]
@@ -32,7 +33,7 @@ def test_compiles_without_spills(target):
     for kernel in ("encode-hopper", "decode-hopper", "attend-hopper", "attend-join"):
         assert (kernel in names) == (target == "cuda:90")
     for report in reports:
-        assert report["registers"] > 0 and report["spilled"] == 0 and report["stuck"] == report["running"] == 0
+        assert report["registers"] > 0 and report["spilled"] <= report["spilled_limit"] and report["stuck"] == report["running"] == 0
         assert report["shared"] <= report["shared_limit"]
 
 
