@@ -2,8 +2,8 @@
 
     python -m comfyui_qvg.benchmarks.hopper_attend
 
-Every variant is a process of its own, which compiles at once and runs when it is told to, so that one that hangs is killed and the others
-still run. Lines: variant, sizes, milliseconds (median of runs, and the fastest), times faster than torch's fastest, relative errors.
+Each variant runs in its own process, so one that hangs can be killed without stopping the others. All compile at once and run in turn.
+Lines: variant, sizes, milliseconds (median of runs, and the fastest), times faster than torch's fastest, relative errors.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _attend(inputs, outputs, ring, query, first, queries, q_token, scale, begin,
     barrier()
     pair = gl.arange(0, N // TILE, layout=gl.BlockedLayout([N // TILE], [32], [4], [0]))
     last = begin + tiles - 1
-    wait_for(k_full, 0, True, STAGES)
+    wait_for(k_full, 0, STAGES)
     logits = logits_of(query, k_ring, 0, N, STAGES)
     scales = gl.load(key_scales + last * (N // TILE) + pair)
     # a tile ahead, because everything would wait for the load
@@ -106,17 +106,17 @@ def _attend(inputs, outputs, ring, query, first, queries, q_token, scale, begin,
     for tile in range(1, tiles):
         scales = following
         following = gl.load(key_scales + gl.minimum(begin + tile, last) * (N // TILE) + pair)
-        wait_for(v_full, tile - 1, True, STAGES)
+        wait_for(v_full, tile - 1, STAGES)
         product = product_of(words, v_ring, tile - 1, N, STAGES)
         total = add_product(total, past, warpgroup_mma_wait(0, deps=[product]))
-        wait_for(k_full, tile, True, STAGES)
+        wait_for(k_full, tile, STAGES)
         logits = warpgroup_mma_wait(0, deps=[logits_of(query, k_ring, tile, N, STAGES)])
         mbarrier.arrive(free.index(tile % STAGES), count=1)
         weights, larger = weights_of(logits, unit, scales, most, 0, N, False)
         now_past = exp2(most - larger)
         size = add_product(size, now_past, sums_of(weights))
         words, past, most = words_of(weights, N), now_past, larger
-    wait_for(v_full, tiles - 1, True, STAGES)
+    wait_for(v_full, tiles - 1, STAGES)
     product = warpgroup_mma_wait(0, deps=[product_of(words, v_ring, tiles - 1, N, STAGES)])
     _store(add_product(total, past, product), gl.sum(size, axis=1), most, of_mean, value_scales, outputs, first, queries, heads, is_part)
 

@@ -56,9 +56,9 @@ def prepare_queries(q, q_token, first, queries, mean, scale, query, R: gl.conste
 
 
 @gluon.jit
-def wait_for(full, tile, needed, STAGES: gl.constexpr):
+def wait_for(full, tile, STAGES: gl.constexpr):
     """Wait until the tile of this number is in shared memory."""
-    mbarrier.wait(full.index(tile % STAGES), tile // STAGES & 1, pred=needed)
+    mbarrier.wait(full.index(tile % STAGES), tile // STAGES & 1)
 
 
 @gluon.jit

@@ -111,6 +111,17 @@ class Stage:
             self.step()
         return graph.replay
 
+    def train(self, name: str, minutes: float, rate: float) -> None:
+        """Steps until the minutes are over. name: in the log."""
+        clock, log = Clock(minutes, decay=0.7), Log(name, 250)
+        while not clock.over():
+            self.rate.fill_(rate * clock.schedule())
+            self.replay()
+            log(loss=self.loss, error=self.error)
+            if log.calls % 20 == 0:
+                # the clock is the CPU's, which must not run ahead of the device
+                self.error.item()
+
 
 def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool, resumed: bool) -> None:
     """Stills, short clips, then clips as long as the memory of the causal convolutions; a resumed network is trained only on the last."""
@@ -126,15 +137,8 @@ def train_autoencoder(vae: WanVAE, minutes: float, device, toy: bool, resumed: b
     if resumed:
         stages = [(*stages[-1][:-1], 1.0)]
     for name, batch, frames, edge, rate, share in stages:
-        clock, log = Clock(minutes * share, decay=0.7), Log(name, 250)
         stage = Stage(vae, scenes, min(batch, 2) if toy else batch, min(frames, 5) if toy else frames, edge)
-        while not clock.over():
-            stage.rate.fill_(rate * clock.schedule())
-            stage.replay()
-            log(loss=stage.loss, error=stage.error)
-            if log.calls % 20 == 0:
-                # the clock is the CPU's, which must not run ahead of the device
-                stage.error.item()
+        stage.train(name, minutes * share, rate)
     vae.eval()
 
 

@@ -27,7 +27,6 @@ from ...qvg.video.cameras import video_cameras
 from ...qvg.video.view_memory import ViewMemory
 from ..train_demo.__main__ import contact_sheet, psnr, save, write_weights
 from ..train_demo.autoencoder import EDGE_WEIGHT, Stage, fold_statistics, unfold_statistics
-from ..train_demo.clock import Clock, Log
 from ..world import LOOK_AROUND, remembered
 from .diffusion import Trainer, initialize
 from .walks import RoomScenes, Walks, encode_pool, kept_walks
@@ -58,14 +57,7 @@ def train_autoencoder(vae: WanVAE, scenes: RoomScenes, minutes: float, batch: in
     """Train a trained autoencoder on rooms."""
     unfold_statistics(vae)
     vae.requires_grad_(True).train()
-    clock, log, stage = Clock(minutes, decay=0.7), Log("vae", 250), Stage(vae, scenes, batch, frames, EDGE_WEIGHT)
-    while not clock.over():
-        stage.rate.fill_(2e-3 * clock.schedule())
-        stage.replay()
-        log(loss=stage.loss, error=stage.error)
-        if log.calls % 20 == 0:
-            # the clock is the CPU's, which must not run ahead of the device
-            stage.error.item()
+    Stage(vae, scenes, batch, frames, EDGE_WEIGHT).train("vae", minutes, 2e-3)
     vae.eval()
 
 

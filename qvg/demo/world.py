@@ -6,8 +6,8 @@
     made = world.walk(rooms, path, PRESETS["balanced"], memory="bank")
     pictures = world.pictures(made.latents)
 
-The walk begins with a picture of the room, and the model invents what lies outside it. So a wall that is seen again shows whether
-the model remembers: it cannot know the wall from anywhere else. The files open in Load AR Video Model (QVG) and in ComfyUI's own VAELoader.
+The walk begins with a picture of the room, and the model invents everything outside it. Turning back to a wall therefore tests its memory:
+it cannot know from anywhere else what was there. The files open in Load AR Video Model (QVG) and in ComfyUI's own VAELoader.
 `benchmarks/train_world` made them.
 """
 

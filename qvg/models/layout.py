@@ -45,6 +45,11 @@ class Layout:
             name = name.replace(ours, theirs)
         return name, place, count
 
+    def layer_name(self, name: str) -> tuple[str, int, int]:
+        """`published_name` of a layer, without ".weight", for `Family.lora_name`."""
+        published, place, count = self.published_name(f"{name}.")
+        return published.rstrip("."), place, count
+
     def convert(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state dict in either layout under our names; weights are views of those given.
 

@@ -332,12 +332,6 @@ def is_longcat(state: Mapping[str, Tensor]) -> bool:
         ours for name in state for ours in PUBLISHED.our_names(name)}
 
 
-def published_name(name: str) -> tuple[str, int, int]:
-    """A parameter's published name without ".weight", for `Family.lora_name`."""
-    published, place, count = PUBLISHED.published_name(f"{name}.")
-    return published.rstrip("."), place, count
-
-
 LONGCAT = Family(
     name="longcat", title="LongCat-Video",
     # source: the published configuration; a latent frame of 832 x 480 is 1560 tokens
@@ -345,4 +339,4 @@ LONGCAT = Family(
         48, 32, 16, (832, 480), 5, 15, segment_frames=24, parameters=13_581_071_424, feed_forward=(11008, 3), gguf=False, size_name="13.6B",
         note="the cache holds the given latent frames of one segment, 19 at most, however long the video is")},
     recognizes=is_longcat, embeddings=("patch_embedding", "x_embedder"), convert=PUBLISHED.convert, fragments=("pre_crs_attn_norm.",),
-    sizing=SIZING, sizes=LongCatSizes.read, network=LongCat, lora_name=published_name, adapter=".nodes.adapters.longcat")
+    sizing=SIZING, sizes=LongCatSizes.read, network=LongCat, lora_name=PUBLISHED.layer_name, adapter=".nodes.adapters.longcat")

@@ -275,12 +275,6 @@ def refuse(state: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def published_name(name: str) -> tuple[str, int, int]:
-    """A parameter's published name without ".weight", for `Family.lora_name`."""
-    published, place, count = PUBLISHED.published_name(f"{name}.")
-    return published.rstrip("."), place, count
-
-
 HY_WORLDPLAY_8B = Family(
     name="hy-worldplay-8b", title="HY-WorldPlay 8B",
     # source: the published configuration; a latent frame of 832 x 480 is 1560 tokens
@@ -289,5 +283,5 @@ HY_WORLDPLAY_8B = Family(
         size_name="8.6B", note="the original attends to 20 context latents at most")},
     recognizes=is_worldplay_8b, blocks="double_blocks", embeddings=("img_in",), convert=PUBLISHED.convert,
     fragments=("img_attn_prope_proj.",), own=("double_blocks.",), sizing=SIZING, refuse=refuse, sizes=read_sizes,
-    network=WorldPlayHunyuan, rope=HunyuanRope, walks=True, lora_name=published_name, adapter=".nodes.adapters.worldplay_8b",
+    network=WorldPlayHunyuan, rope=HunyuanRope, walks=True, lora_name=PUBLISHED.layer_name, adapter=".nodes.adapters.worldplay_8b",
     licence=LICENCE)

@@ -294,12 +294,6 @@ def refuse(state: Mapping[str, Tensor]) -> str:
     return f"has width {dim}; Wan heads have {HEAD_DIM} channels, which does not divide it." if dim % HEAD_DIM else ""
 
 
-def published_name(name: str) -> tuple[str, int, int]:
-    """A parameter's published name without ".weight", for `Family.lora_name`."""
-    published, place, count = PUBLISHED.published_name(f"{name}.")
-    return published.rstrip("."), place, count
-
-
 HY_WORLDPLAY_5B = Family(
     name="hy-worldplay-5b", title="HY-WorldPlay 5B",
     # source: the published configuration; a latent frame of Wan 2.2 5B at 1280 x 704 is 880 tokens
@@ -307,5 +301,5 @@ HY_WORLDPLAY_5B = Family(
         30, 24, 32, (1280, 704), 4, 24, context_frames=16, parameters=5_293_225_152, feed_forward=(14336, 2), projections=9, gguf=False,
         size_name="5B", note="the original attends to 16 context latents at most")},
     recognizes=is_world_wan, convert=PUBLISHED.convert, sizing=SIZING, refuse=refuse,
-    sizes=WorldWanSizes.read, network=WorldWan, walks=True, lora_name=published_name, adapter=".nodes.adapters.worldplay_5b",
+    sizes=WorldWanSizes.read, network=WorldWan, walks=True, lora_name=PUBLISHED.layer_name, adapter=".nodes.adapters.worldplay_5b",
     licence=LICENCE)

@@ -50,7 +50,7 @@ def layers(model):
 
 
 def modules(model, names):
-    """{name in the file: [layers of ours that its rows are]}. names: "ours", "diffusers", or a family's `published_name`."""
+    """{name in the file: [layers of ours that its rows are]}. names: "ours", "diffusers", or the `layer_name` of a family's layout."""
     found = {}
     for name in layers(model):
         if names == "ours":
@@ -85,9 +85,9 @@ LAYOUTS = {
     "underscores alone": ("", True, "lora_down.weight", "lora_up.weight", "alpha"),
 }
 MODELS = [pytest.param(model, names, id=f"{model}, {names if isinstance(names, str) else 'published'} names") for model, names in (
-    ("wan", "ours"), ("wan", "diffusers"), ("longcat", "ours"), ("longcat", longcat.published_name),
-    ("worldplay 5b", "ours"), ("worldplay 5b", worldplay_wan.published_name),
-    ("worldplay 8b", "ours"), ("worldplay 8b", worldplay_hunyuan.published_name))]
+    ("wan", "ours"), ("wan", "diffusers"), ("longcat", "ours"), ("longcat", longcat.PUBLISHED.layer_name),
+    ("worldplay 5b", "ours"), ("worldplay 5b", worldplay_wan.PUBLISHED.layer_name),
+    ("worldplay 8b", "ours"), ("worldplay 8b", worldplay_hunyuan.PUBLISHED.layer_name))]
 
 
 def spelled(name, layout):
@@ -252,7 +252,7 @@ def test_a_lora_of_a_larger_model_is_refused(models, model):
 
 
 def test_a_published_lora_for_wan_and_the_other_way_round(models):
-    theirs, _ = lora_file(models["longcat"], longcat.published_name, "diffusers")
+    theirs, _ = lora_file(models["longcat"], longcat.PUBLISHED.layer_name, "diffusers")
     with pytest.raises(ValueError, match=r"None of this LoRA's .* belongs to the Wan 2\.1 model"):
         weights_after(models["wan"], {key: tensor for key, tensor in theirs.items() if "attn" in key})
 
@@ -262,7 +262,7 @@ def test_hooks_ask_the_network_and_the_text_encoder_in_turn(models):
     import comfy.lora
 
     names, text = comfy.lora.model_lora_keys_unet(models["longcat"].model, {}), STRANGERS["text encoder"][0]
-    file, changes = lora_file(models["longcat"], longcat.published_name, "peft")
+    file, changes = lora_file(models["longcat"], longcat.PUBLISHED.layer_name, "peft")
     assert comfy.lora.load_lora(text, names, log_missing=False) == {}
     assert len(comfy.lora.load_lora(file | text, names, log_missing=False)) == len(changes)
     with pytest.raises(ValueError, match=r"None of this LoRA's 2 keys"):
@@ -285,7 +285,8 @@ def test_a_stopped_video_is_not_gone_on_with_under_another_lora(models, fields):
     assert key(1) == key(1) != key(2)
 
 
-@pytest.mark.parametrize(("names", "kind"), [(longcat.published_name, "lora"), ("ours", "lora"), (longcat.published_name, "lokr")],
+@pytest.mark.parametrize(("names", "kind"), [(longcat.PUBLISHED.layer_name, "lora"), ("ours", "lora"),
+                                             (longcat.PUBLISHED.layer_name, "lokr")],
                          ids=["published-lora", "ours-lora", "published-lokr"])
 def test_loras_beside_the_weights(models, names, kind):
     """Core's bypass loader adds a LoRA to what layers give out, and leaves their weights alone."""
@@ -319,6 +320,6 @@ def test_ordinary_models_are_cores_own_business(models, caplog):
     network = CausalWan(WanSizes(128, 96, 2, 4096))
     plain = comfy.sd.load_diffusion_model_state_dict({name: torch.randn(t.shape) for name, t in network.state_dict().items()})
     assert type(comfy.lora.model_lora_keys_unet(plain.model, {})) is dict
-    file, _ = lora_file(models["longcat"], longcat.published_name, "diffusers")
+    file, _ = lora_file(models["longcat"], longcat.PUBLISHED.layer_name, "diffusers")
     assert comfy.sd.load_lora_for_models(plain, None, file, 1.0, 0.0)[0].patches == {}
     assert "QVG" not in caplog.text

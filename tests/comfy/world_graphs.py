@@ -11,7 +11,7 @@ from comfy_client import Graph
 from comfyui_qvg.qvg.models import worldplay_hunyuan, worldplay_wan
 from random_models import worldplay_state
 
-PUBLISHED = {"5b": worldplay_wan.published_name, "8b": worldplay_hunyuan.published_name}
+PUBLISHED = {"5b": worldplay_wan.PUBLISHED.layer_name, "8b": worldplay_hunyuan.PUBLISHED.layer_name}
 SIZES = {"5b": (96, 64), "8b": (48, 32)}
 MOVES = "right-11, left-12"  # 24 latent frames: turn away, turn back
 PROMPTS = "red circle moving right, over blue dots still", "blue square still, over green stripes still"
