@@ -1,4 +1,4 @@
-"""One rank of the videos of test_ranks, a process of its own over Gloo: `python ranks_worker.py FOLDER RANK SIZE PLACE CASE`."""
+"""One rank of the videos of test_ranks, a process of its own on a CPU or a GPU: `python ranks_worker.py FOLDER RANK SIZE PLACE CASE`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import json
 import os
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comfyui_qvg.qvg.attention import Rope
+from comfyui_qvg.qvg.attention import CachedAttention, Rope
 from comfyui_qvg.qvg.attention.ranks import Cut, Ranks, ShardedAttention
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.models.longcat import LongCat, LongCatSizes
@@ -21,6 +19,7 @@ from comfyui_qvg.qvg.models.longcat_schedule import noise_levels
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided, rank_sessions
+from comfyui_qvg.qvg.video.rank_work import Meeting, joined
 from comfyui_qvg.qvg.video.ranks import Leader, RankedNetwork, RankedSegments, RankedWorld, RankEnded, follow, rank_cache
 from comfyui_qvg.qvg.video.segment_model import segment_cache
 from comfyui_qvg.qvg.video.segments import load, save_sampler
@@ -33,13 +32,15 @@ SETTINGS = {name: PRESETS[name] for name in ("off", "balanced", "paper")} | {
     "offload": replace(PRESETS["tiny"], offload=True), "budget": replace(PRESETS["balanced"], budget_gib=0.006)}
 
 
-def network() -> CausalWan:
+def network(device="cpu", dtype=torch.float32) -> CausalWan:
     torch.manual_seed(0)
-    return CausalWan(WanSizes(dim=128 * HEADS, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval()
+    made = CausalWan(WanSizes(dim=128 * HEADS, ffn_dim=64, layers=2, text_dim=8)).requires_grad_(False).eval()
+    return made.to(device, dtype)
 
 
 def prompts(net) -> list:
-    return [net.project_context(torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    place = next(net.parameters())
+    return [net.project_context(random_text(seed).to(place)) for seed in (0, 1)]
 
 
 def conditions(net, make_cache, cfg: float) -> list[Condition]:
@@ -47,38 +48,70 @@ def conditions(net, make_cache, cfg: float) -> list[Condition]:
     return [Condition(prompt, make_cache())] if cfg == 1 else guided(prompt, make_cache(), negative, make_cache(), cfg)
 
 
-def alone(settings, run=RUN, cfg=1.0) -> Sampler:
+def alone(settings, run=RUN, cfg=1.0, device="cpu", dtype=torch.float32) -> Sampler:
     """The same video by one process without ranks."""
-    net = network()
+    net = network(device, dtype)
 
     def cache() -> KVCache:
-        return KVCache(settings, layers=2, heads=HEADS, head_dim=128, grid=GRID, rope=Rope, dtype=torch.float32, max_frames=run.frames)
+        return KVCache(settings, layers=2, heads=HEADS, head_dim=128, grid=GRID, rope=Rope, dtype=dtype, device=device,
+                       max_frames=run.frames)
 
-    return Sampler(CachedNetwork(net, conditions(net, cache, cfg)), run, SHAPE)
+    return Sampler(CachedNetwork(net, conditions(net, cache, cfg)), run, SHAPE, device=device)
 
 
 def main(folder: Path, rank: int, size: int, place: str, case: dict) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size, timeout=timedelta(minutes=5))
-    ranks, net = Ranks.of_group(), network()
+    device = f"cuda:{rank}" if case.get("device") == "cuda" else "cpu"
+    with joined(Meeting(place, size), rank, device) as ranks:
+        take_part(folder, case, ranks, device)
+
+
+def take_part(folder: Path, case: dict, ranks: Ranks, device: str) -> None:
     if "copies" in case:
-        torch.save({"copies": copies(ranks, case["copies"])}, folder / f"{rank}.pt")
-        dist.destroy_process_group()
-        return
-    if "memory" in case or "segments" in case:
-        (walk if "memory" in case else segments)(folder, case, ranks)
-        dist.destroy_process_group()
-        return
+        torch.save({"copies": copies(ranks, case["copies"])}, folder / f"{ranks.rank}.pt")
+    elif "keys" in case:
+        torch.save(coded(case["keys"], case["frames"], ranks, device), folder / f"{ranks.rank}.pt")
+    elif "memory" in case:
+        walk(folder, case, ranks)
+    elif "segments" in case:
+        segments(folder, case, ranks, device)
+    else:
+        history(folder, case, ranks, device)
+
+
+def history(folder: Path, case: dict, ranks: Ranks, device: str) -> None:
+    net = network(device, getattr(torch, case.get("dtype", "float32")))
     settings, run = SETTINGS[case["settings"]], replace(RUN, frames=case.get("frames", RUN.frames))
     grid = tuple(case.get("grid", GRID))
-    model = RankedNetwork(net, conditions(net, lambda: rank_cache(net, settings, run, grid, ranks), case.get("cfg", 1.0)), ranks)
-    if not ranks.leads:
-        if case.get("dies"):
-            die_in_the_middle(net, passes=5)
-        follow(model, ranks, "cpu")
-        dist.destroy_process_group()
+    caches = conditions(net, lambda: rank_cache(net, settings, run, grid, ranks, device=device), case.get("cfg", 1.0))
+    model = RankedNetwork(net, caches, ranks)
+    if ranks.leads:
+        make(folder, case, model, ranks, run, (1, 16, 2 * grid[0], 2 * grid[1]), device)
         return
-    make(folder, case, model, ranks, run, (1, 16, 2 * grid[0], 2 * grid[1]))
-    dist.destroy_process_group()
+    if case.get("dies"):
+        die_in_the_middle(net, passes=5)
+    follow(model, ranks, device)
+
+
+def coded(name: str, frames: int, ranks: Ranks | None = None, device="cpu") -> list:
+    """What is stored behind each chunk of 12 frames of random keys and values, equal for any number of ranks, and the attention of the
+    chunk."""
+    heads = HEADS if ranks is None else ranks.heads(HEADS)
+    cache = KVCache(PRESETS[name], layers=1, heads=heads, head_dim=128, grid=GRID, rope=Rope, dtype=torch.bfloat16, device=device,
+                    max_frames=RUN.frames, chunk_frames=frames, **({} if ranks is None else {"agree": ranks.mean}))
+    draw, found = torch.Generator().manual_seed(0), []
+    for first in range(0, RUN.frames, frames):
+        x = torch.randn(3, 1, frames * GRID[0] * GRID[1], HEADS, 128, generator=draw).to(device, torch.bfloat16)
+        attend = CachedAttention(cache, start_frame=first, frames=frames, store=True)
+        if ranks is not None:
+            cut = Cut(ranks, GRID)
+            x, attend = cut.split(x)[ranks.rank], ShardedAttention(attend, ranks, cut)
+        found.append({"out": attend(0, *x).cpu()} | stored(cache.layers[0]))
+    return found
+
+
+def stored(layer) -> dict:
+    return {f"{number} {half} {name}": part.cpu().clone() for number, pair in enumerate(layer.spans) for half, span in zip("kv", pair.spans)
+            for name, part in span.tensors().items()}
 
 
 class Copied(TorchDispatchMode):
@@ -112,18 +145,18 @@ GIVEN = 4
 SEGMENTS = Run(frames=12, chunk_frames=3, first_frames=6, sigmas=tuple(noise_levels(2, distilled=True).tolist()), solver="euler", seed=3)
 
 
-def longcat() -> LongCat:
+def longcat(device="cpu") -> LongCat:
     """Of four heads of 16."""
     torch.manual_seed(0)
     return LongCat(LongCatSizes(dim=64, head_dim=16, ffn_dim=64, layers=2, text_dim=8, time_dim=16, freq_dim=16)).requires_grad_(
-        False).eval()
+        False).eval().to(device)
 
 
-def segments_of(settings, make, cfg: float, **options):
+def segments_of(settings, make, cfg: float, device="cpu", **options):
     """A model of segments. make: called as `SegmentModel` is, options: for its cache."""
-    net = longcat()
-    prompt, negative = (random_text(seed) for seed in (0, 1))
-    cache = segment_cache(net, settings, GRID, given=GIVEN, new=SEGMENTS.chunk_frames, **options)
+    net = longcat(device)
+    prompt, negative = (random_text(seed).to(device) for seed in (0, 1))
+    cache = segment_cache(net, settings, GRID, given=GIVEN, new=SEGMENTS.chunk_frames, device=device, **options)
     return make(net, prompt, cache, given=GIVEN, negative=None if cfg == 1 else negative, cfg=cfg)
 
 
@@ -137,15 +170,15 @@ def start_of(case: dict) -> torch.Tensor | None:
     return torch.randn(1, 16, frames, *SHAPE[2:], generator=torch.Generator().manual_seed(7)) if frames else None
 
 
-def segments(folder: Path, case: dict, ranks: Ranks) -> None:
+def segments(folder: Path, case: dict, ranks: Ranks, device: str) -> None:
     model = segments_of(SETTINGS[case["settings"]], lambda net, prompt, cache, **more: RankedSegments(net, prompt, cache, ranks, **more),
-                        case["segments"], heads=ranks.heads(HEADS), agree=ranks.mean)
+                        case["segments"], device, heads=ranks.heads(HEADS), agree=ranks.mean)
     if ranks.leads:
-        make(folder, case, model, ranks, SEGMENTS, SHAPE)
+        make(folder, case, model, ranks, SEGMENTS, SHAPE, device)
         return
     if case.get("dies"):
         die_in_the_middle(model.network, passes=4)
-    follow(model, ranks, "cpu")
+    follow(model, ranks, device)
 
 
 def walk(folder: Path, case: dict, ranks: Ranks) -> None:
@@ -172,12 +205,12 @@ def walk_of(ranks: Ranks, memory: str) -> RankedWorld:
     return RankedWorld([WorldCondition(wan_scene(made_wan(), image), cache)], PATH, ranks, memory=memory, views=VIEWS, rope=Rope)
 
 
-def make(folder: Path, case: dict, model, ranks: Ranks, run: Run, shape: tuple[int, ...]) -> None:
+def make(folder: Path, case: dict, model, ranks: Ranks, run: Run, shape: tuple[int, ...], device="cpu") -> None:
     """The first rank's part."""
     parts, said = [], ""
     try:
         with Leader(model, ranks) as leader:
-            sampler = Sampler(leader, run, shape, start=start_of(case))
+            sampler = Sampler(leader, run, shape, start=start_of(case), device=device)
             if case.get("resume"):
                 rank_sessions.restore(load(folder / case["resume"]), sampler, ranks, "tiny")
             for event in sampler:
@@ -190,10 +223,8 @@ def make(folder: Path, case: dict, model, ranks: Ranks, run: Run, shape: tuple[i
     except RankEnded as error:
         said = str(error)
     stats = model.stats()
-    torch.save({
-        "latents": torch.cat(parts, 2), "said": said, "stored": stats.stored_bytes, "bits": stats.by_bits,
-        "words": [{name: part.clone() for name, part in span.tensors().items()} for span in model.caches[0].layers[1].spans[-1].spans]},
-        folder / case["out"])
+    torch.save({"latents": torch.cat(parts, 2).cpu(), "said": said, "stored": stats.stored_bytes, "bits": stats.by_bits},
+               folder / case["out"])
 
 
 def save(path: Path, sampler: Sampler, case: dict, ranks: Ranks) -> None:

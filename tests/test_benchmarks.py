@@ -72,7 +72,8 @@ def test_quality_in_patterns(tmp_path):
     for name in ("2 planes", "1.25 bits, bare"):
         assert rows[name]["later"][0] > rows["paper int2"]["later"][0] + 4
     assert rows["2 planes"]["stored_bytes"] <= 1.05 * rows["paper int2"]["stored_bytes"]
-    assert [round(rows[name]["bits_at_180_frames"], 1) for name in ("paper int2", "2 planes", "1.25 bits, bare")] == [3.1, 2.3, 1.3]
+    for name, bits in (("paper int2", 3.06), ("2 planes", 2.27), ("1.25 bits, bare", 1.35)):
+        assert rows[name]["bits_at_180_frames"] == pytest.approx(bits, abs=0.05)
     assert "| 1,3,3 | 2 planes |" in (tmp_path / "quality_patterns.md").read_text()
 
 

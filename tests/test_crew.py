@@ -1,8 +1,9 @@
-"""One video by two processes that Ray starts, on the CPU: what they make, what they leave behind."""
+"""One video by two processes that Ray starts, on the CPU or on two GPUs: what they make, what they leave behind."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from several_gpus import DEVICES
 
 from comfyui_qvg.qvg.demo import LATENT, embed_prompt, load_tiny
 from comfyui_qvg.qvg.settings import PRESETS
@@ -29,6 +31,7 @@ from comfyui_qvg.qvg.video.recorder import OVERHEAD_BYTES, session_bytes
 if find_spec("ray") is None:
     pytest.skip('install the pack with the extra "test"', allow_module_level=True)
 GRID = LATENT[0] // 2, LATENT[1] // 2
+SET_BEFORE = {*os.environ}
 ENTRIES = [(0, embed_prompt("red circle"), "a"), (3, embed_prompt("blue star moving left"), "b")]
 PARENT = """
 import sys, time
@@ -53,8 +56,17 @@ print("made", made.shape[2])
 
 
 @pytest.fixture(scope="module")
-def network():
-    return load_tiny()[0]
+def device(request):
+    """Of the first rank."""
+    return "cuda:0" if getattr(request, "param", "cpu") == "cuda" else "cpu"
+
+
+@pytest.fixture(scope="module")
+def network(device):
+    return load_tiny()[0].to(device)
+
+
+on_both = pytest.mark.parametrize("device", DEVICES, indirect=True)
 
 
 def plan_of(network, seed: int = 1, weights: str = "tiny", frames: int = 6) -> Plan:
@@ -63,8 +75,9 @@ def plan_of(network, seed: int = 1, weights: str = "tiny", frames: int = 6) -> P
 
 def alone(network, seed: int = 1) -> torch.Tensor:
     plan = plan_of(network, seed)
-    model = CachedNetwork(network, [Condition(Prompts(ENTRIES, network), cache_of(network, plan.settings, plan.run, GRID))])
-    return video(Sampler(model, plan.run, (1, 16, *LATENT)))
+    device = next(network.parameters()).device
+    model = CachedNetwork(network, [Condition(Prompts(ENTRIES, network), cache_of(network, plan.settings, plan.run, GRID, device=device))])
+    return video(Sampler(model, plan.run, (1, 16, *LATENT), device=device))
 
 
 def video(sampler, each=lambda: None) -> torch.Tensor:
@@ -73,19 +86,21 @@ def video(sampler, each=lambda: None) -> torch.Tensor:
         if isinstance(event, ChunkDone):
             parts.append(event.latents)
             each()
-    return torch.cat(parts, 2)
+    return torch.cat(parts, 2).cpu()
 
 
 def together(found: crew.Crew, plan: Plan, network, each=lambda: None) -> torch.Tensor:
-    with found.video(plan, network) as ranks, Leader(plan.model(network, ranks, "cpu"), ranks) as leader:
-        return video(Sampler(leader, plan.run, (1, 16, *LATENT)), each)
+    with found.video(plan, network) as ranks, Leader(plan.model(network, ranks, found.device), ranks) as leader:
+        return video(Sampler(leader, plan.run, (1, 16, *LATENT), device=found.device), each)
 
 
 @pytest.fixture
-def pair():
+def pair(device):
     """Two ranks for all tests that leave them whole."""
-    if not PAIR or PAIR[0].stopped:
-        PAIR[:] = [crew.Crew(2, "cpu")]
+    if not PAIR or PAIR[0].stopped or PAIR[0].device != torch.device(device):
+        for found in PAIR:
+            found.stop()
+        PAIR[:] = [crew.Crew(2, device)]
     return PAIR[0]
 
 
@@ -143,6 +158,7 @@ def test_a_cluster_that_is_not_there(no_pair):
     assert not below()
 
 
+@on_both
 def test_the_video_is_that_of_one_process(pair, network):
     exact = alone(network)
     made = together(pair, plan_of(network), network)
@@ -151,10 +167,11 @@ def test_the_video_is_that_of_one_process(pair, network):
     assert not pair.stopped
 
 
+@on_both
 def test_weights_are_sent_once(pair, network):
     together(pair, plan_of(network), network)
     assert pair.prepare("tiny")[0]
-    other = load_tiny()[0]
+    other = copy.deepcopy(network)
     for parameter in other.parameters():
         parameter.mul_(0.9)
     assert not pair.prepare("other")[0]
@@ -172,6 +189,7 @@ def test_the_size_of_a_session_counts_the_heads_of_all(pair, network):
     assert shared - OVERHEAD_BYTES == pytest.approx(session_bytes(one) - OVERHEAD_BYTES, rel=1e-3) and shared > OVERHEAD_BYTES
 
 
+@on_both
 def test_nothing_listens_beyond_this_machine(pair, network):
     found, beyond = [psutil.Process(), *psutil.Process().children(recursive=True)], []
 
@@ -183,7 +201,7 @@ def test_nothing_listens_beyond_this_machine(pair, network):
 
     together(pair, plan_of(network), network, look)
     assert len(found) > 5 and beyond == []
-    assert not any("GLOO" in name or "NCCL" in name or "USAGE" in name for name in os.environ)
+    assert not any("GLOO" in name or "NCCL" in name or "USAGE" in name for name in os.environ.keys() - SET_BEFORE)
 
 
 def test_ray_kills_no_rank_where_others_fill_the_memory(pair):
@@ -199,6 +217,7 @@ def test_ray_has_time_to_start_on_a_busy_machine(pair):
     assert crew.RAY.items() <= raylet.environ().items() and crew.JOIN.keys().isdisjoint(raylet.environ())
 
 
+@on_both
 def test_an_error_between_passes_leaves_the_ranks_for_the_next_video(pair, network):
     def interrupt():
         raise KeyError("interrupt")
@@ -210,6 +229,7 @@ def test_an_error_between_passes_leaves_the_ranks_for_the_next_video(pair, netwo
     assert ranks_below() == before and len(before) == 1
 
 
+@on_both
 def test_an_error_of_a_rank_is_told(pair, network):
     """What the first rank cannot know: here, a network that is not of the sizes that it says."""
     plan = plan_of(network, weights="wrong")
@@ -219,9 +239,10 @@ def test_an_error_of_a_rank_is_told(pair, network):
     assert pair.stopped and wait_until(lambda: not below())
 
 
-def test_a_killed_rank_ends_the_video_and_leaves_nothing(no_pair, network):
+@on_both
+def test_a_killed_rank_ends_the_video_and_leaves_nothing(no_pair, network, device):
     """Here, Ray notices it four seconds later."""
-    found = crew.Crew(2, "cpu")
+    found = crew.Crew(2, device)
     folder, kept = Path(found._folder), []
     raylet, = (psutil.Process(number) for number, name in below().items() if name == "raylet")
     slow = threading.Timer(4, raylet.resume)

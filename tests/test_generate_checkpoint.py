@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from several_gpus import DEVICES
 from test_command import code_of, frames
 from test_measure import LONGCAT, WAN, drawn
 
@@ -23,7 +24,8 @@ from comfyui_qvg.qvg.models.worldplay_wan import WorldWan, WorldWanSizes
 from comfyui_qvg.qvg.video import segments
 
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "comfyui_qvg"]
-SIZE = ("--width", "64", "--height", "48", "--device", "cpu")
+SHAPE = ("--width", "64", "--height", "48")
+SIZE = (*SHAPE, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +74,22 @@ def test_a_video_that_a_checkpoint_continues(files, tmp_path):
     assert len(frames(first)) == 17 and len(frames(then)) == 33
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("checkpoint", WAYS)
-def test_two_processes_make_and_continue_it(files, checkpoint, tmp_path):
+def test_two_processes_make_and_continue_it(files, checkpoint, device, tmp_path):
     """The sizes of the videos and of their sessions; how near latents are is what test_ranks and test_ranks_segments compare."""
+    own = [*options(files, checkpoint), "--device", device]
+
     def together(*more):
-        made = subprocess.run([*TOGETHER, "generate", *options(files, checkpoint), *more, "--out", tmp_path / "two.mp4"],
-                              capture_output=True, text=True, timeout=600)
+        made = subprocess.run([*TOGETHER, "generate", *own, *more, "--out", tmp_path / "two.mp4"], capture_output=True, text=True,
+                              timeout=600)
         assert made.returncode == 0, made.stderr
 
-    together(*SIZE, *WAYS[checkpoint])
+    together(*SHAPE, *WAYS[checkpoint])
     begun = segments.load(tmp_path / "two.mp4.session.safetensors").frames_done
-    assert code_of("generate", *options(files, checkpoint), "--device", "cpu", "--resume", "--seconds", "2.2", "--out",
-                   tmp_path / "two.mp4") == 0
+    assert code_of("generate", *own, "--resume", "--seconds", "2.2", "--out", tmp_path / "two.mp4") == 0
     then = segments.load(tmp_path / "two.mp4.session.safetensors").frames_done
-    together("--device", "cpu", "--resume", "--seconds", "2.7")
+    together("--resume", "--seconds", "2.7")
     done = segments.load(tmp_path / "two.mp4.session.safetensors").frames_done
     assert begun < then < done and len(frames(tmp_path / "two.mp4")) == 4 * done - 3
 
@@ -99,12 +103,14 @@ def test_heads_that_processes_do_not_divide_are_refused_once(files, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("checkpoint", WAYS)
-def test_a_process_that_is_killed_ends_the_video_with_a_sentence(files, checkpoint, tmp_path):
+def test_a_process_that_is_killed_ends_the_video_with_a_sentence(files, checkpoint, device, tmp_path):
+    own = [*options(files, checkpoint), "--device", device]
     out, place = tmp_path / "a.mp4", tmp_path / "a.mp4.session.safetensors"
     more = ["--cfg", "2"] if checkpoint == "wan.pt" else WAYS[checkpoint][2:]
-    run = subprocess.Popen([*TOGETHER, "generate", *options(files, checkpoint), *SIZE, *more, "--seconds", "3000", "--save-every", "1",
-                            "--out", out], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*TOGETHER, "generate", *own, *SHAPE, *more, "--seconds", "3000", "--save-every", "1", "--out", out],
+                           stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 600
     while not place.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -114,7 +120,7 @@ def test_a_process_that_is_killed_ends_the_video_with_a_sentence(files, checkpoi
     assert "start all ranks again." in said
     done = segments.load(place).frames_done
     seconds = (4 * done + 4) / (16 if checkpoint == "wan.pt" else 15)
-    assert code_of("generate", *options(files, checkpoint), "--device", "cpu", "--resume", "--seconds", seconds, "--out", out) == 0
+    assert code_of("generate", *own, "--resume", "--seconds", seconds, "--out", out) == 0
     assert len(frames(out)) > 4 * done - 3
 
 

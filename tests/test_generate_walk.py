@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from several_gpus import DEVICES
 from test_command import code_of, frames
 from test_generate_checkpoint import second_of
 from test_measure import LONGCAT, WAN, drawn
@@ -73,9 +74,9 @@ def inputs_of(name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def options(files, name, embeddings=None):
+def options(files, name, embeddings=None, device="cpu"):
     return ["--checkpoint", str(files / f"{name}.safetensors"), "--embeddings", str(embeddings or files / f"{name}.embeddings"),
-            "--device", "cpu"]
+            "--device", device]
 
 
 def latents(path) -> torch.Tensor:
@@ -187,9 +188,10 @@ def ran(start, *arguments) -> str:
     return made.stderr
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "memory", "more"), [("5b", "bank", ()), ("8b", "rebuild", ("--cfg", "2", "--steps", "2"))])
-def test_two_processes_make_the_walk_of_one_and_continue_it(files, name, memory, more, tmp_path):
-    own, way = options(files, name), ("--memory", memory, "--camera", "w-3, right-4", *more)
+def test_two_processes_make_the_walk_of_one_and_continue_it(files, name, memory, more, device, tmp_path):
+    own, way = options(files, name, device=device), ("--memory", memory, "--camera", "w-3, right-4", *more)
     for start, out in ((ALONE, "one.latent"), (TOGETHER, "two.latent")):
         said = ran(start, *own, *way, "--out", tmp_path / out)
         assert said.count("which excludes the European Union") == 1
@@ -210,8 +212,9 @@ def near(one: torch.Tensor, two: torch.Tensor) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
-def test_a_killed_process_and_ctrl_c_leave_a_whole_session(files, tmp_path):
-    own, moves = options(files, "8b"), "right-20, left-20, " * 20 + "still-3"
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_killed_process_and_ctrl_c_leave_a_whole_session(files, device, tmp_path):
+    own, moves = options(files, "8b", device=device), "right-20, left-20, " * 20 + "still-3"
     out, place = tmp_path / "a.latent", tmp_path / "a.latent.session.safetensors"
 
     def started(*more):

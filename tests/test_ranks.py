@@ -1,4 +1,4 @@
-"""One video by two and four processes over Gloo, against the same by one process."""
+"""One video by two and four processes over Gloo, and where there are two GPUs by these, against the same by one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import pytest
 import torch
-from ranks_worker import HEADS, SETTINGS, alone
+from ranks_worker import GRID, HEADS, SETTINGS, alone, coded
+from several_gpus import DEVICES
 from test_world import SHAPE, made_wan, random_tensor, sampler_of, wan_scene
 
 from comfyui_qvg.qvg.attention.ranks import Cut, Ranks
@@ -34,7 +35,7 @@ def together(folder: Path, size: int, **case) -> dict:
 
 
 def video(sampler) -> torch.Tensor:
-    return torch.cat([event.latents for event in sampler if isinstance(event, ChunkDone)], 2)
+    return torch.cat([event.latents for event in sampler if isinstance(event, ChunkDone)], 2).cpu()
 
 
 @pytest.mark.parametrize(("settings", "size"), [("off", 4), ("balanced", 2), ("paper", 2), ("offload", 2), ("budget", 4)])
@@ -48,18 +49,23 @@ def test_ranks_make_the_video_of_one_process(settings, size, tmp_path):
     assert stats.stored_bytes / size <= made["stored"] <= stats.stored_bytes / size + 200
 
 
-def test_codes_are_those_of_one_process(tmp_path):
-    """Of a first chunk, whose keys are equal to the last bit, the first rank's codes are those of the first heads."""
-    sampler = alone(SETTINGS["balanced"])
-    for event in sampler:
-        if isinstance(event, ChunkDone):
-            break
-    made = together(tmp_path, 2, settings="balanced", stop_at=3)
-    for ours, theirs in zip(sampler.model.caches[0].layers[1].spans[-1].spans, made["words"]):
-        for name, tensor in ours.tensors().items():
-            axis = next((axis for axis, pair in enumerate(zip(tensor.shape, theirs[name].shape)) if pair[0] != pair[1]), None)
-            mine = tensor if axis is None else tensor.narrow(axis, 0, HEADS // 2)
-            assert torch.equal(mine, theirs[name]), name
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("settings", "frames"), [
+    ("off", 3), ("balanced", 3), ("balanced", 12), ("quality", 3), ("paper", 3), ("paper", 12)])
+def test_what_is_stored_of_equal_keys_is_equal(settings, frames, device, tmp_path):
+    """Of every chunk, to the last bit: each rank has its heads of what one process stores. And what attention makes of it is the same."""
+    exact = coded(settings, frames, device=device)
+    assert settings == "off" or any(part.dtype in (torch.uint8, torch.int16) for part in exact[-1].values())
+    together(tmp_path, 2, keys=settings, frames=frames, device=device, out="0.pt")
+    for rank in range(2):
+        for whole, mine in zip(exact, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            assert mine.keys() == whole.keys()
+            out = Cut(Ranks(rank, 2), GRID).split(whole["out"])[rank]
+            assert torch.allclose(mine.pop("out"), out, rtol=0, atol=2e-2)
+            for name, part in mine.items():
+                own = tuple(slice(None) if count == all_ else slice(rank * count, (rank + 1) * count)
+                            for all_, count in zip(whole[name].shape, part.shape))
+                assert torch.equal(part, whole[name][own]), name
 
 
 def test_guidance(tmp_path):

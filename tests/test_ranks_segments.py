@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks_worker import GIVEN, GRID, HEADS, SEGMENTS, SETTINGS, SHAPE, longcat, random_text, segments_of, start_of
+from ranks_worker import GIVEN, GRID, SEGMENTS, SETTINGS, SHAPE, longcat, random_text, segments_of, start_of
 from test_ranks import FLIPS, ROUNDING, together, video
 
 from comfyui_qvg.qvg.measure.loop import SegmentLoop
@@ -26,7 +26,7 @@ def test_the_sampling_loop_makes_what_the_closed_loop_makes(cfg):
     sampler = alone(cfg=cfg, run=replace(SEGMENTS, first_frames=GIVEN + SEGMENTS.chunk_frames))
     lengths = [event.latents.shape[2] for event in sampler if isinstance(event, ChunkDone)]
     assert lengths == loop.lengths == [7, 3, 2]
-    assert (torch.cat(sampler.model.latents, 2) - loop.make(PRESETS["balanced"]).latents).abs().max() < ROUNDING
+    assert (torch.cat(sampler.model.latents, 2) - loop.make(PRESETS["balanced"]).latents).abs().max() < FLIPS
     assert sampler.model.stats().held_frames == GIVEN
 
 
@@ -49,19 +49,6 @@ def test_ranks_make_the_segments_of_one_process(settings, cfg, size, start, tmp_
     assert (made["latents"] - exact).abs().max() < (ROUNDING if settings == "off" else FLIPS)
     stored = sampler.model.stats().stored_bytes
     assert stored / size <= made["stored"] <= stored / size + 200
-
-
-def test_codes_of_given_frames_are_those_of_one_process(tmp_path):
-    sampler = alone(start=5)
-    for event in sampler:
-        if isinstance(event, ChunkDone) and event.chunk is not None:
-            break
-    made = together(tmp_path, 2, settings="balanced", segments=1.0, start=5, stop_at=sampler.frames_done)
-    for ours, theirs in zip(sampler.model.cache.layers[1].spans[-1].spans, made["words"]):
-        for name, tensor in ours.tensors().items():
-            axis = next((axis for axis, pair in enumerate(zip(tensor.shape, theirs[name].shape)) if pair[0] != pair[1]), None)
-            mine = tensor if axis is None else tensor.narrow(axis, 0, HEADS // 2)
-            assert torch.equal(mine, theirs[name]), name
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (1, 1)])

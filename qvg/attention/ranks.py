@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ class Ranks:
     control: Any = None
 
     @classmethod
-    def of_group(cls) -> Ranks:
-        """All processes of the default group, which must have been initialized."""
-        control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    def of_group(cls, timeout: timedelta | None = None) -> Ranks:
+        """All processes of the default group, which must have been initialized. timeout: of waits for commands, torch's by default."""
+        control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
         return cls(dist.get_rank(), dist.get_world_size(), None, control)
 
     @property

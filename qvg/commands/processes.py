@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..attention.ranks import Cut, Ranks
 from ..video.job import Job
+from ..video.rank_work import abandon, grouped
 from ..video.ranks import ENDED, RankEnded, follow, ranked
 from ..video.walk_job import WalkJob
 from .source import Source
@@ -29,16 +31,32 @@ def processes(device: str) -> Iterator[tuple[Ranks | None, str]]:
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         device = f"cuda:{dist.get_node_local_rank()}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        ranks = Ranks.of_group()
+    with grouped(device) as ranks:
         if ranks.leads:
-            # so torchrun ends the others when one has ended, and the first saves what is finished and says so
-            signal.signal(signal.SIGTERM, _ended)
+            _end_with_torchrun(on_gpu)
         yield ranks, device
-    finally:
-        dist.destroy_process_group()
+
+
+def _end_with_torchrun(on_gpu: bool) -> None:
+    """Have SIGTERM raise RankEnded: torchrun sends it when one of the processes has ended, and the first saves what is finished.
+
+    Python runs a handler once its main thread comes back from what it called, and from a GPU that waits for a rank that is gone it does
+    not. So another thread, which the signal reaches through a pipe, ends that wait.
+    """
+    signal.signal(signal.SIGTERM, _ended)
+    if not on_gpu:
+        return
+    numbers, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    threading.Thread(target=_abandon_at, args=(numbers, signal.SIGTERM), name="qvg torchrun", daemon=True).start()
+
+
+def _abandon_at(numbers: int, number: int) -> None:
+    """numbers: a pipe that signals are written to. number: that of the signal."""
+    while os.read(numbers, 1) != bytes([number]):
+        pass
+    abandon()
 
 
 def _ended(*_) -> None:

@@ -11,6 +11,7 @@ begins at once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from .ranks import follow, peers
 
 # seconds that a rank waits for another one in a pass or for a command, such as while a session is written or frames are decoded
 PATIENCE = 3600
+# by the thread that watches the other ranks, or by that of the video
+ABANDONING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,15 @@ class Meeting:
 
 
 @contextmanager
-def joined(meeting: Meeting, rank: int, device: str, store: dist.Store | None = None) -> Iterator[Ranks]:
-    """The ranks of one video inside the block. store: of the meeting, where it is open already."""
-    on_gpu = torch.device(device).type == "cuda"
+def grouped(device: str, **where) -> Iterator[Ranks]:
+    """The ranks of one video inside the block, by NCCL on GPUs and by Gloo on CPUs. where: they meet, for `init_process_group`, or nothing
+    in processes that torchrun started."""
+    on_gpu, patience = torch.device(device).type == "cuda", timedelta(seconds=PATIENCE)
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store or meeting.store(rank == 0), rank=rank, world_size=meeting.size,
-                            timeout=timedelta(seconds=PATIENCE))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=patience, **where)
     try:
-        yield Ranks.of_group()
+        yield Ranks.of_group(patience)
     except BaseException:
         if on_gpu:
             abandon()
@@ -62,9 +65,16 @@ def joined(meeting: Meeting, rank: int, device: str, store: dist.Store | None = 
             dist.destroy_process_group()
 
 
+def joined(meeting: Meeting, rank: int, device: str, store: dist.Store | None = None):
+    """As `grouped`, at a meeting. store: of it, where it is open already."""
+    return grouped(device, store=store or meeting.store(rank == 0), rank=rank, world_size=meeting.size)
+
+
 def abandon() -> None:
     """End what this process's GPU is waiting for, of ranks that will not come; NCCL alone would wait for its timeout."""
-    dist.distributed_c10d._abort_process_group()
+    with ABANDONING:
+        if dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()
 
 
 @dataclass

@@ -6,6 +6,7 @@
 A server gets a base directory of its own (models, input, output, user, custom_nodes), so nothing is read from or
 written to the ComfyUI of the person who runs the tests; the repository is a link in its custom_nodes. It runs on a
 free port of 127.0.0.1, on the CPU, with one thread: on a small shared machine two threads are slower and erratic.
+With QVG_TEST_GPU=1 in the environment it runs on the GPUs, as ComfyUI does by itself (test_split_gpus needs two).
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class ComfyServer:
 
     def _arguments(self) -> list[str]:
         return [
-            *("--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.base)),
+            *(() if os.environ.get("QVG_TEST_GPU") == "1" else ("--cpu",)),
+            *("--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.base)),
             *("--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", *self.flags),
         ]
 
