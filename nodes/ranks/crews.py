@@ -17,8 +17,8 @@ STARTING = "starting the processes of the other GPUs..."
 
 
 class Crews:
-    """Starts a crew for the first run that needs one, and ends it when another is needed, when ComfyUI unloads the model, and when no graph
-    has a MODEL with a mark any more."""
+    """Starts a crew for the first run that needs one, and ends it when another is needed, when ComfyUI unloads the model, and when it has
+    no MODEL with a mark any more, not in a graph that it remembers either."""
 
     def __init__(self):
         self._crew: Crew | None = None
