@@ -19,6 +19,7 @@ from comfyui_qvg.qvg.models.longcat_schedule import noise_levels
 from comfyui_qvg.qvg.models.wan import CausalWan, WanSizes
 from comfyui_qvg.qvg.settings import PRESETS
 from comfyui_qvg.qvg.video import CachedNetwork, ChunkDone, Condition, Run, Sampler, guided, rank_sessions
+from comfyui_qvg.qvg.video import ranks as ranks_module
 from comfyui_qvg.qvg.video.rank_work import Meeting, joined
 from comfyui_qvg.qvg.video.ranks import Leader, RankedNetwork, RankedSegments, RankedWorld, RankEnded, follow, rank_cache
 from comfyui_qvg.qvg.video.segment_model import segment_cache
@@ -66,7 +67,11 @@ def main(folder: Path, rank: int, size: int, place: str, case: dict) -> None:
 
 
 def take_part(folder: Path, case: dict, ranks: Ranks, device: str) -> None:
-    if "copies" in case:
+    if "limits" in case:
+        ranks_module.usual_limit = lambda kind: case["limits"][ranks.rank]
+        cache = rank_cache(network(), SETTINGS["balanced"], RUN, GRID, ranks)
+        torch.save({"limit": cache.geometry.limit}, folder / f"{ranks.rank}.pt")
+    elif "copies" in case:
         torch.save({"copies": copies(ranks, case["copies"])}, folder / f"{ranks.rank}.pt")
     elif "keys" in case:
         torch.save(coded(case["keys"], case["frames"], ranks, device), folder / f"{ranks.rank}.pt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from comfyui_qvg.qvg.attention.functions import eight_bits
 from comfyui_qvg.qvg.attention.pieces import Running, _plain, by_cudnn, partial
 from comfyui_qvg.qvg.cache import codebook_lifetime
 from comfyui_qvg.qvg.cache.forecast import forecast
-from comfyui_qvg.qvg.cache.geometry import Division, Geometry, division, on_device, workspace_bytes
+from comfyui_qvg.qvg.cache.geometry import Division, Geometry, division, on_device, usual_limit, workspace_bytes
 from comfyui_qvg.qvg.cache.kv_cache import KVCache
 from comfyui_qvg.qvg.cache.workspace import Workspace
 from comfyui_qvg.qvg.settings import PRESETS
@@ -181,7 +182,7 @@ def test_fewer_heads_where_a_frame_is_too_large(limit, found):
 
 
 def test_the_usual_limit():
-    """96 MiB, also where there are two streams."""
+    """96 MiB, also where there are two streams, but for large GPUs."""
     shape = Geometry(30, 12, 128, (30, 52))
     assert {on_device(shape, kind).limit for kind in ("cpu", "mps", "cuda")} == {96 << 20}
     assert KVCache(PRESETS["balanced"], layers=1, heads=12, head_dim=128, grid=(30, 52), rope=Rope).geometry.limit == 96 << 20
@@ -189,15 +190,19 @@ def test_the_usual_limit():
     assert on_device(shape, "cpu").by_piece and on_device(shape, "cuda").by_piece and not on_device(shape, "cpu", 0).by_piece
 
 
-@pytest.mark.parametrize(("capability", "hip", "limit"), [((9, 0), None, 96 << 20), ((8, 0), None, 96 << 20), ((7, 5), None, 0),
-                                                          ((9, 4), "7.0", 0)])
-def test_the_history_is_whole_where_no_fast_attention_joins_pieces(monkeypatch, capability, hip, limit):
+@pytest.mark.parametrize(("capability", "hip", "size", "limit"), [
+    ((9, 0), None, 139.7, 320 << 20), ((8, 0), None, 39.4, 320 << 20), ((12, 0), None, 31.4, 96 << 20), ((8, 0), None, 23.6, 96 << 20),
+    ((7, 5), None, 47.5, 0), ((9, 4), "7.0", 191.5, 0)])
+def test_the_history_is_whole_where_no_fast_attention_joins_pieces(monkeypatch, capability, hip, size, limit):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=size * GIB))
     monkeypatch.setattr(torch.version, "hip", hip)
     found = on_device(Geometry(30, 12, 128, (30, 52)), "cuda")
     assert found.limit == limit and found.by_piece == (limit > 0)
     assert on_device(found, "cpu").limit == 96 << 20
+    assert usual_limit("cuda", 12 * GIB) == min(limit, 96 << 20) and usual_limit("cuda", 80 * GIB) == (320 << 20 if limit else 0)
 
 
 def test_pieces_are_whole_spans_of_many_bits_or_of_few():

@@ -160,6 +160,13 @@ def test_an_exchange_copies_as_little_as_it_can(tmp_path):
     assert together(tmp_path, 2, copies=3, out="0.pt")["copies"] == 2 * 3 + 2
 
 
+@pytest.mark.parametrize("limits", [(320 << 20, 96 << 20), (0, 96 << 20)])
+def test_gpus_that_differ_have_one_workspace(limits, tmp_path):
+    """So that a memory budget takes the same from the heads of each."""
+    together(tmp_path, 2, limits=limits, out="0.pt")
+    assert {torch.load(tmp_path / f"{rank}.pt")["limit"] for rank in range(2)} == {min(limits)}
+
+
 def test_what_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="3 ranks do not divide the 4 heads of this model; use 1, 2, 4"):
         Ranks(0, 3).heads(4)

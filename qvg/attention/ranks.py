@@ -62,6 +62,12 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total / self.size
 
+    def least(self, value: int) -> int:
+        """The least of what the ranks give, on all of them."""
+        least = torch.tensor(value)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.control)
+        return int(least)
+
     def command(self, value: Any = None) -> Any:
         """What the first rank says, on all of them."""
         said = [value]

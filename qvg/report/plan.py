@@ -12,7 +12,7 @@ from ..attention.ranks import Cut, Ranks
 from ..cache.codebooks import shortest_life
 from ..cache.context import context_settings, forecast_context
 from ..cache.forecast import Forecast, forecast
-from ..cache.geometry import Geometry, division, on_device
+from ..cache.geometry import Geometry, division, on_device, usual_limit
 from ..cache.walks import MEMORIES, check_memory, forecast_caches
 from ..models.catalogue import MODELS, ModelShape
 from ..models.weights import weight_type
@@ -80,7 +80,7 @@ def _last_within(peak: Callable[[int], int], low: int, high: int, limit_bytes: i
 
 
 def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, latent_frames: int = 0, preset: str = "",
-         vram_gib: float = 0, offload: bool = False, weights: str = "", memory: str = "", gpus: int = 1) -> dict:
+         vram_gib: float = 0, offload: bool = False, weights: str = "", memory: str = "", gpus: int = 1, card_gib: float = 0) -> dict:
     """One row per preset, in bytes and ratios, of each GPU.
 
     worst_stored_bytes and worst_peak_bytes are for a video whose codebooks stop fitting as soon as they may; the other figures are for one
@@ -89,7 +89,8 @@ def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, late
     size: width and height in pixels; 0 is the model's usual one. vram_gib: GiB that the cache may take; 0 leaves out whether it fits.
     offload: spans are in host memory. weights: the type of the weights, where they were counted. memory: of a world model, by default the
     first of `MEMORIES`; `original_bytes` are what the original keeps of the same frames, in bf16 and for each branch of attention.
-    gpus: how many make the video together, each with a share of the heads (`attention.ranks`).
+    gpus: how many make the video together, each with a share of the heads (`attention.ranks`). card_gib: GiB of the whole card, on which
+    the size of the workspace depends; 0 for the GPU here, or a small one.
     Raises ValueError for an unknown model, a length that is not positive, a memory of a model that has no choice, and a number of GPUs
     among which heads or tokens cannot be divided.
     """
@@ -100,7 +101,7 @@ def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, late
         raise ValueError(f"{model} is no world model, so there is no memory to choose; leave {memory!r} out.")
     memory = memory or MEMORIES[0]
     check_memory(memory)
-    geometry = one_of_several(shape.geometry(*size), gpus)
+    geometry = one_of_several(shape.geometry(*size), gpus, usual_limit("cuda", int(card_gib * GIB)))
     frames = latent_frames or shape.latent_frames(seconds)
     if frames < 1 or seconds < 0 or latent_frames < 0:
         raise ValueError("Give a positive length, as seconds or as latent frames.")
@@ -130,12 +131,13 @@ def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, late
     return head | ({"preset": preset} | rows[preset] if preset else {"presets": rows})
 
 
-def one_of_several(geometry: Geometry, gpus: int) -> Geometry:
-    """The geometry of a cache on one of several GPUs. Raises ValueError where heads or tokens cannot be divided among them."""
+def one_of_several(geometry: Geometry, gpus: int, limit: int | None = None) -> Geometry:
+    """The geometry of a cache on one of several GPUs. limit: bytes of the workspace. Raises ValueError where heads or tokens cannot be
+    divided among them."""
     ranks = Ranks(0, gpus)
     heads = ranks.heads(geometry.heads)
     Cut(ranks, geometry.grid)
-    return on_device(replace(geometry, heads=heads), "cuda")
+    return on_device(replace(geometry, heads=heads), "cuda", limit)
 
 
 def render(result: dict, vram_gib: float = 0) -> str:
@@ -223,7 +225,7 @@ def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
     lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | Tiny | {seconds:g} s fit with |", "|---" * 8 + "|"]
     for card in CARDS:
         left = left_for_cache(model, card, weights)
-        rows = plan(model, seconds=seconds, vram_gib=left)["presets"] if left else {}
+        rows = plan(model, seconds=seconds, vram_gib=left, card_gib=card)["presets"] if left else {}
         longest_of = {name: _longest_text(MODELS[model], rows[name]) if rows else "0 s" for name in names}
         fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if left else "smaller weights")
         advice = "any" if fitting == "off" else fitting.capitalize()

@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention.ranks import Cut, Ranks
+from ..cache.kv_cache import KVCache
 from ..models import FAMILIES
 from ..settings import QVGSettings
 from .cameras import CameraPath
 from .network import Condition
-from .ranks import RankedNetwork, RankedSegments, RankedWorld, rank_cache
+from .ranks import RankedNetwork, RankedSegments, RankedWorld, rank_cache, rank_options
 from .run import Run
 from .segment_model import segment_cache
 from .view_memory import ViewMemory
@@ -101,7 +102,7 @@ class SegmentPlan(NetworkPlan):
 
     def model(self, network: nn.Module, ranks: Ranks, device) -> RankedSegments:
         cache = segment_cache(network, self.settings, self.grid, given=self.given, new=self.new, device=device,
-                              family=FAMILIES[self.family], heads=ranks.heads(network.sizes.heads), agree=ranks.mean)
+                              family=FAMILIES[self.family], **rank_options(network, ranks, device))
         return RankedSegments(network, self.prompt.to(device), cache, ranks, given=self.given, negative=self.negative, cfg=self.cfg)
 
 
@@ -123,7 +124,12 @@ class WalkPlan(NetworkPlan):
 
     def model(self, network: nn.Module, ranks: Ranks, device) -> RankedWorld:
         start = None if self.start is None else Cut(ranks, self.grid).share(self.start).to(device)
-        conditions = [WorldCondition(scene_of(self.family, network, text, vision, self.path, start), cache_of_walk(
-            network, self.settings, self.grid, heads=ranks.heads(network.sizes.heads), memory=self.memory, views=self.views,
-            frames=len(self.path), device=device, agree=ranks.mean), weight) for weight, text, vision in self.prompts]
+        options = rank_options(network, ranks, device)
+
+        def cache() -> KVCache:
+            return cache_of_walk(network, self.settings, self.grid, memory=self.memory, views=self.views, frames=len(self.path),
+                                 device=device, **options)
+
+        conditions = [WorldCondition(scene_of(self.family, network, text, vision, self.path, start), cache(), weight)
+                      for weight, text, vision in self.prompts]
         return RankedWorld(conditions, self.path, ranks, memory=self.memory, views=self.views, rope=FAMILIES[self.family].rope)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..attention.cached import CachedAttention
 from ..attention.ranks import Cut, Ranks, ShardedAttention
+from ..cache.geometry import usual_limit
 from ..cache.kv_cache import KVCache
 from ..settings import QVGSettings
 from . import rank_sessions
@@ -86,10 +87,17 @@ def _of_a_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in ("Connection", "gloo", "NCCL", "Timed out", "peer"))
 
 
-def rank_cache(network: nn.Module, settings: QVGSettings, run: Run, grid: tuple[int, int], ranks: Ranks, **options) -> KVCache:
-    """As `prepare.cache_of`, for the heads of one rank; a memory budget is of each device. Raises ValueError where the ranks do not divide
-    the heads."""
-    return cache_of(network, settings, run, grid, heads=ranks.heads(network.sizes.heads), agree=ranks.mean, **options)
+def rank_options(network: nn.Module, ranks: Ranks, device) -> dict:
+    """What makes a cache that of one rank, called by all ranks at once: the heads that it keeps, and what all decide alike, also where
+    their GPUs differ. Raises ValueError where the ranks do not divide the heads."""
+    return {"heads": ranks.heads(network.sizes.heads), "agree": ranks.mean,
+            "workspace_limit": ranks.least(usual_limit(torch.device(device).type))}
+
+
+def rank_cache(network: nn.Module, settings: QVGSettings, run: Run, grid: tuple[int, int], ranks: Ranks, *, device="cpu", **options
+               ) -> KVCache:
+    """As `prepare.cache_of`, for one rank, see `rank_options`; a memory budget is of each device."""
+    return cache_of(network, settings, run, grid, device=device, **rank_options(network, ranks, device), **options)
 
 
 class RankedNetwork(CachedNetwork):
@@ -226,11 +234,11 @@ class Leader:
 def ranked(network: nn.Module, embed: Callable[[str], Tensor] | WalkInputs, job: Job | WalkJob, ranks: Ranks
            ) -> RankedNetwork | RankedSegments | RankedWorld:
     """This rank's model of a job; arguments and errors as for `prepare.prepare`."""
-    heads = {"heads": ranks.heads(network.sizes.heads), "agree": ranks.mean}
+    options = rank_options(network, ranks, job.device)
     if isinstance(job, WalkJob):
-        return walk_of(network, embed, job, make=partial(RankedWorld, ranks=ranks), share=Cut(ranks, job.grid).share, **heads)
+        return walk_of(network, embed, job, make=partial(RankedWorld, ranks=ranks), share=Cut(ranks, job.grid).share, **options)
     of, make = (segments_of, RankedSegments) if job.given else (model_of, RankedNetwork)
-    return of(network, embed, job, make=partial(make, ranks=ranks), **heads)
+    return of(network, embed, job, make=partial(make, ranks=ranks), **options)
 
 
 def follow(model: RankedNetwork | RankedWorld | RankedSegments, ranks: Ranks, device) -> None:

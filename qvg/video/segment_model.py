@@ -28,19 +28,21 @@ from .network import TIMESTEPS, Condition, finished_before
 
 
 def segment_cache(network: nn.Module, settings: QVGSettings, grid: tuple[int, int], *, given: int, new: int, device="cpu",
-                  dtype: torch.dtype | None = None, family: Family = FAMILIES["longcat"], heads: int = 0, **more) -> KVCache:
+                  dtype: torch.dtype | None = None, family: Family = FAMILIES["longcat"], heads: int = 0,
+                  workspace_limit: int | None = None, **more) -> KVCache:
     """A cache for `given` latent frames of `grid` tokens that segments of `new` latent frames continue.
 
-    dtype: that the network computes in, of its first parameter by default. heads: that it keeps, 0 for all. more: for `KVCache`.
+    dtype: that the network computes in, of its first parameter by default. heads: that it keeps, 0 for all. workspace_limit, more: for
+    `KVCache`.
     Raises ValueError where a budget is too small or the settings do not fit the heads.
     """
     sizes, dtype = network.sizes, dtype or next(network.parameters()).dtype
     heads = heads or sizes.heads
     geometry = on_device(Geometry(sizes.layers, heads, sizes.head_dim, grid, packs=packs(settings, device, head_dim=sizes.head_dim)),
-                         torch.device(device).type)
+                         torch.device(device).type, workspace_limit)
     return KVCache(context_settings(settings, geometry, given, new, dtype.itemsize), layers=geometry.layers, heads=heads,
                    head_dim=geometry.head_dim, grid=grid, rope=family.rope, device=device, dtype=dtype, max_frames=given + new,
-                   chunk_frames=given, stored_frames=given, packs=geometry.packs, **more)
+                   chunk_frames=given, stored_frames=given, packs=geometry.packs, workspace_limit=workspace_limit, **more)
 
 
 class SegmentModel:
