@@ -131,7 +131,7 @@ def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, late
     return head | ({"preset": preset} | rows[preset] if preset else {"presets": rows})
 
 
-def one_of_several(geometry: Geometry, gpus: int, limit: int | None = None) -> Geometry:
+def one_of_several(geometry: Geometry, gpus: int, limit: int) -> Geometry:
     """The geometry of a cache on one of several GPUs. limit: bytes of the workspace. Raises ValueError where heads or tokens cannot be
     divided among them."""
     ranks = Ranks(0, gpus)

@@ -48,8 +48,8 @@ class Meeting:
 
 @contextmanager
 def grouped(device: str, **where) -> Iterator[Ranks]:
-    """The ranks of one video inside the block, by NCCL on GPUs and by Gloo on CPUs. where: they meet, for `init_process_group`, or nothing
-    in processes that torchrun started."""
+    """The ranks of one video inside the block, over NCCL on GPUs and over Gloo on CPUs. where: how they find each other, for
+    `init_process_group`; nothing for processes that torchrun started."""
     on_gpu, patience = torch.device(device).type == "cuda", timedelta(seconds=PATIENCE)
     if on_gpu:
         torch.cuda.set_device(device)
