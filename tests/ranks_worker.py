@@ -87,8 +87,8 @@ def history(folder: Path, case: dict, ranks: Ranks, device: str) -> None:
     net = network(device, getattr(torch, case.get("dtype", "float32")))
     settings, run = SETTINGS[case["settings"]], replace(RUN, frames=case.get("frames", RUN.frames))
     grid = tuple(case.get("grid", GRID))
-    caches = conditions(net, lambda: rank_cache(net, settings, run, grid, ranks, device=device), case.get("cfg", 1.0))
-    model = RankedNetwork(net, caches, ranks)
+    sides = conditions(net, lambda: rank_cache(net, settings, run, grid, ranks, device=device), case.get("cfg", 1.0))
+    model = RankedNetwork(net, sides, ranks)
     if ranks.leads:
         make(folder, case, model, ranks, run, (1, 16, 2 * grid[0], 2 * grid[1]), device)
         return
