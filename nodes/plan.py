@@ -60,8 +60,7 @@ class QVGPlanMemory(io.ComfyNode):
         else:
             memory = plan.left_for_cache(model, memory_gib or comfy.model_management.get_total_memory() / GIB, weights,
                                          required=True)
-        found = plan.plan(model, size=(width, height), seconds=seconds, vram_gib=memory, offload=offload, weights=weights,
-                          card_gib=memory_gib if weights else 0)
+        found = plan.plan(model, size=(width, height), seconds=seconds, vram_gib=memory, offload=offload, weights=weights)
         table = plan.render(found, memory)
         # a Wan VAE makes one frame of the first latent frame and four of each other
         frames = found["presets"][LABELS[preset]]["longest_latent_frames"]

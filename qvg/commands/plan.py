@@ -57,7 +57,7 @@ def main(arguments) -> None:
     results = {name: planning.plan(
         arguments.model, size=(arguments.width, arguments.height), seconds=seconds, latent_frames=arguments.latent_frames or 0,
         preset=arguments.preset or "", vram_gib=memory, offload=arguments.offload, weights=weights, memory=name,
-        gpus=arguments.gpus, card_gib=arguments.card) for name in memories}
+        gpus=arguments.gpus) for name in memories}
     if arguments.json:
         print(planning.to_json({"memories": results} if len(results) > 1 else next(iter(results.values()))))
         return

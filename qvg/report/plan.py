@@ -80,7 +80,7 @@ def _last_within(peak: Callable[[int], int], low: int, high: int, limit_bytes: i
 
 
 def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, latent_frames: int = 0, preset: str = "",
-         vram_gib: float = 0, offload: bool = False, weights: str = "", memory: str = "", gpus: int = 1, card_gib: float = 0) -> dict:
+         vram_gib: float = 0, offload: bool = False, weights: str = "", memory: str = "", gpus: int = 1) -> dict:
     """One row per preset, in bytes and ratios, of each GPU.
 
     worst_stored_bytes and worst_peak_bytes are for a video whose codebooks stop fitting as soon as they may; the other figures are for one
@@ -89,8 +89,8 @@ def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, late
     size: width and height in pixels; 0 is the model's usual one. vram_gib: GiB that the cache may take; 0 leaves out whether it fits.
     offload: spans are in host memory. weights: the type of the weights, where they were counted. memory: of a world model, by default the
     first of `MEMORIES`; `original_bytes` are what the original keeps of the same frames, in bf16 and for each branch of attention.
-    gpus: how many make the video together, each with a share of the heads (`attention.ranks`). card_gib: GiB of the whole card, on which
-    the size of the workspace depends; 0 for the GPU here, or a small one.
+    gpus: how many make the video together, each with a share of the heads (`attention.ranks`). The workspace is that of a card on which
+    the weights leave vram_gib, or where they were not counted, of the GPU here or a small one.
     Raises ValueError for an unknown model, a length that is not positive, a memory of a model that has no choice, and a number of GPUs
     among which heads or tokens cannot be divided.
     """
@@ -101,7 +101,7 @@ def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, late
         raise ValueError(f"{model} is no world model, so there is no memory to choose; leave {memory!r} out.")
     memory = memory or MEMORIES[0]
     check_memory(memory)
-    geometry = one_of_several(shape.geometry(*size), gpus, usual_limit("cuda", int(card_gib * GIB)))
+    geometry = one_of_several(shape.geometry(*size), gpus, usual_limit("cuda", _card_bytes(shape, vram_gib, weights)))
     frames = latent_frames or shape.latent_frames(seconds)
     if frames < 1 or seconds < 0 or latent_frames < 0:
         raise ValueError("Give a positive length, as seconds or as latent frames.")
@@ -129,6 +129,11 @@ def plan(model: str, *, size: tuple[int, int] = (0, 0), seconds: float = 0, late
     if shape.context_frames:
         head |= {"memory": memory, "original_bytes": 2 * next(iter(rows.values()))["bf16_bytes"]}
     return head | ({"preset": preset} | rows[preset] if preset else {"presets": rows})
+
+
+def _card_bytes(shape: ModelShape, left_gib: float, weights: str) -> int:
+    """Of the card on which weights of this type leave so much, see `left_for_cache`; 0 where they were not counted."""
+    return shape.weight_bytes(weights) + int((left_gib + BESIDE_GIB) * GIB) if weights and left_gib else 0
 
 
 def one_of_several(geometry: Geometry, gpus: int, limit: int) -> Geometry:
@@ -225,7 +230,7 @@ def render_cards(model: str, seconds: float = 30, weights: str = "bf16") -> str:
     lines = [f"| card | left for the cache | bf16 | Quality | Balanced | Smallest | Tiny | {seconds:g} s fit with |", "|---" * 8 + "|"]
     for card in CARDS:
         left = left_for_cache(model, card, weights)
-        rows = plan(model, seconds=seconds, vram_gib=left, card_gib=card)["presets"] if left else {}
+        rows = plan(model, seconds=seconds, vram_gib=left, weights=weights)["presets"] if left else {}
         longest_of = {name: _longest_text(MODELS[model], rows[name]) if rows else "0 s" for name in names}
         fitting = next((name for name in names if rows and rows[name]["fits"]), "a window" if left else "smaller weights")
         advice = "any" if fitting == "off" else fitting.capitalize()

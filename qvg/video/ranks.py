@@ -89,9 +89,11 @@ def _of_a_connection(error: RuntimeError) -> bool:
 
 def rank_options(network: nn.Module, ranks: Ranks, device) -> dict:
     """What makes a cache that of one rank, called by all ranks at once: the heads that it keeps, and what all decide alike, also where
-    their GPUs differ. Raises ValueError where the ranks do not divide the heads."""
-    return {"heads": ranks.heads(network.sizes.heads), "agree": ranks.mean,
-            "workspace_limit": ranks.least(usual_limit(torch.device(device).type))}
+    their GPUs differ. Raises ValueError where the ranks do not divide the heads, and RankEnded where one is gone."""
+    heads = ranks.heads(network.sizes.heads)
+    with peers():
+        limit = ranks.least(usual_limit(torch.device(device).type))
+    return {"heads": heads, "agree": ranks.mean, "workspace_limit": limit}
 
 
 def rank_cache(network: nn.Module, settings: QVGSettings, run: Run, grid: tuple[int, int], ranks: Ranks, *, device="cpu", **options
