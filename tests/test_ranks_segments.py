@@ -20,13 +20,14 @@ def alone(settings="balanced", cfg=1.0, run=SEGMENTS, **case) -> Sampler:
     return Sampler(segments_of(SETTINGS[settings], SegmentModel, cfg), run, SHAPE, start=start_of(case))
 
 
+@pytest.mark.parametrize(("settings", "apart"), [("off", ROUNDING), ("balanced", FLIPS)])
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
-def test_the_sampling_loop_makes_what_the_closed_loop_makes(cfg):
+def test_the_sampling_loop_makes_what_the_closed_loop_makes(cfg, settings, apart):
     loop = SegmentLoop(longcat(), random_text(0), SEGMENTS, SHAPE, given=GIVEN, negative=None if cfg == 1 else random_text(1), cfg=cfg)
-    sampler = alone(cfg=cfg, run=replace(SEGMENTS, first_frames=GIVEN + SEGMENTS.chunk_frames))
+    sampler = alone(settings, cfg, run=replace(SEGMENTS, first_frames=GIVEN + SEGMENTS.chunk_frames))
     lengths = [event.latents.shape[2] for event in sampler if isinstance(event, ChunkDone)]
     assert lengths == loop.lengths == [7, 3, 2]
-    assert (torch.cat(sampler.model.latents, 2) - loop.make(PRESETS["balanced"]).latents).abs().max() < FLIPS
+    assert (torch.cat(sampler.model.latents, 2) - loop.make(PRESETS[settings]).latents).abs().max() < apart
     assert sampler.model.stats().held_frames == GIVEN
 
 

@@ -30,8 +30,11 @@ if find_spec("ray") is None:
     pytest.skip('install the pack with the extra "test"', allow_module_level=True)
 LORA = "split_lora.safetensors"
 ON_GPUS = os.environ.get("QVG_TEST_GPU") == "1"
-# by three, where the heads are four or two
-BY_THREE = "split over 3 GPUs, but ComfyUI sees 2" if ON_GPUS else "3 ranks do not divide the"
+
+
+def by_three(heads: int, fits: str) -> str:
+    """What is said of three, of which there are no GPUs."""
+    return "split over 3 GPUs, but ComfyUI sees 2" if ON_GPUS else f"3 ranks do not divide the {heads} heads of this model; use {fits}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -251,7 +254,7 @@ def test_what_of_segments_cannot_be_split(comfy, longcat):
             comfy.run(graph)
         assert all(word in str(error.value) for word in words), error.value
 
-    refused(continued(3), BY_THREE)
+    refused(continued(3), by_three(4, "1, 2, 4"))
     refused(continued(sampler="euler_cfg_pp"), "asks for the prediction of each prompt", "with euler")
     narrow = continued(width=48, height=48)
     refused(narrow, "A latent frame of 3 x 3 tokens cannot be divided evenly among 2 ranks")
@@ -329,7 +332,7 @@ def test_a_process_killed_in_a_walk(world):
     made = walked(world, **case, load="killed walk", path_continues=False)[0]
     exact, other = (walked(world, None, **case, seed=seed)[0] for seed in (3, 4))
     assert made.shape[2] == done + 4 and likeness(exact, made) > likeness(exact, other) + 10
-    with pytest.raises(ComfyError, match=BY_THREE):
+    with pytest.raises(ComfyError, match=by_three(2, "1, 2")):
         walked(world, 3, variant="8b")
 
 
@@ -355,7 +358,7 @@ def test_what_cannot_be_split(comfy):
 
     if not ON_GPUS:
         refused(build(0), "ComfyUI runs on the CPU here", "Set gpus to the number of processes")
-    refused(build(3), BY_THREE)
+    refused(build(3), by_three(2, "1, 2"))
     refused(build(2, kind="SamplerARVideo", num_frame_per_block=1), "this sampler asks one GPU for the whole video")
     compiled = build()
     compiled["compile"] = {"class_type": "TorchCompileModel", "inputs": {"model": ["quantize", 0], "backend": "inductor"}}
